@@ -10,7 +10,7 @@ import numpy as np
 
 from predictor.calibration import kaplan_meier
 from predictor.prediction import log_middles
-from predictor.rereading import Posteriors
+from predictor.rereading import LeftGrid, Posteriors, Priors, pool_logarithms
 from predictor.scores import kendall_tau
 
 
@@ -57,6 +57,12 @@ def rank_left(posteriors: Posteriors, at: np.ndarray) -> np.ndarray:
     """(N,): the rank score of what is left after `at` (N,) tokens: its expected logarithm."""
     left = posteriors.edges - at[:, None]
     return (posteriors.masses * log_middles(left.T).T).sum(axis=1)
+
+
+def survived_priors(priors: Priors, at: np.ndarray, grid: LeftGrid) -> Posteriors:
+    """(R,) the prompts' predictions conditioned on survival, over edges that have the cap."""
+    edges, masses = grid.whole(np.zeros((len(at), len(grid.edges))), at)
+    return Posteriors(*pool_logarithms(edges, masses, priors, np.zeros(len(at)), at))
 
 
 def score_readings(
@@ -119,7 +125,7 @@ LEAST_READINGS = 20  # at a place, for a line of its own
 
 def score_places(
     posteriors: Posteriors,
-    priors: Posteriors,
+    priors: Posteriors | None,
     at: np.ndarray,
     tokens: np.ndarray,
     finished: np.ndarray,
@@ -128,7 +134,7 @@ def score_places(
     """{place: {"posterior", "prior": score_readings}} of every place with LEAST_READINGS.
 
     Args:
-        priors: the prompts' predictions conditioned on survival.
+        priors: the prompts' predictions conditioned on survival; None where there are none.
     """
     found = {}
     for place in np.unique(at).tolist():
@@ -137,6 +143,8 @@ def score_places(
             continue
         scores = {}
         for name, each in (("posterior", posteriors), ("prior", priors)):
+            if each is None:
+                continue
             part = Posteriors(each.edges[rows], each.masses[rows])
             scores[name] = score_readings(part, at[rows], tokens[rows], finished[rows], cap)
         found[str(place)] = scores
@@ -150,7 +158,9 @@ def reread_lines(places: dict[str, dict[str, dict[str, float]]]) -> list[str]:
         line = [place]
         for key, form, both in COLUMNS_OF_READINGS.values():
             text = format(scores["posterior"][key], form)
-            line.append(f"{text} / {format(scores['prior'][key], form)}" if both else text)
+            if both and "prior" in scores:
+                text += f" / {format(scores['prior'][key], form)}"
+            line.append(text)
         lines.append(line)
     return aligned(lines)
 

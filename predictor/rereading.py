@@ -143,6 +143,12 @@ class Priors:
     edges: np.ndarray
     masses: np.ndarray
 
+    @classmethod
+    def of(cls, predictions: Sequence[LengthPrediction]) -> "Priors":
+        """Predictions that share their edges."""
+        masses = [prediction.probabilities for prediction in predictions]
+        return cls(predictions[0].edges, np.array(masses))
+
     def take_rows(self, chosen: np.ndarray) -> "Priors":
         """Those of some prompts: numbers, or (N,) bool."""
         return Priors(self.edges, self.masses[chosen])
@@ -157,13 +163,8 @@ def rows_by_edges(
         groups[id(prior.edges) if prior else 0].append(row)
     found: list[tuple[list[int], Priors | None]] = []
     for rows in groups.values():
-        of_rows = [priors[row] for row in rows]
-        first = of_rows[0]
-        if first is None:
-            found.append((rows, None))
-            continue
-        masses = [prior.probabilities for prior in of_rows if prior]
-        found.append((rows, Priors(first.edges, np.array(masses))))
+        of_rows = list(filter(None, map(priors.__getitem__, rows)))
+        found.append((rows, Priors.of(of_rows) if of_rows else None))
     return found
 
 

@@ -302,12 +302,6 @@ def unseen_posteriors(
     return Posteriors(edges, np.concatenate([part.masses for part in parts])[back])
 
 
-def survived_priors(priors: Priors, at: np.ndarray, grid: LeftGrid) -> Posteriors:
-    """(R,) the prompts' predictions conditioned on survival, over edges that have the cap."""
-    edges, masses = grid.whole(np.zeros((len(at), len(grid.edges))), at)
-    return Posteriors(*pool_logarithms(edges, masses, priors, np.zeros(len(at)), at))
-
-
 def fit_map(posteriors: Posteriors, readings: Readings, cap: int) -> tuple[Conformal, float]:
     """(the conformal map of posteriors, their mean CRPS in tokens after it)."""
     levels = levels_at(posteriors, readings.tokens)

@@ -59,7 +59,7 @@ class TorchNetwork(nn.Module):
         settings: NetworkSettings,
         left: np.ndarray,
     ):
-        """size: D; left: (R,) tokens left of the readings: `elapsed` starts at their frequencies."""
+        """size: D; left: (R,) tokens left of readings: `elapsed` starts at their frequencies."""
         super().__init__()
         units, classes = settings.state_units, settings.head.width
         self.length_head, self.dropout = settings.head, settings.state_dropout

@@ -25,13 +25,12 @@ from predictor.frozen import (
 from predictor.hidden_states import HiddenStates, read_hidden_states
 from predictor.lengths import LengthRows, load_lengths, served_card
 from predictor.readings import AnswerLines, Readings, join_readings
-from predictor.reread_scores import LEGEND, reread_lines, score_places
+from predictor.reread_scores import LEGEND, reread_lines, score_places, survived_priors
 from predictor.rereading import Priors, save_networks
 from predictor.rereading_fit import (
     FitSettings,
     FittedRereader,
     fit_rereader,
-    survived_priors,
     unseen_posteriors,
 )
 

@@ -12,9 +12,7 @@ NOISE = 0.35  # of the clock, in log tokens
 SPREAD = 0.8  # of log lengths of one kind
 
 
-def write_states(
-    folder: Path, arrays: dict[str, np.ndarray], shards: int = 2, **settings
-) -> Path:
+def write_states(folder: Path, arrays: dict[str, np.ndarray], shards: int = 2, **settings) -> Path:
     """A folder of states as scripts/collect_lengths.py --states writes it."""
     from safetensors.numpy import save_file
 
