@@ -19,7 +19,10 @@ TRAIN_TYPES = (*METHODS, "none")
 STEPS = Effect(
     "a backbone that is trained in steps, not --train_type none", lambda c: c.train_type != "none"
 )
-LEXICAL = Effect("--backbone lexical; got {c.backbone}", lambda c: c.backbone == "lexical")
+LEXICAL = Effect(
+    "--backbone lexical, or states, whose prior is lexical; got {c.backbone}",
+    lambda c: c.backbone in ("lexical", "states"),
+)
 STATES = Effect("--backbone states; got {c.backbone}", lambda c: c.backbone == "states")
 FROZEN = Effect("--train_type none; got {c.train_type}", lambda c: c.train_type == "none")
 DISTRIBUTION = Effect("--head distribution; got {c.head}", lambda c: c.head == "distribution")

@@ -250,6 +250,7 @@ def make_features(config: PredictorConfig, rows: LengthRows, backbone: Backbone)
     prompts = [rows.train.prompts[i] for i in numbers]
     if isinstance(backbone, EncoderBackbone):
         return encoder_features(config, backbone, prompts)
+    assert isinstance(backbone, ChatGLMBackbone)  # of states there is no frozen head
     vectors = vectors_of(
         backbone, config.model_name_or_path, prompts, config.data_cache, config.data_cache_gb
     )

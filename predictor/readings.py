@@ -34,7 +34,9 @@ class AnswerLines:
             BadRow: a line that is no row, or a file that is not JSON lines.
         """
         number = {prompt: i for i, prompt in enumerate(prompts)}
-        prompt, tokens, finished = [], [], []
+        prompt: list[int] = []
+        tokens: list[int] = []
+        finished: list[bool] = []
         for place, item, source in read_label_items([path]):
             line = int(place.rpartition(":")[2]) if place.rpartition(":")[2].isdigit() else 0
             if not line:

@@ -166,8 +166,9 @@ def fit_networks(
     for kind in NETWORKS:
         rows = np.flatnonzero((readings.at == 0) == (kind == "prompt"))
         part = readings.take_rows(rows)
+        long = epochs[kind] if epochs else None
         networks[kind], lasted[kind] = fit_network(
-            part, bucket_numbers(part.at, starts), len(starts), settings, epochs and epochs[kind]
+            part, bucket_numbers(part.at, starts), len(starts), settings, long
         )
     return networks, lasted
 

@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -140,7 +141,7 @@ def states_backbone(config: PredictorConfig, states: HiddenStates) -> StatesBack
 
 def fit_settings(config: PredictorConfig, states: HiddenStates) -> FitSettings:
     """The flags of training as FitSettings has them."""
-    given = {
+    given: dict[str, Any] = {
         "cap": states.cap,
         "limit": config.length_limit or states.cap,
         "held_share": config.calibration_share,

@@ -48,7 +48,7 @@ def make_answers(prompts: int, runs: int = 1, seed: int = 0) -> list[dict]:
 def make_arrays(rows: list[dict], seed: int = 0) -> dict[str, np.ndarray]:
     """States of the answers: the clock in some direction of the last layer, noise elsewhere."""
     draw = np.random.default_rng(seed)
-    direction = draw.normal(size=HIDDEN)
+    direction = np.random.default_rng(0).normal(size=HIDDEN)  # the same model in every collection
     answer, at, clock = [], [], []
     for line, row in enumerate(rows):
         tokens = row["output_tokens"]
