@@ -84,15 +84,69 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class FittedRereader:
-    """What a Rereader is made of, and its figures on prompts that its networks had not seen.
+    """What a Rereader is made of.
 
     Attributes:
-        classes: (R, K) of all readings, each by networks that had not seen its prompt.
+        unseen: of the readings that it was fitted to.
     """
 
     networks: dict[str, StateNetwork]
     decoder: RereadDecoder
+    unseen: "UnseenClasses"
+
+
+@dataclass(frozen=True)
+class UnseenClasses:
+    """Classes of R readings, each by networks that had not seen its prompt.
+
+    Attributes:
+        classes: (R, K); fold: (R,) of each reading's prompt; starts: (B,) of the buckets.
+        epochs: {kind: those that the networks of the folds trained}.
+    """
+
     classes: np.ndarray
+    fold: np.ndarray
+    starts: np.ndarray
+    epochs: dict[str, list[int]]
+    grid: LeftGrid
+
+    @classmethod
+    def fit(cls, readings: Readings, fold: np.ndarray, settings: FitSettings) -> "UnseenClasses":
+        """Fit FOLDS networks, each to all folds (R,) but one."""
+        starts = bucket_starts(readings.at)
+        classes = np.zeros((len(readings), len(settings.grid.edges)))
+        epochs: dict[str, list[int]] = {kind: [] for kind in NETWORKS}
+        for k in np.unique(fold):
+            held = fold == k
+            networks, lasted = fit_networks(readings.take_rows(~held), starts, settings)
+            classes[held] = classes_of(networks, readings.take_rows(held), starts)
+            for kind in NETWORKS:
+                epochs[kind].append(lasted[kind])
+        return cls(classes, fold, starts, epochs, settings.grid)
+
+    def posteriors(self, readings: Readings, priors: Priors, *, alone: bool = False) -> Posteriors:
+        """(R,) posteriors with weights and maps fitted to the other folds' readings.
+
+        Args:
+            priors: of all readings, by predictors that had not seen their prompts.
+            alone: without the priors.
+        """
+        parts, order = [], []
+        for k in np.unique(self.fold):
+            rest, held = np.flatnonzero(self.fold != k), np.flatnonzero(self.fold == k)
+            decoder = fit_decoder(
+                readings.take_rows(rest),
+                self.classes[rest],
+                priors.take_rows(rest),
+                self.starts,
+                self.grid,
+            )
+            given = None if alone else priors.take_rows(held)
+            parts.append(decoder.posteriors(readings.at[held], self.classes[held], given))
+            order.append(held)
+        back = np.concatenate(order).argsort()
+        edges = np.concatenate([part.edges for part in parts])[back]
+        return Posteriors(edges, np.concatenate([part.masses for part in parts])[back])
 
 
 def fit_rereader(
@@ -104,19 +158,13 @@ def fit_rereader(
         priors: of all readings (R,), by predictors that had not seen their prompts.
         fold: (R,) fold of each reading's prompt.
     """
-    starts = bucket_starts(readings.at)
-    classes = np.zeros((len(readings), len(settings.grid.edges)))
-    epochs: dict[str, list[int]] = {kind: [] for kind in NETWORKS}
-    for k in np.unique(fold):
-        held = fold == k
-        networks, lasted = fit_networks(readings.take_rows(~held), starts, settings)
-        classes[held] = classes_of(networks, readings.take_rows(held), starts)
-        for kind in NETWORKS:
-            epochs[kind].append(lasted[kind])
-    typical = {kind: max(1, round(float(np.median(epochs[kind])))) for kind in NETWORKS}
-    networks, _ = fit_networks(readings, starts, settings, typical)
-    decoder = fit_decoder(readings, classes, priors, starts, settings.grid)
-    return FittedRereader(networks, decoder, classes)
+    unseen = UnseenClasses.fit(readings, fold, settings)
+    epochs = {}
+    for kind, lasted in unseen.epochs.items():
+        epochs[kind] = max(1, round(float(np.median(lasted))))
+    networks, _ = fit_networks(readings, unseen.starts, settings, epochs)
+    decoder = fit_decoder(readings, unseen.classes, priors, unseen.starts, settings.grid)
+    return FittedRereader(networks, decoder, unseen)
 
 
 def bucket_starts(at: np.ndarray) -> np.ndarray:
@@ -276,31 +324,6 @@ def fit_decoder(
             best = min(best, (score, weight, conformal), key=lambda each: each[0])
         found.append(ElapsedBucket(start, best[1], best[2], alone))
     return RereadDecoder(grid, tuple(found))
-
-
-def unseen_posteriors(
-    fitted: FittedRereader, readings: Readings, priors: Priors, fold: np.ndarray
-) -> Posteriors:
-    """(R,) posteriors by networks, weights and maps that had not seen the readings' prompts.
-
-    Arguments as for `fit_rereader`.
-    """
-    decoder, parts, order = fitted.decoder, [], []
-    for k in np.unique(fold):
-        rest, held = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
-        of_rest = fit_decoder(
-            readings.take_rows(rest),
-            fitted.classes[rest],
-            priors.take_rows(rest),
-            decoder.starts,
-            decoder.grid,
-        )
-        at = readings.at[held]
-        parts.append(of_rest.posteriors(at, fitted.classes[held], priors.take_rows(held)))
-        order.append(held)
-    back = np.concatenate(order).argsort()
-    edges = np.concatenate([part.edges for part in parts])[back]
-    return Posteriors(edges, np.concatenate([part.masses for part in parts])[back])
 
 
 def fit_map(posteriors: Posteriors, readings: Readings, cap: int) -> tuple[Conformal, float]:

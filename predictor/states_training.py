@@ -32,7 +32,6 @@ from predictor.rereading_fit import (
     FitSettings,
     FittedRereader,
     fit_rereader,
-    unseen_posteriors,
 )
 
 
@@ -58,7 +57,7 @@ def train_states(config: PredictorConfig) -> Path:
     fold = fold_of(rows.groups)[readings.prompt]
     priors = prompt_priors(config, rows).take_rows(readings.prompt)
     fitted = fit_rereader(readings, priors, fold, fit_settings(config, states))
-    posteriors = unseen_posteriors(fitted, readings, priors, fold)
+    posteriors = fitted.unseen.posteriors(readings, priors)
     metrics = score_places(
         posteriors,
         survived_priors(priors, readings.at, fitted.decoder.grid),
