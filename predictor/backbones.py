@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,27 @@ class NoBackbone:
         from predictor.scorers import FrozenScorer
 
         return FrozenScorer.load(folder, None)
+
+
+@dataclass(frozen=True)
+class StatesBackbone:
+    """`states`: the served model's hidden states, which its engine hands to a Rereader.
+
+    Attributes:
+        layers: whose outputs are read, from 1; every: tokens between two readings of an answer.
+        pooling: of hidden_states.POOLINGS; hidden_size: features of a layer's output.
+        weights: fingerprint of the model whose states they are.
+    """
+
+    layers: tuple[int, ...]
+    every: int
+    pooling: str
+    hidden_size: int
+    weights: str
+
+    def load_scorer(self, folder: Path, **options: Any) -> "Scorer":
+        """Raises ValueError: it reads no prompts."""
+        refuse_states(folder)
 
 
 @dataclass(frozen=True)
@@ -336,6 +357,14 @@ class ChatGLMBackbone:
         return states[: batch["prompts"]]
 
 
+def refuse_states(folder: Path) -> NoReturn:
+    """Raises ValueError: the folder's predictor is of --backbone states, which reads no prompts."""
+    raise ValueError(
+        f"{folder} is a predictor of --backbone states, which reads a running engine's states, "
+        "not prompts: give it as --rereader"
+    )
+
+
 def config_of(model: "torch.nn.Module") -> Any:
     """The configuration of a transformers' model, which torch types as Tensor | Module."""
     return model.config
@@ -429,9 +458,10 @@ def truncate_layers(model: "PreTrainedModel", depth: int) -> "PreTrainedModel":
     raise ValueError(f"--encoder_layers: no list of {whole} layers in {type(model).__name__}")
 
 
-Backbone: TypeAlias = NoBackbone | EncoderBackbone | ChatGLMBackbone
+Backbone: TypeAlias = NoBackbone | EncoderBackbone | ChatGLMBackbone | StatesBackbone
 BACKBONES: dict[str, Callable[..., Backbone]] = {
     "lexical": NoBackbone,
     "encoder": EncoderBackbone,
     "chatglm": ChatGLMBackbone,
+    "states": StatesBackbone,
 }

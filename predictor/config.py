@@ -9,15 +9,21 @@ from finetune.flags import fixed_flag, flag
 from finetune.methods import METHODS
 from predictor.backbones import BACKBONES
 from predictor.heads import HEADS
+from predictor.hidden_states import POOLINGS
 from predictor.labels import MAX_TOKENS
 
 MOST_BINS = 10_000  # of a head, each an output
+MOST_UNITS = 4096
 TRAIN_TYPES = (*METHODS, "none")
 
 STEPS = Effect(
     "a backbone that is trained in steps, not --train_type none", lambda c: c.train_type != "none"
 )
-LEXICAL = Effect("--backbone lexical; got {c.backbone}", lambda c: c.backbone == "lexical")
+LEXICAL = Effect(
+    "--backbone lexical, or states, whose prior is lexical; got {c.backbone}",
+    lambda c: c.backbone in ("lexical", "states"),
+)
+STATES = Effect("--backbone states; got {c.backbone}", lambda c: c.backbone == "states")
 FROZEN = Effect("--train_type none; got {c.train_type}", lambda c: c.train_type == "none")
 DISTRIBUTION = Effect("--head distribution; got {c.head}", lambda c: c.head == "distribution")
 IN_STEPS = (
@@ -61,7 +67,8 @@ EFFECTS: dict[str, Effect] = {
         lambda c: bool(c.data_cache) and c.train_type == "none",
     ),
     "encoder_path": Effect(
-        "--backbone encoder or lexical; got {c.backbone}", lambda c: c.backbone != "chatglm"
+        "--backbone encoder or lexical; got {c.backbone}",
+        lambda c: c.backbone in ("encoder", "lexical"),
     ),
     "encoder_language": Effect(
         "--backbone lexical with --encoder_path",
@@ -74,11 +81,43 @@ EFFECTS: dict[str, Effect] = {
     ),
     **dict.fromkeys(("hash_bits", "student_ridge"), LEXICAL),
     **dict.fromkeys(("head_ridge", "landmarks"), FROZEN),
-    "calibration_share": STEPS,
+    "calibration_share": Effect(
+        "a backbone that is trained in steps or --backbone states, not --train_type none",
+        lambda c: c.train_type != "none" or c.backbone == "states",
+    ),
+    "eval_path": Effect(
+        "another --backbone than states, whose metrics are of prompts unseen in folds",
+        lambda c: c.backbone != "states",
+    ),
+    **dict.fromkeys(
+        (
+            "states",
+            "state_layers",
+            "state_pooling",
+            "state_units",
+            "state_seeds",
+            "state_decay",
+            "state_dropout",
+        ),
+        STATES,
+    ),
     **dict.fromkeys(("num_bins", "label_width", "crps_weight"), DISTRIBUTION),
     "num_buckets": Effect("--head bucket; got {c.head}", lambda c: c.head == "bucket"),
     "ranking_loss": Effect("--head ranking; got {c.head}", lambda c: c.head == "ranking"),
 }
+
+
+def parse_layers(name: str, text: str) -> tuple[int, ...]:
+    """The layers of a flag's comma list, ascending. Raises ValueError where it is malformed."""
+    try:
+        layers = sorted({int(part) for part in text.split(",") if part.strip()})
+    except ValueError:
+        layers = [0]
+    if layers and layers[0] < 1:
+        raise ValueError(
+            f"--{name} must be whole numbers from 1, separated by commas; got {text!r}"
+        )
+    return tuple(layers)
 
 
 @dataclass(frozen=True)
@@ -123,7 +162,8 @@ class PredictorConfig(RunConfig):
     backbone: str = fixed_flag(
         "lexical",
         "lexical: n-grams and counts, no transformer; encoder: a Hugging Face encoder "
-        "(--encoder_path); chatglm: the served model itself",
+        "(--encoder_path); chatglm: the served model itself; states: its hidden states, read again "
+        "while the answer is written (--states)",
         choices=tuple(BACKBONES),
     )
     head: str = fixed_flag(
@@ -148,6 +188,24 @@ class PredictorConfig(RunConfig):
         "--backbone chatglm: a head on the served model's own prompt state, which costs nothing "
         "when serving",
     )
+    states: str = fixed_flag(
+        "",
+        "--backbone states: folder of the hidden states of --train_path's answers, which "
+        "scripts/collect_lengths.py --states keeps (required)",
+    )
+    state_layers: str = fixed_flag(
+        "", "states: comma list of the layers to read, of those that were kept [all]"
+    )
+    state_pooling: str = fixed_flag(
+        "both",
+        "states: the last token's, the mean over tokens, both side by side, or both with the "
+        "prompt's mean weighted by entropy",
+        choices=POOLINGS,
+    )
+    state_units: int = fixed_flag(64, "states: hidden units of a network; 0: a linear one")
+    state_seeds: int = fixed_flag(2, "states: networks whose logits are averaged", positive=True)
+    state_decay: float = fixed_flag(0.1, "states: weight decay of AdamW")
+    state_dropout: float = fixed_flag(0.3, "states: dropout of states and hidden units")
     served_model: str = fixed_flag(
         "",
         "name of the model whose answers are predicted "
@@ -172,7 +230,7 @@ class PredictorConfig(RunConfig):
     calibration_share: float = fixed_flag(
         0.15,
         "share of the prompts held out for calibration; a frozen backbone's head calibrates on "
-        "all of them, each by a head that has not seen it",
+        "all of them, each by a head that has not seen it; states: held out to stop training",
     )
     hash_bits: int = fixed_flag(18, "lexical: n-grams are hashed to 2^N rows")
     student_ridge: float = fixed_flag(3.0, "lexical: ridge penalty of the student of n-grams")
@@ -217,10 +275,12 @@ class PredictorConfig(RunConfig):
                 "--reuse_prefill needs --backbone chatglm, and no --train_type: "
                 "the served model stays as it is"
             )
-        if self.backbone == "lexical" and self.train_type != "none":
+        if self.backbone in ("lexical", "states") and self.train_type != "none":
             raise ValueError(
-                f"--backbone lexical has no weights for --train_type {self.train_type}"
+                f"--backbone {self.backbone} has no weights for --train_type {self.train_type}"
             )
+        if self.backbone == "states":
+            self._check_states()
         if self.backbone == "encoder" and not self.encoder_path:
             raise ValueError(
                 "--backbone encoder needs --encoder_path: the folder of a Hugging Face encoder"
@@ -229,6 +289,30 @@ class PredictorConfig(RunConfig):
             raise ValueError(
                 "--train_type ptuning is for ChatGLM; an encoder takes all, lora, freeze or none"
             )
+
+    def _check_states(self) -> None:
+        """Raises ValueError where the flags of --backbone states do not fit."""
+        if not self.states:
+            raise ValueError(
+                "--backbone states needs --states: the folder that "
+                "scripts/collect_lengths.py --states writes"
+            )
+        if self.head != "distribution":
+            raise ValueError(f"--backbone states needs --head distribution; got {self.head}")
+        if "," in self.train_path:
+            raise ValueError(
+                "--backbone states needs one file as --train_path, whose lines the states are of; "
+                f"got {self.train_path}"
+            )
+        if not 0 <= self.state_units <= MOST_UNITS:
+            raise ValueError(
+                f"--state_units must be from 0 to {MOST_UNITS:,}; got {self.state_units}"
+            )
+        if not 0 <= self.state_decay < 1e3:
+            raise ValueError(f"--state_decay must not be below 0; got {self.state_decay}")
+        if not 0 <= self.state_dropout < 1:
+            raise ValueError(f"--state_dropout must be in [0, 1); got {self.state_dropout}")
+        self.read_layers  # noqa: B018 - raises where --state_layers is malformed
 
     def _check_numbers(self) -> None:
         """Raises ValueError naming the first flag that is out of its range."""
@@ -262,16 +346,12 @@ class PredictorConfig(RunConfig):
     @property
     def layers(self) -> tuple[int, ...]:
         """--encoder_layers, ascending."""
-        try:
-            layers = sorted({int(part) for part in self.encoder_layers.split(",") if part.strip()})
-        except ValueError:
-            layers = [0]
-        if layers and layers[0] < 1:
-            raise ValueError(
-                "--encoder_layers must be whole numbers from 1, separated by commas; "
-                f"got {self.encoder_layers!r}"
-            )
-        return tuple(layers)
+        return parse_layers("encoder_layers", self.encoder_layers)
+
+    @property
+    def read_layers(self) -> tuple[int, ...]:
+        """--state_layers, ascending; none for all."""
+        return parse_layers("state_layers", self.state_layers)
 
     @property
     def needs_model(self) -> bool:

@@ -22,7 +22,9 @@ from chatglm.commands import Parser, run_command, whole
 from finetune.files import write_json
 from predictor.calibration import kaplan_meier, levels_of
 from predictor.command_flags import add_bad_row_flag, add_predictor_flags, add_yes_no
+from predictor.decoder import read_card
 from predictor.labels import LabelledPrompt, data_hash, language, make_counter, read_examples
+from predictor.reread_scores import aligned
 from predictor.scores import grouped, kendall_tau, metrics_of, quantiles
 
 if TYPE_CHECKING:
@@ -398,12 +400,7 @@ def table_lines(rows: dict[str, dict]) -> list[str]:
         for key, form in COLUMNS.values():
             line.append(format(metrics[key], form))
         lines.append(line)
-    text = [""] * len(lines)
-    for number, column in enumerate(zip(*lines)):
-        width = max(map(len, column))
-        for i, cell in enumerate(column):
-            text[i] += f"  {cell:>{width}}" if number else cell.ljust(width)
-    return text
+    return aligned(lines)
 
 
 @dataclass(frozen=True)
@@ -422,12 +419,16 @@ class EvaluationFlags:
     batch_size: int
     threads: int | None
     on_bad_row: str
+    states: str | None
+    prior: str | None
 
 
 def run_evaluation(flags: EvaluationFlags) -> None:
     """Evaluate, print the table, write the files."""
     from predictor.runtime import LengthPredictor
 
+    if is_rereader(flags):
+        return run_reread_evaluation(flags)
     predictor = LengthPredictor.from_pretrained(
         flags.predictor,
         served_model=flags.model_path,
@@ -455,6 +456,42 @@ def run_evaluation(flags: EvaluationFlags) -> None:
         write_json(flags.json, report)
     if flags.picture and predicted:
         draw_picture(Path(flags.picture), predicted, observed, report)
+
+
+def is_rereader(flags: EvaluationFlags) -> bool:
+    """Whether --predictor is of --backbone states.
+
+    Raises:
+        ValueError: --states, --prior or --picture do not fit it.
+    """
+    reads_states = read_card(flags.predictor)["backbone"]["name"] == "states"
+    for flag in ("states", "prior"):
+        if getattr(flags, flag) and not reads_states:
+            raise ValueError(
+                f"--{flag} needs a --predictor of --backbone states, not {flags.predictor}"
+            )
+    if reads_states and not flags.states:
+        raise ValueError(
+            f"--predictor {flags.predictor} reads hidden states: --states wants the folder of "
+            "those of --data"
+        )
+    if reads_states and flags.picture:
+        raise ValueError(f"--picture needs a predictor of prompts; {flags.predictor} reads states")
+    return reads_states
+
+
+def run_reread_evaluation(flags: EvaluationFlags) -> None:
+    """`run_evaluation` of a predictor of --backbone states."""
+    from predictor.evaluate_states import describe_rereads, evaluate_rereader
+    from predictor.rereading import Rereader
+    from predictor.runtime import LengthPredictor
+
+    rereader = Rereader.from_pretrained(flags.predictor, served_model=flags.model_path)
+    prior = LengthPredictor.from_pretrained(flags.prior) if flags.prior else None
+    report = evaluate_rereader(rereader, Path(flags.data), Path(str(flags.states)), prior)
+    print(describe_rereads(report), flush=True)
+    if flags.json:
+        write_json(flags.json, report)
 
 
 def draw_picture(
@@ -521,6 +558,16 @@ def build_parser() -> Parser:
         "--allow_other_tokenizer",
         False,
         "take a --model_path of another tokenizer all the same",
+    )
+    parser.add_argument(
+        "--states",
+        metavar="DIR",
+        help="a predictor of --backbone states: the hidden states of --data's answers",
+    )
+    parser.add_argument(
+        "--prior",
+        metavar="DIR",
+        help="a predictor of --backbone states: the predictor of prompts that it is pooled with",
     )
     add_output_flags(parser)
     return parser

@@ -29,13 +29,15 @@ from predictor.decoder import CARD, read_card, write_card
 from predictor.kernel import FILE as KERNEL_FILE
 from predictor.lexical import FILE as LEXICAL_FILE
 from predictor.onnx_int8 import quantise
+from predictor.rereading import WEIGHTS_FILE as REREADER_FILE
+from predictor.rereading import Rereader
 from predictor.runtime import LengthPredictor
 from predictor.scorers import HEAD_FILE, ONNX_FILE, TOKENIZER_FILE, OnnxVectors, encode_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HEAD_FILES = (HEAD_FILE, KERNEL_FILE, LEXICAL_FILE)
+HEAD_FILES = (HEAD_FILE, KERNEL_FILE, LEXICAL_FILE, REREADER_FILE)
 # Largest allowed difference between torch's vectors and the export's, of the largest value.
 TOLERANCE = 1e-4
 INT8_COSINE = 0.98  # least mean cosine similarity of an int8 model's vectors to the exact ones
@@ -388,6 +390,9 @@ def write_export_card(
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     card["export"]["files"] = files
     write_card(aside, card)
+    if card["backbone"]["name"] == "states":
+        Rereader.from_pretrained(aside)  # raises where a file is not whole
+        return
     if not compare:
         return
     before = LengthPredictor.from_pretrained(checkpoint).predict(PROBES)

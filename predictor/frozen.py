@@ -150,34 +150,43 @@ def longest_prompt(config: PredictorConfig) -> int:
 def fit_predictor(
     config: PredictorConfig, rows: LengthRows, features: Features
 ) -> tuple[FrozenScorer, Decoder, dict[str, float]]:
-    """(scorer, decoder, metrics on unseen prompts).
-
-    The decoder is fitted to outputs for prompts unseen by the head: FOLDS heads, each fitted to all
-    folds but one.
-    """
-    lengths, numbers = rows.train, target_prompts(rows)
-    head = make_head(config)
-    labels = lengths.condense(rows.target_model, config.other_models_weight)
-    matrix, fold = features.matrix, fold_of(rows.groups)[numbers]
-
-    def fit_on_rows(chosen: np.ndarray) -> KernelHead:
-        return fit_kernel_head(config, head, features, matrix, labels, numbers, chosen)
-
-    outputs = np.zeros((len(numbers), head.width))
-    for k in np.unique(fold):
-        held_out = fold == k
-        outputs[held_out] = fit_on_rows(np.flatnonzero(~held_out))(matrix[held_out])
-    prompt, tokens, finished, weights = lengths.of_model(rows.target_model)
-    place = np.searchsorted(numbers, prompt)
-    decoder = Decoder.fit(head, outputs[place], tokens, finished, weights, prompt)
-    probabilities, ranks = decoder.decode(outputs[place])
+    """(scorer, decoder, metrics on unseen prompts)."""
+    numbers = target_prompts(rows)
+    outputs, decoder = fit_out_of_fold(config, rows, features)
+    prompt, tokens, finished, _ = rows.train.of_model(rows.target_model)
+    probabilities, ranks = decoder.decode(outputs[np.searchsorted(numbers, prompt)])
     metrics = metrics_of(probabilities, decoder.edges, ranks, tokens, finished)
-    kernel_head = fit_on_rows(np.arange(len(numbers)))
+    labels = rows.train.condense(rows.target_model, config.other_models_weight)
+    chosen, head = np.arange(len(numbers)), make_head(config)
+    kernel_head = fit_kernel_head(config, head, features, features.matrix, labels, numbers, chosen)
     return (
         FrozenScorer(None, features.encoder_head, features.lexical, kernel_head),
         decoder,
         metrics,
     )
+
+
+def fit_out_of_fold(
+    config: PredictorConfig, rows: LengthRows, features: Features
+) -> tuple[np.ndarray, Decoder]:
+    """(outputs (prompts, width) for the `target_prompts`, the decoder fitted to them).
+
+    Each prompt's outputs are of a head that has not seen it: FOLDS heads, each fitted to all folds
+    but one.
+    """
+    lengths, numbers = rows.train, target_prompts(rows)
+    head = make_head(config)
+    labels = lengths.condense(rows.target_model, config.other_models_weight)
+    matrix, fold = features.matrix, fold_of(rows.groups)[numbers]
+    outputs = np.zeros((len(numbers), head.width))
+    for k in np.unique(fold):
+        held_out = fold == k
+        chosen = np.flatnonzero(~held_out)
+        kernel_head = fit_kernel_head(config, head, features, matrix, labels, numbers, chosen)
+        outputs[held_out] = kernel_head(matrix[held_out])
+    prompt, tokens, finished, weights = lengths.of_model(rows.target_model)
+    place = np.searchsorted(numbers, prompt)
+    return outputs, Decoder.fit(head, outputs[place], tokens, finished, weights, prompt)
 
 
 def fit_kernel_head(
@@ -241,6 +250,7 @@ def make_features(config: PredictorConfig, rows: LengthRows, backbone: Backbone)
     prompts = [rows.train.prompts[i] for i in numbers]
     if isinstance(backbone, EncoderBackbone):
         return encoder_features(config, backbone, prompts)
+    assert isinstance(backbone, ChatGLMBackbone)  # of states there is no frozen head
     vectors = vectors_of(
         backbone, config.model_name_or_path, prompts, config.data_cache, config.data_cache_gb
     )

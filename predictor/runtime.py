@@ -10,7 +10,7 @@ import numpy as np
 
 from chatglm.checksums import check_folder_files, is_top
 from finetune.files import sha256
-from predictor.backbones import BACKBONES, Backbone
+from predictor.backbones import BACKBONES, Backbone, refuse_states
 from predictor.decoder import Decoder, read_card, tokenizer_hash
 from predictor.prediction import LengthPrediction
 from predictor.scorers import FrozenScorer
@@ -148,6 +148,9 @@ def read_predictor(folder: Path) -> tuple[dict, Decoder, Backbone]:
         ValueError: the card or a file is damaged, or of a newer format.
     """
     card = read_card(folder)
+    kind = card.get("backbone")
+    if isinstance(kind, dict) and kind.get("name") == "states":
+        refuse_states(folder)
     try:
         decoder = Decoder.from_dict(card)
         # Decode once: settings that do not fit the head raise here.

@@ -289,6 +289,10 @@ def train_predictor(config: PredictorConfig) -> Path:
 
     Raises: as finetune.engine.train_task.
     """
+    if config.backbone == "states":
+        from predictor.states_training import train_states
+
+        return train_states(config)
     if config.train_type == "none":
         from predictor.frozen import train_frozen
 

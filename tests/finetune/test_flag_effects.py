@@ -103,6 +103,7 @@ CASES = {
     "tensorboard": ("x", "--report_to=", ""),
 }
 ENCODER = "--backbone encoder --encoder_path e"
+STATES = "--backbone states --states s"
 PREDICTOR_CASES = {
     **dict.fromkeys(
         (
@@ -147,6 +148,12 @@ PREDICTOR_CASES = {
     "head_ridge": ("1", ENCODER, ""),
     "landmarks": ("9", ENCODER, ""),
     **dict.fromkeys(("num_bins", "label_width", "crps_weight"), ("9", "--head bucket", "")),
+    "eval_path": ("e", STATES, ""),
+    "states": ("s", "", "--backbone states"),
+    "state_layers": ("3", "", STATES),
+    "state_pooling": ("last", "", STATES),
+    **dict.fromkeys(("state_units", "state_seeds"), ("3", "", STATES)),
+    **dict.fromkeys(("state_decay", "state_dropout"), ("0.2", "", STATES)),
     "num_buckets": ("9", "", "--head bucket"),
     "ranking_loss": ("listmle", "", "--head ranking"),
 }

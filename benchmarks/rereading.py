@@ -1,0 +1,341 @@
+"""How well what is left of an answer is predicted from the served model's hidden states.
+
+python benchmarks/rereading.py --lengths lengths.jsonl --states states
+python benchmarks/rereading.py --lengths lengths.jsonl --states states --ablations
+
+Lengths and states are those of `scripts/collect_lengths.py --states`. Five folds by prompt: each
+answer is predicted by networks, weights of the pool and conformal maps that have not seen its
+prompt, nor a near-duplicate. Answers at the cap are tied with one another in tau-b, at the length
+that was seen; "of ended" leaves them out. See docs/results.md, "Lengths re-read".
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from chatglm.commands import Parser, run_command, whole  # noqa: E402
+from finetune.files import write_json  # noqa: E402
+from predictor.calibration import Conformal  # noqa: E402
+from predictor.config import PredictorConfig  # noqa: E402
+from predictor.decoder import FOLDS, fold_of  # noqa: E402
+from predictor.hidden_states import HiddenStates  # noqa: E402
+from predictor.readings import Readings  # noqa: E402
+from predictor.reread_scores import (  # noqa: E402
+    LEGEND,
+    aligned,
+    capped_crps,
+    quantile_rows,
+    rank_left,
+    reread_lines,
+    score_places,
+    survived_priors,
+)
+from predictor.rereading import LeftGrid, Posteriors, Priors, pool_logarithms  # noqa: E402
+from predictor.rereading_fit import (  # noqa: E402
+    POOL_WEIGHTS,
+    FitSettings,
+    UnseenClasses,
+    fit_map,
+)
+from predictor.scores import kendall_tau  # noqa: E402
+from predictor.states_training import (  # noqa: E402
+    fit_settings,
+    load_readings,
+    prompt_priors,
+)
+
+SHOWN = (0, 64, 128, 256)  # places of the ablations' columns
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Readings, what the prompts' predictor says of them, and how networks are fitted.
+
+    Attributes:
+        pooled: of the last layer that was kept, or of --state_layers.
+        fold: (R,) of each reading's prompt; priors: of each reading.
+    """
+
+    config: PredictorConfig
+    states: HiddenStates
+    readings: Readings
+    priors: Priors
+    fold: np.ndarray
+    settings: FitSettings
+
+    @classmethod
+    def load(cls, config: PredictorConfig) -> "Collection":
+        rows, states, readings = load_readings(config)
+        print(rows.summary(), flush=True)
+        fold = fold_of(rows.groups)[readings.prompt]
+        priors = prompt_priors(rows.config, rows).take_rows(readings.prompt)
+        settings = fit_settings(rows.config, states)
+        return cls(rows.config, states, readings, priors, fold, settings)
+
+    def vectors(self, pooling: str, layers: tuple[int, ...]) -> Readings:
+        """The readings with other states."""
+        rows = self.rows_of_readings()
+        return replace(self.readings, vectors=self.states.vectors(pooling, layers)[rows])
+
+    def rows_of_readings(self) -> np.ndarray:
+        """(R,): the row of the states that each reading is."""
+        width = self.states.cap + 1
+        places = self.states.answer * width + self.states.at
+        return np.searchsorted(places, self.readings.answer * width + self.readings.at)
+
+    def survived(self) -> Posteriors:
+        """The prompts' predictions conditioned on survival."""
+        return survived_priors(self.priors, self.readings.at, self.settings.grid)
+
+    def scores(self, posteriors: Posteriors) -> dict:
+        """`score_places` beside the prompts' predictions."""
+        mine = self.readings
+        return score_places(
+            posteriors, self.survived(), mine.at, mine.tokens, mine.finished, self.states.cap
+        )
+
+
+def half_way(data: Collection, posteriors: Posteriors) -> dict[str, float]:
+    """{"answers", "posterior", "prior", "ended_posterior", "ended_prior"}: MAE at half way, tokens.
+
+    Of every answer with a reading at or before its half, other than the prompt's, the last such
+    reading; of the median of what is left, medians and lengths at most the cap.
+    """
+    mine = data.readings
+    chosen = (mine.at > 0) & (mine.at <= mine.tokens / 2)
+    chosen &= mine.at + data.states.every > mine.tokens / 2
+    tokens, finished = mine.tokens[chosen], mine.finished[chosen]
+    figures = {"answers": float(chosen.sum())}
+    for name, each in (("posterior", posteriors), ("prior", data.survived())):
+        part = Posteriors(each.edges[chosen], each.masses[chosen])
+        medians = np.minimum(quantile_rows(part, 0.5), data.states.cap)
+        errors = np.abs(medians - tokens)
+        figures[name] = float(errors.mean()) if len(errors) else 0.0
+        figures[f"ended_{name}"] = float(errors[finished].mean()) if finished.any() else 0.0
+    return figures
+
+
+def describe_half_way(figures: dict[str, float]) -> str:
+    """`half_way` in one line."""
+    parts = []
+    for name, start in (("all", ""), ("that ended", "ended_")):
+        mine, prior = figures[f"{start}posterior"], figures[f"{start}prior"]
+        change = 100 * (mine / prior - 1) if prior else 0.0
+        parts.append(f"{name} {mine:.1f} / {prior:.1f} tokens ({change:+.0f} %)")
+    return f"MAE at half way, {figures['answers']:.0f} answers: " + ", ".join(parts)
+
+
+def variant_line(name: str, data: Collection, posteriors: Posteriors) -> list[str]:
+    """A row of the ablations: tau-b and CRPS at the places SHOWN, MAE at half way."""
+    mine, line = data.readings, [name]
+    for place in SHOWN:
+        rows = np.flatnonzero(mine.at == place)
+        if len(rows) < 2:
+            line.append("-")
+            continue
+        part = Posteriors(posteriors.edges[rows], posteriors.masses[rows])
+        left = mine.tokens[rows] - place
+        tau = kendall_tau(rank_left(part, mine.at[rows]), left)
+        crps = float(capped_crps(part, mine.tokens[rows], data.states.cap).mean())
+        line.append(f"{tau:.3f} {crps:.1f}")
+    line.append(f"{half_way(data, posteriors)['posterior']:.1f}")
+    return line
+
+
+def fitted(data: Collection, readings: Readings, settings: FitSettings) -> UnseenClasses:
+    """Networks of the folds for some states of the same readings."""
+    return UnseenClasses.fit(readings, data.fold, settings)
+
+
+def ablations(data: Collection, main: UnseenClasses) -> list[list[str]]:
+    """Rows of the table: what each choice is worth."""
+    mine, rows = data.readings, [["", *map(str, SHOWN), "half way"]]
+
+    def add(name: str, posteriors: Posteriors) -> None:
+        rows.append(variant_line(name, data, posteriors))
+        print("  ".join(rows[-1]), file=sys.stderr, flush=True)
+
+    add("prompt's prediction alone", data.survived())
+    add("pooled", main.posteriors(mine, data.priors))
+    add("states alone", main.posteriors(mine, data.priors, alone=True))
+    add("pooled with the last posterior (TRAIL)", smoothed(data, main))
+    for steps in (2, 4):
+        every = steps * data.states.every
+        add(f"re-read every {every}", stale(data, main.posteriors(mine, data.priors), every))
+    for name, settings in variants(data.settings):
+        add(name, fitted(data, mine, settings).posteriors(mine, data.priors))
+    add("the prior as an input", prior_as_input(data))
+    poolings = ["last", "mean"] + (["entropy"] if data.states.entropy is not None else [])
+    for pooling in poolings:
+        other = data.vectors(pooling, data.config.read_layers)
+        add(f"pooling {pooling}", fitted(data, other, data.settings).posteriors(mine, data.priors))
+    for layer in data.states.layers:
+        other = data.vectors(data.config.state_pooling, (layer,))
+        add(f"layer {layer}", fitted(data, other, data.settings).posteriors(mine, data.priors))
+    return rows
+
+
+def variants(settings: FitSettings) -> list[tuple[str, FitSettings]]:
+    """Other networks and losses."""
+    return [
+        ("linear", replace(settings, state_units=0)),
+        ("one seed", replace(settings, state_seeds=1)),
+        ("without the ranked probability score", replace(settings, crps_weight=0.0)),
+        ("16 bins", replace(settings, num_bins=16)),
+    ]
+
+
+def prior_as_input(data: Collection) -> Posteriors:
+    """States with the prompt's log probabilities beside them, without a pool."""
+    logs = np.log(data.priors.masses + 1e-6).astype(np.float32)
+    both = np.concatenate([data.readings.vectors, logs], axis=1)
+    unseen = fitted(data, replace(data.readings, vectors=both), data.settings)
+    return unseen.posteriors(data.readings, data.priors, alone=True)
+
+
+def stale(data: Collection, posteriors: Posteriors, every: int) -> Posteriors:
+    """Posteriors of the last reading at a multiple of `every`, conditioned on survival since."""
+    mine, masses = data.readings, posteriors.masses.copy()
+    edges = posteriors.edges.copy()
+    number = np.arange(len(mine))
+    source = number - (mine.at % every) // data.states.every
+    for i in np.flatnonzero(source != number).tolist():
+        before = Priors(posteriors.edges[source[i]], posteriors.masses[source[i]][None])
+        part = survived_priors(before, mine.at[i : i + 1], data.settings.grid).predictions()[0]
+        total = np.interp(edges[i], part.edges, part.cumulative)
+        masses[i] = np.diff(total)
+    return Posteriors(edges, masses / masses.sum(axis=1, keepdims=True))
+
+
+def smoothed(data: Collection, main: UnseenClasses) -> Posteriors:
+    """TRAIL's filter (arXiv 2410.01035): each reading is pooled with the answer's last posterior.
+
+    The last posterior, conditioned on survival, takes the place of the prompt's prediction; its
+    weight at each place and the conformal map are fitted to the other folds.
+    """
+    mine, grid = data.readings, data.settings.grid
+    last: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    width = 0
+    found: dict[int, Posteriors] = {}
+    for place in np.unique(mine.at).tolist():
+        rows = np.flatnonzero(mine.at == place)
+        before = data.priors.take_rows(rows)
+        if place:
+            edges = last[mine.answer[rows[0]]][0]
+            masses = [last[answer][1] for answer in mine.answer[rows].tolist()]
+            before = Priors(edges, np.array(masses))
+        part = pool_step(grid, main.classes[rows], mine.take_rows(rows), before, data.fold[rows])
+        for answer, masses in zip(mine.answer[rows].tolist(), part.masses):
+            last[answer] = (part.edges[0], masses)
+        found[place] = part
+        width = max(width, part.edges.shape[1])
+    edges = np.zeros((len(mine), width))
+    masses = np.zeros((len(mine), width - 1))
+    for place, part in found.items():
+        rows = np.flatnonzero(mine.at == place)
+        count = part.edges.shape[1]
+        edges[rows, :count], edges[rows, count:] = part.edges, part.edges[:, -1:]
+        masses[rows, : count - 1] = part.masses
+    return Posteriors(edges, masses)
+
+
+def pool_step(
+    grid: LeftGrid, classes: np.ndarray, part: Readings, before: Priors, fold: np.ndarray
+) -> Posteriors:
+    """Posteriors of readings at one place, pooled with `before`, weights fitted to other folds."""
+    at = part.at.astype(float)
+    edges, masses = grid.whole(classes, at)
+    options = []
+    for weight in POOL_WEIGHTS:
+        options.append(
+            Posteriors(*pool_logarithms(edges, masses, before, np.full(len(at), weight), at))
+        )
+    result = np.zeros(options[0].masses.shape)
+    for k in np.unique(fold):
+        rest, held = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
+        best: tuple[float, int, Conformal] = (np.inf, 0, Conformal())
+        for number, option in enumerate(options):
+            some = Posteriors(option.edges[rest], option.masses[rest])
+            conformal, score = fit_map(some, part.take_rows(rest), grid.cap)
+            best = min(best, (score, number, conformal), key=lambda each: each[0])
+        chosen = options[best[1]]
+        some = Posteriors(chosen.edges[held], chosen.masses[held])
+        result[held] = some.calibrated(np.zeros(len(held), int), [best[2]]).masses
+    return Posteriors(options[0].edges, result)
+
+
+def make_config(args: argparse.Namespace, lengths: Path, states: Path) -> PredictorConfig:
+    more = {}
+    for name in ("state_units", "state_seeds", "hash_bits", "landmarks"):
+        if getattr(args, name) is not None:
+            more[name] = getattr(args, name)
+    return PredictorConfig(
+        backbone="states",
+        train_path=str(lengths),
+        states=str(states),
+        state_layers=args.state_layers,
+        length_limit=args.length_limit,
+        **more,
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Fit, print the tables, write the figures."""
+    started = time.perf_counter()
+    data = Collection.load(make_config(args, args.lengths, args.states))
+    main = fitted(data, data.readings, data.settings)
+    posteriors = main.posteriors(data.readings, data.priors)
+    places = data.scores(posteriors)
+    half = half_way(data, posteriors)
+    seconds = time.perf_counter() - started
+    print(f"{len(data.readings)} readings, {FOLDS} folds by prompt, {seconds:.0f} s")
+    print("\n".join(reread_lines(places)) + "\n" + LEGEND)
+    print(describe_half_way(half), flush=True)
+    report = {"places": places, "half_way": half}
+    if args.ablations:
+        rows = ablations(data, main)
+        print("tau-b of what is left and CRPS after ... tokens, and MAE at half way:")
+        print("\n".join(aligned(rows)))
+        report["ablations"] = rows
+    if args.json:
+        write_json(args.json, report)
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="benchmarks/rereading.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--lengths", required=True, type=Path, metavar="FILE", help="of answers")
+    parser.add_argument("--states", required=True, type=Path, metavar="DIR", help="their states")
+    parser.add_argument(
+        "--state_layers", default="", metavar="LIST", help="layers that are read together [all]"
+    )
+    parser.add_argument(
+        "--length_limit", type=whole(2), default=8192, help="longest answer in tokens [8192]"
+    )
+    parser.add_argument("--state_units", type=whole(0), help="as of train.py")
+    parser.add_argument("--state_seeds", type=whole(), help="as of train.py")
+    parser.add_argument("--hash_bits", type=whole(8), help="as of train.py")
+    parser.add_argument("--landmarks", type=whole(), help="as of train.py")
+    parser.add_argument("--ablations", action="store_true", help="also what each choice is worth")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    return run_command(parser.prog, lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
