@@ -36,7 +36,7 @@ import numpy as np
 from benchmarks.rows import read_lines
 from benchmarks.serving_real import run_predictor
 from chatglm.commands import Parser
-from finetune.config import parse_positive
+from finetune.config import PRECISIONS, parse_positive
 from predictor.prediction import LengthPrediction
 from scripts.collect_lengths import row_seed
 from serving.policies.continuous import POLICIES
@@ -102,6 +102,7 @@ class LengthServingFlags:
     repetitions: int
     max_batch: int
     slo_scale: float
+    precision: str
     threads: int
     minutes: float
 
@@ -134,7 +135,7 @@ class ServedModel:
 
         rows = read_lines(flags.lengths)
         self.sampling = sampling_of(rows[0])
-        model = load_ready(flags.model, device="cpu", precision="fp32")
+        model = load_ready(flags.model, device="cpu", precision=flags.precision)
         tokenizer = load_tokenizer(flags.model)
         family = family_of(tokenizer)
         self.known: list[KnownAnswer] = []
@@ -147,21 +148,21 @@ class ServedModel:
         longest = self.sampling["max_new_tokens"] + 2
         longest += max(len(answer.ids) for answer in self.known)
         limits = Limits(flags.max_batch, flags.max_batch * longest, longest, 256)
-        self.rereader = None
+        self.engine = ContinuousEngine(model, limits, LinearCost())
+        self.reading_engine: ContinuousEngine | None = None
         if flags.rereader is not None:
             from predictor.rereading import Rereader
 
-            self.rereader = Rereader.from_pretrained(flags.rereader)
-        options = {} if self.rereader is None else {"rereader": self.rereader}
-        self.engine: ContinuousEngine = ContinuousEngine(model, limits, LinearCost(), **options)
+            rereader = Rereader.from_pretrained(flags.rereader, flags.model)
+            self.reading_engine = ContinuousEngine(model, limits, LinearCost(), rereader=rereader)
         context = multiprocessing.get_context("spawn")  # a fork would take torch's threads along
         self._pipe, theirs = context.Pipe()
         arguments = (theirs, flags.predictor)
         context.Process(target=run_predictor, args=arguments, daemon=True).start()
         self.alone_prompt_s, self.alone_token_s = self._measure_alone()
-        self.engine.cost = LinearCost(
-            limits.kv_tokens, self.alone_token_s, 0.0, 0.0, 0.0, self.alone_prompt_s
-        )
+        cost = LinearCost(limits.kv_tokens, self.alone_token_s, 0, 0, 0, self.alone_prompt_s)
+        for engine in filter(None, (self.engine, self.reading_engine)):
+            engine.cost = cost
         self.capacity = 0.0
 
     def _measure_alone(self) -> tuple[float, float]:
@@ -210,9 +211,10 @@ class ServedModel:
         from serving.engines import Inbox, Sampling, WallClock
 
         policy = POLICIES[name.removesuffix(READ)]
-        self.engine.rereader = self.rereader if name.endswith(READ) else None
+        engine = self.reading_engine if name.endswith(READ) else self.engine
+        assert engine is not None  # main() asks for --rereader with +read
         clock = WallClock()
-        inbox = Inbox(clock, self.engine)
+        inbox = Inbox(clock, engine)
         calls = []
         for request, which in requests:
             text = self.known[which].prompt if policy.predicts else None
@@ -227,13 +229,13 @@ class ServedModel:
                     request.id, len(known.ids), request.arrival_s, request.slo_s, prediction
                 )
                 sampling = Sampling(seed=known.seed, **self.sampling)
-                self.engine.submit(live, known.ids, sampling)
+                engine.submit(live, known.ids, sampling)
                 inbox.put(live)
             inbox.close()
 
         feeder = threading.Thread(target=feed, daemon=True)
         feeder.start()
-        collector = Collector().consume(run_scheduler(policy, self.engine, clock, inbox))
+        collector = Collector().consume(run_scheduler(policy, engine, clock, inbox))
         feeder.join()
         return collector
 
@@ -257,6 +259,7 @@ def run_cells(flags: LengthServingFlags) -> list[dict]:
     }
     depends_on |= {"lengths": str(flags.lengths), "requests": flags.requests}
     depends_on |= {"max_batch": flags.max_batch, "slo_scale": flags.slo_scale}
+    depends_on |= {"precision": flags.precision, "threads": flags.threads}
     kept = KeptCells(flags.cells, depends_on)
     missing = [cell for cell in flags.cell_list() if cell not in kept.done]
     if not missing:
@@ -381,6 +384,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repetitions", type=parse_positive, default=5)
     add("--max_batch", type=parse_positive, default=16, help="answers made at once [16]")
     add("--slo_scale", type=float, default=5.0, help="objective: so many times a typical answer")
+    add("--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]")
     add("--threads", type=parse_positive, default=1)
     add("--minutes", type=float, default=1e9, help="begin no cell after so many [no limit]")
     return parser

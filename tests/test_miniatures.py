@@ -93,6 +93,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/golden_table.py": "test_golden_table",
     "benchmarks/grammar_cost.py": "test_grammar_cost",
     "benchmarks/kill9.py": "test_kill9",
+    "benchmarks/length_serving.py": "test_smollm2",
     "benchmarks/live_view.py": "test_live_view",
     "benchmarks/method_matrix.py": "test_method_matrix",
     "benchmarks/offline.py": "test_offline",
@@ -330,6 +331,17 @@ def test_smollm2(tmp_path):
     for name in ("arrival", "reread"):
         found = json.loads((output / f"served-{name}.json").read_text())
         assert set(found["policies"]) == {"fcfs", "sjf", "deadline"}
+    cells = tmp_path / "cells.jsonl"
+    words = ["--model", model, "--lengths", output / "lengths.jsonl", "--cells", cells]
+    words += ["--predictor", output / "predictor-lexical", "--requests", 6, "--repetitions", 1]
+    words += ["--rereader", output / "predictor-states", "--loads", 2]
+    run("benchmarks/length_serving.py", *words, "--policies", "fcfs", "--arrivals", "poisson")
+    done = run("benchmarks/length_serving.py", *words, "--policies", "fcfs,sjf+read")
+    _, capacity, *rows = map(json.loads, cells.read_text().splitlines())
+    assert capacity["capacity"] > 0 and len(rows) == 4, done.stdout  # the first was there
+    assert "| sjf+read | 1 |" in done.stdout and {row["requests"] for row in rows} == {6}
+    for row in rows:
+        assert (row["reread"] > 0) == row["policy"].endswith("+read")
 
 
 @pytest.mark.slow
