@@ -151,16 +151,8 @@ def collect(flags: argparse.Namespace, model: Path, prompts: Path) -> None:
     words = ["scripts/collect_lengths.py", "--model_path", model, "--prompts", prompts]
     words += ["--output", lengths, "--states", flags.output / "states", "--device", "cpu"]
     words += ["--state_every", flags.every, "--do_sample", *SAMPLING, "--keep_answers"]
-    words += [
-        "--precision",
-        flags.precision,
-        "--samples",
-        flags.samples,
-        "--max_new_tokens",
-        flags.cap,
-        "--batch_size",
-        64,
-    ]
+    words += ["--samples", flags.samples, "--max_new_tokens", flags.cap]
+    words += ["--precision", flags.precision, "--batch_size", 64]
     if flags.layers:
         words += ["--state_layers", flags.layers]
     run_program(words)
