@@ -1,7 +1,7 @@
 """What re-reading running answers costs: CPU time of decode steps with and without, in pairs.
 
-    python benchmarks/reread_cost.py [--model DIR] [--rereader DIR] [--rows 16] [--prompt 64]
-        [--layer N] [--every 64] [--pairs 20] [--threads 1] [--quick] [--json FILE]
+    python benchmarks/reread_cost.py [--model DIR [--precision bf16]] [--rereader DIR] [--rows 16]
+        [--prompt 64] [--layer N] [--every 64] [--pairs 20] [--threads 1] [--quick] [--json FILE]
 
 Two continuous engines on one model decode the same rows, greedily (sampling would only add to the
 step). A pair is `every` steps of the one and as many of the other, in turns first; each interval
@@ -76,7 +76,7 @@ def open_model(flags: argparse.Namespace) -> Any:
 
     if flags.model is None:
         return make_model()
-    return load_ready(flags.model, device="cpu")
+    return load_ready(flags.model, device="cpu", precision=flags.precision)
 
 
 def open_rereader(flags: argparse.Namespace, model: Any) -> "StateRereader":
@@ -161,7 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="a model folder, in fp32 on the CPU")
+    parser.add_argument("--model", help="a model folder, on the CPU")
+    parser.add_argument("--precision", default="bf16", help="of --model [bf16]")
     parser.add_argument("--rereader", help="folder of a predictor of hidden states")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")

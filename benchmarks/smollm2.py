@@ -151,7 +151,8 @@ def collect(flags: argparse.Namespace, model: Path, prompts: Path) -> None:
     words = ["scripts/collect_lengths.py", "--model_path", model, "--prompts", prompts]
     words += ["--output", lengths, "--states", flags.output / "states", "--device", "cpu"]
     words += ["--state_every", flags.every, "--do_sample", *SAMPLING, "--keep_answers"]
-    words += ["--samples", flags.samples, "--max_new_tokens", flags.cap, "--batch_size", 64]
+    words += ["--samples", flags.samples, "--max_new_tokens", flags.cap]
+    words += ["--precision", flags.precision, "--batch_size", 64]
     if flags.layers:
         words += ["--state_layers", flags.layers]
     run_program(words)
@@ -181,7 +182,7 @@ def serve(
         words = ["-m", "serving.run_requests", requests, "--model", model, "--device", "cpu"]
         words += ["--predictor", predictor, "--policies", POLICIES, "--rate", flags.rate]
         words += ["--slo_s", flags.slo_s, "--max_new_tokens", flags.cap, *SAMPLING]
-        words += ["--json", figures]
+        words += ["--precision", flags.precision, "--json", figures]
         if name == "reread":
             words += ["--rereader", rereader]
         run_program(words)
@@ -212,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--prompts", type=Path, help="JSON lines of {instruction, input, lang?} or {prompt}")
     add("--output", type=Path, default=Path("smollm2"), help="folder of all results [smollm2]")
     add("--model", type=Path, help="a model folder in place of the package")
+    add("--precision", default="bf16", help="that answers and serves [bf16]")
     add("--count", type=int, default=1000, help="prompts to collect [1000]")
     add("--samples", type=int, default=1, help="answers to each [1]")
     add("--cap", type=int, default=512, help="longest answer in tokens [512]")

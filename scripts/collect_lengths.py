@@ -409,7 +409,7 @@ def question_sampling(
     if seed is None:
         return Sampling(flags.max_new_tokens)
     own_seed = row_seed(seed, question.prompt, question.sample)
-    return Sampling(flags.max_new_tokens, seed=own_seed, **sampling)
+    return Sampling(flags.max_new_tokens, sampling["temperature"], sampling["top_p"], seed=own_seed)
 
 
 def answers_with_progress(

@@ -81,6 +81,8 @@ class ContinuousEngine(TextEngine):
             tap = self.rereads.tap
         if tap is not None:
             self.runner.attach(tap)
+            if self.prefixes is not None:
+                tap.mark_every = self.prefixes.copy_in_units()
 
     def copied_tokens(self) -> int:
         return 0 if self.prefixes is None else self.prefixes.copied_tokens

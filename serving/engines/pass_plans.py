@@ -5,7 +5,7 @@ order of their slabs; then chunks of prompts.
 """
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ class Sequence:
         lane: the micro-batch that it is in.
         prior: the prediction of its length at its arrival, where there was one.
         is_finite: it has made a token, and the model's output has been finite at each of them.
+        copied: of a common prefix, tokens and the marks (StateSums) of what they came from.
         base, reserve, max_answer: context at admission, KV tokens reserved, answer tokens after
             which it is truncated.
     """
@@ -62,6 +63,7 @@ class Sequence:
         self.slot = self.length = 0
         self.lane: Lane | None = None
         self.is_finite = False
+        self.copied: tuple[int, Mapping[int, Tensor]] | None = None
 
     @property
     def uncomputed(self) -> int:

@@ -11,8 +11,10 @@ operations (serving.engines.kv_memory); rows of one lane share, and what is kept
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from serving.engines.arena import placed_slab
 from serving.engines.kv_memory import KvMemory
@@ -31,10 +33,12 @@ class KeptPrefix:
     Attributes:
         ids: its n tokens.
         name: of its keys and values, virtual tokens included, in the KV memory.
+        marks: sums of its hidden states, where the engine reads them (StateSums.marks).
     """
 
     ids: list[int]
     name: int
+    marks: Mapping[int, Tensor]
 
 
 class PrefixCache:
@@ -50,17 +54,24 @@ class PrefixCache:
         tokens: kept at most, virtual tokens not counted.
         virtual: P-Tuning's tokens before each sequence.
     Attributes:
+        unit: prefixes are copied in multiples of so many tokens.
         kept_tokens: kept now.
         copied_tokens: prompt tokens that were copied instead of computed.
     """
 
     def __init__(self, memory: KvMemory, tokens: int, virtual: int):
         self.memory = memory
+        self.unit = 1
         self.tokens, self.virtual = tokens, virtual
         self._names = itertools.count()
         self.kept: OrderedDict[Beginning, KeptPrefix] = OrderedDict()
         self.kept_tokens = self.copied_tokens = 0
         self._prompts: OrderedDict[Beginning, set[int]] = OrderedDict()  # ids of sequences, up to 2
+
+    def copy_in_units(self) -> int:
+        """Copy prefixes in multiples of SHORTEST tokens, which is returned, from now on."""
+        self.unit = SHORTEST
+        return self.unit
 
     def share(
         self, row: Sequence, rows: Iterable[Sequence], chunks: list[tuple[Sequence, int]]
@@ -86,21 +97,21 @@ class PrefixCache:
                 continue
             if other.answer.reason == "failed":
                 continue
-            common = common_length(wanted, tokens_in_arena(other, self.virtual))
+            common = self._common(wanted, tokens_in_arena(other, self.virtual))
             if common > best:
                 best, source = common, other
         kept = self.kept.get(beginning)
-        common = common_length(wanted, kept.ids) if kept is not None else 0
+        common = self._common(wanted, kept.ids) if kept is not None else 0
         for other, count in chunks:
-            soon = common_length(wanted, other.ids[: other.computed + count])
+            soon = self._common(wanted, other.ids[: other.computed + count])
             if other.key == row.key and soon >= max(best, common) + SHORTEST:
                 return True
         slab = placed_slab(row)
         if kept is not None and common >= best:
             self.kept.move_to_end(beginning)
-            if self._count_copied(row, common):
+            if self._count_copied(row, common, kept.marks):
                 self.memory_of(row).do("paste", kept.name, slab.size, row.slot, row.length)
-        elif source is not None and self._count_copied(row, best):
+        elif source is not None and self._count_copied(row, best, marks_of(source)):
             place = placed_slab(source).size, source.slot
             self.memory_of(row).do("copy", *place, slab.size, row.slot, row.length)
         return False
@@ -109,10 +120,16 @@ class PrefixCache:
         """Where a sequence of the arena lies."""
         return placed_slab(row).memory
 
-    def _count_copied(self, row: Sequence, count: int) -> bool:
+    def _common(self, wanted: list[int], ids: list[int]) -> int:
+        """How many first tokens can be copied."""
+        common = common_length(wanted, ids)
+        return common - common % self.unit
+
+    def _count_copied(self, row: Sequence, count: int, marks: Mapping[int, Tensor]) -> bool:
         """Count the first `count` tokens of a row as computed, unless they are too few."""
         if count < SHORTEST:
             return False
+        row.copied = count, marks
         row.computed, row.length = count, self.virtual + count
         self.copied_tokens += count
         return True
@@ -140,7 +157,7 @@ class PrefixCache:
             self._drop(beginning)
         while self.kept and self.kept_tokens + len(ids) > self.tokens:
             self._drop(next(iter(self.kept)))
-        self.kept[beginning] = KeptPrefix(ids, name)
+        self.kept[beginning] = KeptPrefix(ids, name, dict(marks_of(row)))
         self.kept_tokens += len(ids)
 
     def _drop(self, beginning: Beginning):
@@ -155,6 +172,11 @@ class PrefixCache:
         self._prompts.move_to_end(beginning)
         if len(self._prompts) > BEGINNINGS:
             self._prompts.popitem(last=False)
+
+
+def marks_of(row: Sequence) -> Mapping[int, Tensor]:
+    """The sums of a sequence's first states; empty where none are read."""
+    return {} if row.answer.states is None else row.answer.states.marks
 
 
 def beginning_of(key: Hashable, ids: list[int]) -> Beginning | None:

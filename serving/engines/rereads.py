@@ -65,7 +65,7 @@ class Rereads:
     def read(self, rows: Mapping[int, Sequence]) -> tuple[tuple[int, LengthPrediction], ...]:
         """The newest prediction of each row that was read since the last call, as one batch.
 
-        A reading without a mean (its prompt was partly copied) gives none.
+        A reading without a mean (StateTap) gives none.
 
         Args:
             rows: by request id, those that still run.

@@ -4,7 +4,7 @@ No pass is added: a stage shows the output of chosen blocks to a StateTap, which
 for each answer and gives a StateReading when its prompt is complete and after every so many tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,8 @@ from serving.engines.pass_plans import Sequence as Row
 
 LARGEST = float(np.finfo(np.float16).max)  # states are stored in fp16: beyond this they are clipped
 
+LONGEST = 1 << 62  # tokens
+
 LogitsOf = Callable[[Tensor], Tensor]
 
 
@@ -27,7 +29,7 @@ class StateReading(NamedTuple):
         at: answer tokens fed; 0 is the prompt alone.
         last: (L, hidden_size) at the newest token: the prompt's last, or the answer's at-th.
         mean: (L, hidden_size) over the prompt's tokens (at = 0), or over the answer's so far. None
-            where some of them were copied from a common prefix, and so never seen here.
+            where the states of some of them are not known here (StateTap).
         entropy: as mean; over a prompt weighted by the entropy of the next token's distribution at
             each of its tokens. None unless asked for.
     """
@@ -49,6 +51,8 @@ class StateSums:
         prompt, answer: (L, hidden_size) sums over their tokens, fp32.
         weighted, weight: sums over the prompt of entropy times state, and of entropy.
         has_prompt, has_answer: no token of theirs was passed by.
+        marks: sums over the first n tokens of prompt and answer, for multiples n of the tap's
+            `mark_every`: what a prompt that copies so many of them begins with.
     """
 
     def __init__(self, layers: int, hidden_size: int, device: torch.device):
@@ -58,15 +62,28 @@ class StateSums:
         self.weighted: Tensor | None = None
         self.weight = 0.0
         self.has_prompt = self.has_answer = True
+        self.marks: dict[int, Tensor] = {}
+
+    def adopt(self, count: int, marks: Mapping[int, Tensor], prompt_size: int) -> None:
+        """Begin with `count` tokens that were copied from a sequence with these marks.
+
+        Nothing happens where they are not all of the prompt, or where so many were seen.
+        """
+        if count <= self.seen or count > prompt_size or count not in marks:
+            return
+        self.seen = count
+        self.prompt = marks[count].clone()
+        self.marks = {tokens: total for tokens, total in marks.items() if tokens <= count}
 
 
 class StateTap:
     """Reads the states of a stage's answers at the end of a prompt and every so many tokens.
 
     The means are those of one plain pass over prompt and answer, whatever batching, chunked prefill
-    and preemption do. A token that is copied from a common prefix is not computed, so its state is
-    not there: the mean over a prompt with such tokens is None, never one over the rest. An answer's
-    mean is None only where it was begun elsewhere (another replica) and partly copied here.
+    and preemption do. A token that is copied from a common prefix is not computed: its state comes
+    as part of a sum that the prefix brings along (StateSums.marks), for which prefixes are copied
+    in multiples of `mark_every` tokens. A mean is None, never one over the rest, where that is not
+    so: of an answer that was begun elsewhere (another replica) and partly copied here.
 
     Args:
         layers: numbers of blocks from 1; 22 is the output of the 22nd, before any norm after it.
@@ -74,6 +91,8 @@ class StateTap:
         entropy: weigh the prompt's tokens by entropy too (EGTP, arXiv 2602.11812); the last block
             and the output layer are then computed for all tokens of prompts.
         on_reading: called with each reading after its pass; without it they are kept for `take`.
+    Attributes:
+        mark_every: tokens between two sums that later prompts may begin with; 0 for none.
     Raises:
         ValueError: no layers, or numbers below 1.
     """
@@ -93,6 +112,7 @@ class StateTap:
         self.every = every
         self.entropy = entropy
         self._on_reading = on_reading
+        self.mark_every = 0
         self._readings: list[StateReading] = []
         self._states: dict[int, Tensor] = {}  # block's number from 1 -> (N, hidden_size)
         self._blocks = 0
@@ -149,30 +169,51 @@ class StateTap:
         sums = self._sums(row, (state,))
         sums.answer += state
         sums.seen += 1
+        self._mark(sums)
         self._read_if_due(row, sums, len(row.answer.tokens), state)
 
     def _add_part(self, part: ChunkPart, states: Sequence[Tensor], logits_of: LogitsOf) -> None:
         """Add the tokens of a chunk that were not added before."""
         row, sums = part.row, self._sums(part.row, states)
         prompt_size, end = len(row.answer.prompt), part.start + part.count
+        if row.copied is not None:
+            sums.adopt(*row.copied, prompt_size)
+            row.copied = None
         if part.start > sums.seen:
             sums.has_prompt = sums.has_prompt and sums.seen >= prompt_size
             sums.has_answer = sums.has_answer and part.start <= prompt_size
         first = max(sums.seen, part.start)
         if first >= end:
             return
-        split = min(max(prompt_size, first), end)
         offset = part.place - part.start
-        for layer, state in enumerate(states):
-            own = state[offset + first : offset + end].float()
-            sums.prompt[layer] += own[: split - first].sum(0)
-            sums.answer[layer] += own[split - first :].sum(0)
-        if self.entropy and split > first:
-            self._weigh(sums, states, slice(offset + first, offset + split), logits_of)
-        sums.seen = end
+        if self.entropy and first < prompt_size:
+            span = slice(offset + first, offset + min(prompt_size, end))
+            self._weigh(sums, states, span, logits_of)
+        sums.seen = first
+        while sums.seen < end:
+            stop = min(self._next_stop(sums.seen, prompt_size), end)
+            total = sums.prompt if sums.seen < prompt_size else sums.answer
+            for layer, state in enumerate(states):
+                total[layer] += state[offset + sums.seen : offset + stop].float().sum(0)
+            sums.seen = stop
+            self._mark(sums)
         if end == len(row.ids):
             newest = torch.stack([state[offset + end - 1] for state in states]).float()
             self._read_if_due(row, sums, end - prompt_size, newest)
+
+    def _next_stop(self, seen: int, prompt_size: int) -> int:
+        """Where the next sum is wanted: at the prompt's end, or for a mark."""
+        stop = prompt_size if seen < prompt_size else LONGEST
+        if self.mark_every:
+            stop = min(stop, seen - seen % self.mark_every + self.mark_every)
+        return stop
+
+    def _mark(self, sums: StateSums) -> None:
+        """Keep the sum over all tokens so far, where one is wanted and all are known."""
+        if not self.mark_every or sums.seen % self.mark_every:
+            return
+        if sums.has_prompt and sums.has_answer:
+            sums.marks[sums.seen] = sums.prompt + sums.answer
 
     def _weigh(
         self, sums: StateSums, states: Sequence[Tensor], span: slice, logits_of: LogitsOf

@@ -52,12 +52,11 @@ def plain_states(model, ids: list[int]) -> np.ndarray:
     return torch.stack([states[0, -len(ids) :] for states in seen]).numpy()
 
 
-def check_readings(model, answers, readings, layers, may_lack_prompts=False) -> int:
-    """Compare all readings with plain passes; returns how many lack a prompt's mean."""
+def check_readings(model, answers, readings, layers) -> None:
+    """Compare all readings with plain passes."""
     found: dict[int, list] = {i: [] for i in answers}
     for reading in readings:
         found[reading.request_id].append(reading)
-    lacking = 0
     for i, answer in answers.items():
         fed = answer.tokens[:-1]
         assert [reading.at for reading in found[i]] == list(range(0, len(fed) + 1, EVERY))
@@ -67,13 +66,8 @@ def check_readings(model, answers, readings, layers, may_lack_prompts=False) -> 
             end = size + reading.at
             np.testing.assert_allclose(reading.last, states[:, end - 1], atol=2e-4, rtol=2e-4)
             start = size if reading.at else 0
-            if reading.mean is None:
-                assert may_lack_prompts and reading.at == 0
-                lacking += 1
-                continue
             mean = states[:, start:end].mean(1)
             np.testing.assert_allclose(reading.mean, mean, atol=2e-4, rtol=2e-4)
-    return lacking
 
 
 @pytest.mark.parametrize("variant, prefix", CASES, ids=["-".join(case) for case in CASES])
@@ -84,7 +78,8 @@ def test_states_are_those_of_a_plain_pass(variant, prefix):
     tap = StateTap(layers, EVERY)
     answers, events = serve(tapped_engine(model, tap=tap), Chaos(1), some(model, 12, 1))
     assert [event.kind for event in events].count("preempted")
-    assert check_readings(model, answers, tap.take(), layers) == 0 and not tap.take()
+    check_readings(model, answers, tap.take(), layers)
+    assert not tap.take()
 
 
 def test_tokens_stay_the_same_without_the_last_block():
@@ -118,16 +113,45 @@ def test_prompts_weighted_by_entropy(variant):
         assert np.abs(reading.entropy - reading.mean).max() > 1e-3
 
 
-def test_a_copied_prefix_gives_no_mean_over_the_prompt(monkeypatch):
-    """Never one over the computed rest; the newest state and the answers' means are exact."""
+@pytest.mark.parametrize("variant, prefix", [("glm2", "plain"), ("glm2", "v1"), ("llama", "plain")])
+@pytest.mark.parametrize("seed", range(3))
+def test_copied_prefixes_bring_their_sums(monkeypatch, variant, prefix, seed):
+    """What is copied was never computed here; the means are exact all the same."""
+    monkeypatch.setattr(prefix_sharing, "SHORTEST", 4)
+    model = model_of(variant, prefix)
+    tap = StateTap([1, 2], EVERY)
+    engine = tapped_engine(model, prefix_cache_tokens=50, tap=tap)
+    answers, events = serve(engine, Chaos(seed), alike(model, 16, seed))
+    assert engine.copied_tokens() > 60 and engine.prefixes.kept
+    assert [event.kind for event in events].count("preempted")
+    check_readings(model, answers, tap.take(), [1, 2])
+
+
+def test_an_answer_begun_elsewhere(monkeypatch):
+    """Its states are computed with its prompt; where a part of it is copied, there is no mean."""
     monkeypatch.setattr(prefix_sharing, "SHORTEST", 4)
     model = model_of("glm2")
-    tap = StateTap([1, 2], EVERY)
-    engine = tapped_engine(model, prefix_cache_tokens=100, tap=tap)
-    answers, _ = serve(engine, Chaos(4), alike(model, 14, 4))
-    assert engine.copied_tokens()
-    lacking = check_readings(model, answers, tap.take(), [1, 2], may_lack_prompts=True)
-    assert 0 < lacking < len(answers)
+    prompt, made = list(range(31, 40)), [40, 41, 42, 43, 44, 45]
+    for shares in (False, True):
+        tap = StateTap([1], EVERY)
+        engine = tapped_engine(model, prefix_cache_tokens=60 if shares else 0, tap=tap)
+        for number in range(3 if shares else 1):
+            request = Request(number, len(prompt), 0.0, 100.0, generated=len(made))
+            answer = engine.submit(request, prompt, Sampling(12, ignore_stops=True))
+            answer.tokens += made
+            record = Record(request, generated=len(made))
+            engine.step(Plan((record,), (), {number: 60}))
+        found = [reading for reading in tap.take() if reading.request_id == number]
+        assert [reading.at for reading in found] == [6, 9]
+        states = plain_states(model, prompt + answer.tokens)[:1]
+        for reading in found:
+            end = len(prompt) + reading.at
+            np.testing.assert_allclose(reading.last, states[:, end - 1], atol=2e-4, rtol=2e-4)
+            if shares:
+                assert reading.mean is None and engine.copied_tokens()
+            else:
+                mean = states[:, len(prompt) : end].mean(1)
+                np.testing.assert_allclose(reading.mean, mean, atol=2e-4, rtol=2e-4)
 
 
 class LinearRereader:
