@@ -7,251 +7,20 @@ call looks at few requests. POLICIES, all policies that can be chosen, is at the
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from serving.policies.drafts import PlanDraft, make_room
+from serving.policies.gittins import OBJECTIVES, Gittins
 from serving.policies.lengths import (
     COARSE,
     expected_remaining,
     quantile_remaining,
     quantile_tokens,
-    remaining_tokens,
 )
+from serving.policies.published import Boost, Fcfs, Sjf, Srpt, Tie
 from serving.policies.static import BATCH_POLICIES, Static
 from serving.request import FOREVER, CostEstimator, Limits, Plan, Policy, Record, Request, View
-
-
-class PlanDraft:
-    """A plan while it is built, and the KV tokens and rows that it leaves free or takes.
-
-    Attributes:
-        free: KV tokens that are not reserved.
-        rows: sequences in the batch.
-        reserve: KV tokens by request id.
-        preempted_ids: ids of the preempted requests.
-    """
-
-    __slots__ = ("view", "free", "rows", "admit", "preempt", "reserve", "preempted_ids")
-
-    def __init__(self, view: View):
-        self.view = view
-        self.free = view.kv_free_tokens
-        self.rows = len(view.running)
-        self.admit: list[Record] = []
-        self.preempt: list[Record] = []
-        self.reserve: dict[int, int] = {}
-        self.preempted_ids: set[int] = set()
-
-    def try_admit(self, record: Record, tokens: int) -> bool:
-        """Admit with so many KV tokens reserved; False where tokens or a row are lacking."""
-        if tokens > self.free or self.rows >= self.view.limits.max_batch:
-            return False
-        self.admit.append(record)
-        self.reserve[record.request.id] = tokens
-        self.free -= tokens
-        self.rows += 1
-        return True
-
-    def try_grow(self, record: Record, tokens: int) -> bool:
-        """Raise a running record's reservation to so many KV tokens; False where they lack."""
-        if tokens - record.reserved_tokens > self.free:
-            return False
-        self.reserve[record.request.id] = tokens
-        self.free -= tokens - record.reserved_tokens
-        return True
-
-    def preempt_record(self, record: Record) -> None:
-        """Preempt a running record."""
-        self.preempt.append(record)
-        self.preempted_ids.add(record.request.id)
-        self.free += self.reserve.pop(record.request.id, record.reserved_tokens)
-        self.rows -= 1
-
-    def plan(self, wake_s: float = FOREVER, wake_on_arrival: bool = True) -> Plan:
-        return Plan(
-            tuple(self.admit),
-            tuple(self.preempt),
-            self.reserve,
-            wake_s=wake_s,
-            wake_on_arrival=wake_on_arrival,
-        )
-
-
-def make_room(
-    draft: PlanDraft, wanted: Callable[[Record, int], int], victims: Callable[[], list[Record]]
-) -> None:
-    """Grow or preempt all records that overran.
-
-    Args:
-        wanted: (record, tokens generated) -> KV tokens to reserve for it. Where they are lacking,
-            victims are preempted in turn; where there are none left, the record itself.
-        victims: running records, the first to preempt first; called at most once.
-    """
-    queue = None
-    for record in draft.view.overran:
-        if record.request.id in draft.preempted_ids:
-            continue
-        tokens = wanted(record, draft.view.generated(record))
-        while not draft.try_grow(record, tokens):
-            if queue is None:
-                queue = iter(victims())
-            victim = next((v for v in queue if v.request.id not in draft.preempted_ids), record)
-            draft.preempt_record(victim)
-            if victim is record:
-                break
-
-
-@dataclass(frozen=True)
-class Fcfs:
-    """First come, first served, with KV memory in blocks as an answer grows.
-
-    This is what vLLM does (Kwon et al., arXiv 2309.06180). Where memory runs out, the request that
-    arrived last is preempted and computed again later. Needs no prediction.
-
-    Attributes:
-        block_tokens: an answer's reservation grows by so much at a time.
-        watermark: share of the KV memory left free at admission.
-    """
-
-    block_tokens: int = 64
-    watermark: float = 0.01
-    predicts: ClassVar[bool] = False
-
-    def length(self, request: Request) -> float:
-        return self.block_tokens
-
-    def order(
-        self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
-    ) -> tuple[float, float]:
-        return record.request.arrival_s, FOREVER
-
-    def __call__(self, view: View, cost: CostEstimator) -> Plan:
-        draft, limits = PlanDraft(view), view.limits
-        if view.overran:
-            make_room(
-                draft,
-                lambda r, _: min(r.reserved_tokens + self.block_tokens, limits.max_tokens),
-                lambda: self.victims(view),
-            )
-        if not draft.preempt and draft.rows < limits.max_batch:
-            spare = int(self.watermark * limits.kv_tokens)
-            for record in view.waiting:
-                tokens = min(record.context_tokens + self.block_tokens, limits.max_tokens)
-                if (draft.free - tokens < spare and draft.rows) or not draft.try_admit(
-                    record, tokens
-                ):
-                    break
-        all_admitted = len(view.waiting) <= len(draft.admit)
-        return draft.plan(wake_on_arrival=draft.rows < limits.max_batch and all_admitted)
-
-    def victims(self, view: View) -> list[Record]:
-        """Running records, the one that arrived last first."""
-        records = view.running.values()
-        return sorted(records, key=lambda r: (-r.request.arrival_s, -r.request.id))
-
-
-@dataclass(frozen=True)
-class Sjf:
-    """Shortest predicted answer first, run to its end (SSJF; Qiu et al., arXiv 2404.08509).
-
-    Gives the least mean wait; long answers may starve.
-
-    Attributes:
-        reserve_quantile: KV memory is reserved for this quantile of the answer's length; an overrun
-            gets the same quantile of the remaining length.
-    """
-
-    reserve_quantile: float = 0.9
-    predicts: ClassVar[bool] = True
-
-    def length(self, request: Request) -> float:
-        return quantile_tokens(request.prediction, self.reserve_quantile)
-
-    def order(
-        self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
-    ) -> tuple[float, float]:
-        return remaining_tokens(record, record.generated), FOREVER
-
-    def reserve(self, record: Record, generated: int, limits: Limits) -> int:
-        """KV tokens for the prompt, the answer so far and the quantile of the rest."""
-        remaining = record.length
-        if generated:
-            remaining = quantile_remaining(record.prediction, generated, self.reserve_quantile)
-        return min(
-            record.request.prompt_tokens + generated + math.ceil(remaining), limits.max_tokens
-        )
-
-    def __call__(self, view: View, cost: CostEstimator) -> Plan:
-        draft = self.make_draft(view)
-        return draft.plan(wake_on_arrival=draft.rows < view.limits.max_batch)
-
-    def make_draft(self, view: View) -> PlanDraft:
-        """A draft with the overruns handled and, where that preempted none, new requests."""
-        draft = PlanDraft(view)
-        if view.overran:
-            make_room(
-                draft,
-                lambda r, generated: self.reserve(r, generated, view.limits),
-                lambda: self.victims(view),
-            )
-        if not draft.preempt:
-            self.admit_waiting(draft)
-        return draft
-
-    def admit_waiting(self, draft: PlanDraft) -> None:
-        """Admit in the queue's order while there is room."""
-        limits = draft.view.limits
-        if draft.rows < limits.max_batch:
-            for record in draft.view.waiting:
-                if not draft.try_admit(record, self.reserve(record, record.generated, limits)):
-                    break
-
-    def victims(self, view: View) -> list[Record]:
-        """Running records, the one with most tokens left first."""
-        return sorted(
-            view.running.values(),
-            key=lambda r: (-remaining_tokens(r, view.generated(r)), r.request.id),
-        )
-
-
-@dataclass(frozen=True)
-class Srpt(Sjf):
-    """Shortest remaining predicted answer first, running ones included.
-
-    Source: TRAIL (Shahout et al., arXiv 2410.01035).
-
-    Attributes:
-        advantage: a waiting answer displaces a running one that has at least this many times as
-            much left; what that one has computed is computed again.
-    """
-
-    advantage: float = 2.0
-
-    def __call__(self, view: View, cost: CostEstimator) -> Plan:
-        return self.make_draft(view).plan()
-
-    def admit_waiting(self, draft: PlanDraft) -> None:
-        """Admit while there is room, then displace longer running answers."""
-        super().admit_waiting(draft)
-        view, victims = draft.view, None
-        if len(draft.admit) == len(view.waiting):
-            return
-        for record in view.waiting:
-            if record.request.id in draft.reserve:
-                continue
-            if victims is None:
-                victims = iter(self.victims(view))
-            victim = next((v for v in victims if v.request.id not in draft.reserve), None)
-            if victim is None:
-                break
-            remaining = remaining_tokens(record, record.generated)
-            victim_left = remaining_tokens(victim, view.generated(victim))
-            if victim_left < self.advantage * remaining:
-                break
-            draft.preempt_record(victim)
-            if not draft.try_admit(record, self.reserve(record, record.generated, view.limits)):
-                break
 
 
 @dataclass(frozen=True)
@@ -447,4 +216,25 @@ POLICIES: dict[str, Policy] = {
     "srpt": Srpt(),
     "deadline": Deadline(),
     "deadline_oracle": Deadline(truth=True),
+    "boost": Boost(),
+    "boost_work": Boost(work="predicted"),
+    "boost_oracle": Boost(work="true"),
+    "tie": Tie(),
+    "gittins": OBJECTIVES["deadline"],
+    "gittins_mean": OBJECTIVES["mean"],
+    "gittins_tail": OBJECTIVES["tail"],
+    "gittins_oracle": Gittins(truth=True),
 }
+
+
+def chosen_policy(name: str, objective: str | None) -> str:
+    """The name in POLICIES of `gittins` with this objective; other policies have none.
+
+    Raises:
+        ValueError: an objective for another policy.
+    """
+    if objective is None:
+        return name
+    if name != "gittins":
+        raise ValueError(f"--objective {objective} goes with the policy gittins, not with {name}")
+    return "gittins" if objective == "deadline" else f"gittins_{objective}"

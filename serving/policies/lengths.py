@@ -6,7 +6,7 @@ numpy is imported when the first is asked for: a command's --help names the poli
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from serving.request import Record
+from serving.request import CostEstimator, Record
 
 if TYPE_CHECKING:
     from predictor.prediction import LengthPrediction
@@ -55,3 +55,31 @@ def quantile_remaining(prediction: "LengthPrediction", generated: int, q: float)
 def remaining_tokens(record: Record, generated: int) -> float:
     """Predicted mean of the tokens that follow the `generated` ones, to multiples of COARSE."""
     return expected_remaining(record.prediction, generated - generated % COARSE)
+
+
+@lru_cache(maxsize=1 << 18)
+def tail_remaining(prediction: "LengthPrediction", generated: int, level: float) -> float:
+    """CVaR: the mean of the tokens that follow the `generated` ones where they exceed their
+    `level`-quantile."""
+    import numpy as np
+
+    from predictor.prediction import remaining
+
+    left = remaining(prediction, generated)
+    edges = left.edges
+    above = np.maximum(left.cumulative, level)
+    mass = np.diff(above)
+    starts = np.interp(above[:-1], left.cumulative, edges)
+    ends = np.interp(above[1:], left.cumulative, edges)
+    return float(mass @ (starts + ends)) / 2 / (1 - level)
+
+
+def token_s(context_tokens: int, left: float, rows: int, cost: CostEstimator) -> float:
+    """Seconds of the machine that one more answer token costs.
+
+    A step's time over the sequences that share it in a full machine: `rows`, or as many as the KV
+    memory holds of this size. So memory has a price where it is what limits the batch.
+    """
+    size = context_tokens + left / 2
+    batch = max(min(rows, cost.kv_capacity_tokens / size), 1.0)
+    return cost.decode_step_s(int(batch), int(batch * size)) / int(batch)

@@ -12,9 +12,8 @@ from serving.engines.stage_reports import ModelLoading
 from serving.request import CostEstimator, Limits
 
 if TYPE_CHECKING:
-    from predictor.rereading import Rereader
-
     from chatglm.family_tokenizer import FamilyTokenizer
+    from predictor.rereading import Rereader
     from predictor.runtime import LengthPredictor
 
 

@@ -1,0 +1,125 @@
+"""A plan while a policy builds it, and room for the answers that outgrew their memory."""
+
+from collections.abc import Callable
+
+from serving.request import FOREVER, CostEstimator, Plan, Record, View
+
+
+class PlanDraft:
+    """A plan while it is built, and the KV tokens and rows that it leaves free or takes.
+
+    Attributes:
+        free: KV tokens that are not reserved.
+        rows: sequences in the batch.
+        reserve: KV tokens by request id.
+        preempted_ids: ids of the preempted requests.
+    """
+
+    __slots__ = ("view", "free", "rows", "admit", "preempt", "reserve", "preempted_ids")
+
+    def __init__(self, view: View):
+        self.view = view
+        self.free = view.kv_free_tokens
+        self.rows = len(view.running)
+        self.admit: list[Record] = []
+        self.preempt: list[Record] = []
+        self.reserve: dict[int, int] = {}
+        self.preempted_ids: set[int] = set()
+
+    def try_admit(self, record: Record, tokens: int) -> bool:
+        """Admit with so many KV tokens reserved; False where tokens or a row are lacking."""
+        if tokens > self.free or self.rows >= self.view.limits.max_batch:
+            return False
+        self.admit.append(record)
+        self.reserve[record.request.id] = tokens
+        self.free -= tokens
+        self.rows += 1
+        return True
+
+    def try_grow(self, record: Record, tokens: int) -> bool:
+        """Raise a running record's reservation to so many KV tokens; False where they lack."""
+        if tokens - record.reserved_tokens > self.free:
+            return False
+        self.reserve[record.request.id] = tokens
+        self.free -= tokens - record.reserved_tokens
+        return True
+
+    def preempt_record(self, record: Record) -> None:
+        """Preempt a running record."""
+        self.preempt.append(record)
+        self.preempted_ids.add(record.request.id)
+        self.free += self.reserve.pop(record.request.id, record.reserved_tokens)
+        self.rows -= 1
+
+    def plan(self, wake_s: float = FOREVER, wake_on_arrival: bool = True) -> Plan:
+        return Plan(
+            tuple(self.admit),
+            tuple(self.preempt),
+            self.reserve,
+            wake_s=wake_s,
+            wake_on_arrival=wake_on_arrival,
+        )
+
+
+def make_room(
+    draft: PlanDraft, wanted: Callable[[Record, int], int], victims: Callable[[], list[Record]]
+) -> None:
+    """Grow or preempt all records that overran.
+
+    Args:
+        wanted: (record, tokens generated) -> KV tokens to reserve for it. Where they are lacking,
+            victims are preempted in turn; where there are none left, the record itself.
+        victims: running records, the first to preempt first; called at most once.
+    """
+    queue = None
+    for record in draft.view.overran:
+        if record.request.id in draft.preempted_ids:
+            continue
+        tokens = wanted(record, draft.view.generated(record))
+        while not draft.try_grow(record, tokens):
+            if queue is None:
+                queue = iter(victims())
+            victim = next((v for v in queue if v.request.id not in draft.preempted_ids), record)
+            draft.preempt_record(victim)
+            if victim is record:
+                break
+
+
+def prompts_left(view: View) -> int:
+    """Prompt tokens of admitted requests that are still to be computed, at most: those of the
+    running records without a first token."""
+    left = 0
+    for record in view.running.values():
+        if record.first_token_s < 0:
+            left += record.context_tokens
+    return left
+
+
+def admit_in_turn(
+    draft: PlanDraft, cost: CostEstimator, tokens_of: Callable[[Record], int], spare: int = 0
+) -> float:
+    """Admit in the queue's order, no more prompts than the engine computes in its next pass.
+
+    An engine computes prompts in the order of their admission, so what is admitted early can no
+    longer be overtaken. This is what the token budget of a pass does in vLLM and SGLang.
+
+    Args:
+        tokens_of: record -> KV tokens to reserve for it.
+    Returns:
+        When to plan again: the time at which the prompts admitted are computed but for a pass;
+        FOREVER where none waits for that.
+    """
+    view, limits = draft.view, draft.view.limits
+    left = prompts_left(view)
+    for record in view.waiting:
+        if record.request.id in draft.reserve:
+            continue
+        if left >= limits.prefill_tokens:
+            excess = left - limits.prefill_tokens
+            passes = excess // limits.prefill_tokens + 1
+            return view.now_s + passes * cost.chunk_s(limits.prefill_tokens, 0, draft.rows)
+        tokens = tokens_of(record)
+        if (draft.free - tokens < spare and draft.rows) or not draft.try_admit(record, tokens):
+            break
+        left += record.context_tokens
+    return FOREVER

@@ -1,0 +1,208 @@
+"""This project's policy by predicted lengths: one index, and what it is derived from.
+
+`gittins` is POLICIES' name for it; OBJECTIVES are its settings.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from serving.policies.drafts import PlanDraft, admit_in_turn, make_room
+from serving.policies.lengths import (
+    COARSE,
+    expected_remaining,
+    expected_tokens,
+    quantile_remaining,
+    token_s,
+)
+from serving.policies.published import BLOCK_TOKENS, WATERMARK, boost_s
+from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, Request, View
+
+if TYPE_CHECKING:
+    from predictor.prediction import LengthPrediction
+
+LATE_S = 1e5  # what puts requests that cannot be in time behind all others
+
+
+def log_index(left: "LengthPrediction", before_s: float, token_s: float, rate: float) -> float:
+    """ln of the largest E[exp(g W(L)); L <= D] / (E[exp(g W(min(L, D)))] - 1) over D.
+
+    W(n) = before_s + token_s n is the work of n tokens, L has the distribution `left`, D is one of
+    its edges. With g -> 0, g times the index is Gittins's P(L <= D) / E[W(min(L, D))]; of a length
+    that is known it is 1 / (1 - exp(-g W)), gamma-Boost's.
+
+    Args:
+        before_s: work before the first token. token_s: of each token. rate: g, per second.
+    """
+    import numpy as np  # here, as in lengths.py
+
+    exponents = rate * token_s * left.edges
+    growth = np.exp(exponents)
+    steps = np.diff(exponents)
+    # The mean of exp over each bin, in which lengths are spread evenly.
+    inside = np.where(steps > 1e-9, np.diff(growth) / np.maximum(steps, 1e-12), growth[1:])
+    mass = left.probabilities
+    done = np.cumsum(mass * inside)
+    # exp(g before_s) stands in all terms but the 1, so all are divided by it.
+    spent = done + (1 - np.cumsum(mass)) * growth[1:] - math.exp(-rate * before_s)
+    return math.log(max(float(np.max(done / np.maximum(spent, 1e-300))), 1e-300))
+
+
+@dataclass(frozen=True)
+class Gittins:
+    """Serve first what takes most cost away per second of the machine.
+
+    Derivation. A request that is done t seconds after its due time d costs exp(g (t - d)): with a
+    small g the sum of costs goes by mean latency, with a large one by the latest. Of two requests
+    that are taken one after the other, the first should be the one with the larger
+
+        exp(-g d) sup_D E[exp(g W(L)); L <= D] / (E[exp(g W(min(L, D)))] - 1),
+
+    the Gittins index of this cost (Gittins 1979; for exp(g t), gamma-Boost: Yu and Scully, and
+    Harlev, Yu and Scully, "A Gittins policy for optimizing tail latency"): the cost taken away by
+    working on it until it is done or has D tokens, per growth of all other costs meanwhile. L is
+    the tokens left by what is predicted now (Record.prediction: the posterior where answers are
+    re-read), W = prefill_s(context) + price x tokens its work. The key is its logarithm:
+
+        key = d - ln(sup ...) / g.
+
+    Rows run side by side, so the clock of a request is not its work: d is its latest start, due -
+    prefill_s - pace x the hope-quantile of its tokens left, a time it takes in any case.
+
+    Prices. A token's price is a step's time over the sequences that share it in a full machine:
+    `rows`, or as many of this size as the KV memory holds. Memory costs what it keeps out.
+
+    Deadlines. With `deadlines`, due is arrival + slo, and a request whose latest start has passed
+    costs nothing more whatever is done: it goes behind all others. Else due is the arrival.
+
+    Ageing. Where fewer than 1 / ageing of the rows hold requests that arrived before the oldest
+    that waits, it is the next one. So in order of arrival requests get 1 / ageing of the rows at
+    least, and none waits longer than about `ageing` times as long as with fcfs.
+
+    Admission. No more prompts than the next pass computes (drafts.admit_in_turn); memory in blocks,
+    as Fcfs; the smallest index is preempted when it runs out.
+
+    Attributes:
+        horizon_s: 1 / g: a request waits for others that are e times cheaper by as much.
+        hope: quantile of the tokens left that its latest start assumes.
+        rows: sequences at once in a full machine (its --max_batch).
+        truth: use true lengths (an oracle, for benchmarks).
+    """
+
+    horizon_s: float = 30.0
+    deadlines: bool = True
+    hope: float = 0.05
+    ageing: float = 10.0
+    rows: int = 64
+    truth: bool = False
+    predicts: ClassVar[bool] = True
+
+    def length(self, request: Request) -> float:
+        if self.truth or request.prediction is None:
+            return request.output_tokens
+        return expected_tokens(request.prediction)
+
+    def mean_left(self, record: Record, generated: int) -> float:
+        """Expected tokens after the `generated` ones; with `truth`, the true number."""
+        if self.truth:
+            return max(record.request.output_tokens - generated, 1)
+        return expected_remaining(record.prediction, generated - generated % COARSE)
+
+    def least_left(self, record: Record, generated: int) -> float:
+        """The hope-quantile of the tokens after the `generated` ones."""
+        if self.truth:
+            return self.mean_left(record, generated)
+        return quantile_remaining(record.prediction, generated - generated % COARSE, self.hope)
+
+    def head_start_s(
+        self, record: Record, generated: int, before_s: float, cost: CostEstimator
+    ) -> float:
+        """ln(index) / g of what is left after `generated` tokens and before_s of work."""
+        mean = self.mean_left(record, generated)
+        price = token_s(record.request.prompt_tokens + generated, mean, self.rows, cost)
+        rate = 1 / self.horizon_s
+        if self.truth:
+            return boost_s(before_s + price * mean, rate)
+        from predictor.prediction import remaining
+
+        left = remaining(record.prediction, generated - generated % COARSE)
+        return log_index(left, before_s, price, rate) * self.horizon_s
+
+    def latest_start(self, record: Record, generated: int, before_s: float, pace_s: float) -> float:
+        """The time at which it must start to be done when it is due, at its least length."""
+        request = record.request
+        due = request.arrival_s + (request.slo_s if self.deadlines else 0.0)
+        return due - before_s - pace_s * self.least_left(record, generated)
+
+    def order(
+        self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
+    ) -> tuple[float, float]:
+        context, generated = record.context_tokens, record.generated
+        prefill = cost.prefill_s(context)
+        latest = self.latest_start(
+            record, generated, prefill, pace_s or cost.decode_step_s(1, context)
+        )
+        key = latest - self.head_start_s(record, generated, prefill, cost)
+        if not self.deadlines:
+            return key, FOREVER
+        return (key, latest) if now_s <= latest else (key + LATE_S, FOREVER)
+
+    def reserve(self, record: Record, generated: int, limits: Limits) -> int:
+        """KV tokens of the prompt, the answer so far and a block."""
+        return min(record.request.prompt_tokens + generated + BLOCK_TOKENS, limits.max_tokens)
+
+    def __call__(self, view: View, cost: CostEstimator) -> Plan:
+        draft, limits = PlanDraft(view), view.limits
+        if view.overran:
+            make_room(
+                draft,
+                lambda r, generated: self.reserve(r, generated, limits),
+                lambda: self.victims(view, cost),
+            )
+        wake_s = FOREVER
+        if not draft.preempt and len(view.waiting):
+            self.admit_oldest(draft)
+            wake_s = admit_in_turn(
+                draft,
+                cost,
+                lambda r: self.reserve(r, r.generated, limits),
+                int(WATERMARK * limits.kv_tokens),
+            )
+        full = draft.rows >= limits.max_batch or wake_s < FOREVER
+        return draft.plan(wake_s, wake_on_arrival=not full)
+
+    def admit_oldest(self, draft: PlanDraft) -> None:
+        """Admit the oldest waiting request where those before it hold too few rows."""
+        view = draft.view
+        if draft.rows >= view.limits.max_batch:
+            return
+        oldest = view.waiting.oldest()
+        arrival = oldest.request.arrival_s
+        before = 0
+        for record in view.running.values():
+            before += record.request.arrival_s < arrival
+        if before * self.ageing < draft.rows:
+            draft.try_admit(oldest, self.reserve(oldest, oldest.generated, view.limits))
+
+    def victims(self, view: View, cost: CostEstimator) -> list[Record]:
+        """Running records, the one with the largest key first; the oldest comes last."""
+        keyed = []
+        for record in view.running.values():
+            generated = view.generated(record)
+            key = self.latest_start(record, generated, 0.0, view.pace_s)
+            key -= self.head_start_s(record, generated, 0.0, cost)
+            keyed.append((-key, record.request.id, record))
+        keyed.sort(key=lambda entry: entry[:2])
+        records = [record for *_, record in keyed]
+        oldest = min(records, key=lambda r: (r.request.arrival_s, r.request.id))
+        records.remove(oldest)
+        return [*records, oldest]
+
+
+# What --objective chooses: the least mean latency, the least p99, the most answers in time. The
+# horizons were searched on other seeds than comparisons use.
+OBJECTIVES: dict[str, Gittins] = {
+    "mean": Gittins(horizon_s=1000.0, deadlines=False),
+    "tail": Gittins(horizon_s=3.0, deadlines=False),
+    "deadline": Gittins(),
+}
