@@ -131,13 +131,13 @@ class Fcfs:
         if view.overran:
             make_room(
                 draft,
-                lambda r, _: min(r.reserved_tokens + self.block_tokens, limits.max_tokens),
+                lambda r, _: self.whole_blocks(r.reserved_tokens + 1, limits),
                 lambda: self.victims(view),
             )
         if not draft.preempt and draft.rows < limits.max_batch:
             spare = int(self.watermark * limits.kv_tokens)
             for record in view.waiting:
-                tokens = min(record.context_tokens + self.block_tokens, limits.max_tokens)
+                tokens = self.whole_blocks(record.context_tokens + 1, limits)
                 if (draft.free - tokens < spare and draft.rows) or not draft.try_admit(
                     record, tokens
                 ):
@@ -145,10 +145,19 @@ class Fcfs:
         all_admitted = len(view.waiting) <= len(draft.admit)
         return draft.plan(wake_on_arrival=draft.rows < limits.max_batch and all_admitted)
 
+    def whole_blocks(self, tokens: int, limits: Limits) -> int:
+        """KV tokens of the blocks that hold so many."""
+        blocks = -(-tokens // self.block_tokens)
+        return min(blocks * self.block_tokens, limits.max_tokens)
+
     def victims(self, view: View) -> list[Record]:
-        """Running records, the one that arrived last first."""
-        records = view.running.values()
-        return sorted(records, key=lambda r: (-r.request.arrival_s, -r.request.id))
+        """Running records: the highest priority number first, of those the last that arrived."""
+
+        def place(record: Record) -> tuple[int, float, int]:
+            request = record.request
+            return request.priority, request.arrival_s, request.id
+
+        return sorted(view.running.values(), key=place, reverse=True)
 
 
 @dataclass(frozen=True)
@@ -376,9 +385,7 @@ class Deadline:
             return next(iter(view.waiting))
         first = view.waiting.oldest()
         if self.is_late(first, view.now_s):
-            # The rows of the lane: those that were late when they were admitted.
-            lane = sum([not r.admitted_s <= r.until_s < FOREVER for r in view.running.values()])
-            if lane < self.late_share * (draft.rows + 1):
+            if self.lane_has_room(draft):
                 tokens = self.reserve(first, first.generated, limits)
                 if not draft.try_admit(first, tokens):
                     return first
@@ -388,6 +395,16 @@ class Deadline:
             if not draft.try_admit(record, self.reserve(record, record.generated, limits)):
                 return record
         return None
+
+    def lane_has_room(self, draft: PlanDraft) -> bool:
+        """Whether fewer rows than the lane's were late when they were admitted."""
+        room = self.late_share * (draft.rows + 1)
+        for record in draft.view.running.values():
+            if not record.admitted_s <= record.until_s < FOREVER:
+                room -= 1
+                if room <= 0:
+                    return False
+        return room > 0
 
     def displace(self, draft: PlanDraft, record: Record, cost: CostEstimator) -> float:
         """Preempt for a request that must start now; the time to plan again."""
@@ -412,14 +429,12 @@ class Deadline:
         rows, prefill_s, generated_of = draft.rows, cost.prefill_s, view.generated
         best, victim = least, None
         for record in view.running.values():
-            if record.preemptions or record.until_s == FOREVER:
+            if record.preemptions or not record.admitted_s <= record.until_s < FOREVER:
                 continue
             request = record.request
-            if record.admitted_s > record.until_s or request.id in draft.reserve:
-                continue
             slack = request.arrival_s + request.slo_s - now
             # Rejects most records before the costlier quantiles are computed.
-            if slack >= pace * record.length:
+            if slack >= pace * record.length or request.id in draft.reserve:
                 continue
             generated = generated_of(record)
             # An upper bound: prefilling it again is still to be subtracted.
