@@ -148,8 +148,7 @@ class Batch:
     stop_tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """What a policy may look at: the scheduler's own structures, not a copy. Read it, keep nothing.
 
     Attributes:
