@@ -141,7 +141,7 @@ class StateTap:
     def _add_part(self, part: ChunkPart, states: Sequence[Tensor], logits_of: LogitsOf) -> None:
         """Add the tokens of a chunk that were not added before."""
         row, sums = part.row, self._sums(part.row, states)
-        prompt_size, end = len(row.answer.prompt), part.start + part.count
+        prompt_size, end = len(row.answer.prompt), part.start + part.tokens
         if row.copied is not None:
             sums.adopt(*row.copied, prompt_size)
             row.copied = None
