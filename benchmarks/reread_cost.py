@@ -85,10 +85,10 @@ def open_rereader(flags: argparse.Namespace, model: Any) -> "StateRereader":
         from serving.replicas.served_model import load_rereader
 
         return load_rereader(flags.rereader)
-    from serving.engines.bodies import decoder_layers
+    from serving.engines.bodies import decoder_layers, hidden_size_of
 
     layer = flags.layer or max(3 * len(decoder_layers(model)) // 4, 1)
-    return RandomRereader(layer, flags.every, model.get_input_embeddings().weight.shape[-1])
+    return RandomRereader(layer, flags.every, hidden_size_of(model))
 
 
 def open_engines(flags: argparse.Namespace) -> "tuple[TextEngine, TextEngine, int]":

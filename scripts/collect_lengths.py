@@ -23,8 +23,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -66,8 +67,11 @@ from scripts.collected_states import AnswerWithStates, answers_with_states  # no
 from serving.engines import Sampling  # noqa: E402
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from chatglm.family_tokenizer import FamilyTokenizer
     from serving.engines.state_shards import StateFolder
+    from serving.engines.state_tap import StateTap
 
 FLUSH_S = 30.0  # how much work a killed command with --states loses at most
 STATE_EVERY = 64
@@ -333,17 +337,8 @@ def collect_states(
     sampling: dict[str, float],
 ) -> str:
     """As `ask`, by the continuous engine, with the answers' hidden states."""
-    from chatglm.loading import stop_ids
-    from serving.engines.bodies import decoder_layers
-    from serving.engines.passes import plain_model
-    from serving.engines.state_shards import StateFolder
-    from serving.engines.state_tap import StateTap
-
-    assert flags.states and flags.max_new_tokens  # checked, and has a default
     model = load_ready(setup.folder, device=flags.device, **loading_options(flags))
-    plain = plain_model(model)
-    layers = flags.state_layers or (max(round(LAYER_SHARE * len(decoder_layers(plain))), 1),)
-    tap = StateTap(layers, flags.state_every or STATE_EVERY, flags.state_entropy)
+    tap = open_tap(flags, model)
     seed = flags.seed if flags.do_sample else None
     named = {"served_model": flags.served_model or served_name(flags.model_path)}
     weights = model_fingerprint(model)
@@ -355,43 +350,89 @@ def collect_states(
         **sampling,
     }
     row_end: dict[str, Any] = {**named, "seed": seed}
-    output = Path(flags.output)
-    done, whole = read_done(output, row_end | settings)
+    done, whole = read_done(Path(flags.output), row_end | settings)
     row_end |= {"settings": settings}
-    described = {
-        **named,
-        "weights": weights,
-        "hidden_size": plain.get_input_embeddings().weight.shape[-1],
-        "layers": list(layers),
-        "every": tap.every,
-        "cap": flags.max_new_tokens,
-        "entropy": tap.entropy,
-    }
     questions = [q for q in questions if (q.prompt, q.sample) not in done]
     answered = answers_with_states(
         model,
         tap,
         [question.ids for question in questions],
         [question_sampling(flags, question, sampling, seed) for question in questions],
-        stop_ids(setup.tokenizer),
+        setup.tokenizer,
         flags.batch_size,
     )
-    folder = StateFolder(Path(flags.states), described, count_lines(output, whole))
+    about = {**named, "weights": weights, **described_states(tap, model, flags.max_new_tokens)}
     tokenizer = setup.tokenizer if flags.keep_answers else None
+    tokens, unfinished = write_states(
+        flags,
+        questions,
+        answered,
+        about,
+        partial(answer_line, row_end=row_end, tokenizer=tokenizer),
+        whole,
+    )
+    return summary_line(flags, len(questions), tokens, unfinished, len(done))
+
+
+def open_tap(flags: CollectionFlags, model: "PreTrainedModel") -> "StateTap":
+    """What reads the states, by the flags."""
+    from serving.engines.bodies import decoder_layers
+    from serving.engines.passes import plain_model
+    from serving.engines.state_tap import StateTap
+
+    layers = flags.state_layers
+    if not layers:
+        layers = (max(round(LAYER_SHARE * len(decoder_layers(plain_model(model)))), 1),)
+    return StateTap(layers, flags.state_every or STATE_EVERY, flags.state_entropy)
+
+
+def described_states(tap: "StateTap", model: "PreTrainedModel", cap: int | None) -> dict[str, Any]:
+    """What states.json says of the states."""
+    from serving.engines.bodies import hidden_size_of
+    from serving.engines.passes import plain_model
+
+    return {
+        "hidden_size": hidden_size_of(plain_model(model)),
+        "layers": list(tap.layers),
+        "every": tap.every,
+        "cap": cap,
+        "entropy": tap.entropy,
+    }
+
+
+def write_states(
+    flags: CollectionFlags,
+    questions: list[Question],
+    answered: Iterable[AnswerWithStates],
+    about: dict[str, Any],
+    line_of: Callable[[Question, list[int], bool], str],
+    whole: int,
+) -> tuple[int, int]:
+    """Append the answers' lines and states; returns (tokens, unfinished answers).
+
+    Args:
+        about: of the folder of states.
+        whole: bytes of the output that stay.
+    """
+    from serving.engines.state_shards import StateFolder
+
+    assert flags.states
+    output = Path(flags.output)
+    there = count_lines(output, whole)
+    folder = StateFolder(Path(flags.states), about, there)
     tokens = unfinished = 0
     with writing(output), open_to_append(output) as file:
         file.truncate(whole)
-        lines = LinesWithStates(file, folder, count_lines(output, whole))
+        lines = LinesWithStates(file, folder, there)
         try:
             for answer in answers_with_progress(answered, len(questions)):
-                question = questions[answer.number]
-                line = answer_line(question, answer.ids, answer.finished, row_end, tokenizer)
+                line = line_of(questions[answer.number], answer.ids, answer.finished)
                 lines.add(line, answer)
                 tokens += len(answer.ids)
                 unfinished += not answer.finished
         finally:
             lines.flush()
-    return summary_line(flags, len(questions), tokens, unfinished, len(done))
+    return tokens, unfinished
 
 
 def count_lines(path: Path, size: int) -> int:

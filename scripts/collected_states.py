@@ -13,6 +13,7 @@ from serving.simulate.engine import LinearCost
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from chatglm.family_tokenizer import FamilyTokenizer
     from serving.engines.state_tap import StateReading, StateTap
 
 PREFILL_TOKENS = 512  # prompt tokens of a pass, at most
@@ -35,7 +36,7 @@ def answers_with_states(
     tap: "StateTap",
     prompts: Sequence[list[int]],
     samplings: Sequence[Sampling],
-    stop_ids: list[int],
+    tokenizer: "FamilyTokenizer",
     batch_size: int,
 ) -> Iterator[AnswerWithStates]:
     """The answers as they end; `batch_size` are made at once, begun in the order of the prompts.
@@ -44,6 +45,7 @@ def answers_with_states(
         ValueError: the continuous engine cannot run the model, or it has no such layers.
         RuntimeError: an answer failed.
     """
+    from chatglm.loading import stop_ids
     from serving.engines.continuous_engine import ContinuousEngine
 
     longest = 2  # what Limits wants at least
@@ -52,7 +54,7 @@ def answers_with_states(
     # Room for all: nothing is preempted.
     limits = Limits(batch_size, 2 * batch_size * longest, longest, PREFILL_TOKENS)
     cost = LinearCost()  # the policy does not read it
-    engine = ContinuousEngine(model, limits, cost, stop_ids, tap=tap)
+    engine = ContinuousEngine(model, limits, cost, stop_ids(tokenizer), tap=tap)
     clock = WallClock()
     inbox = Inbox(clock, engine)
     answers: dict[int, Answer] = {}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from serving.engines.adapters import AdapterSet, LoadedAdapter
     from serving.engines.constraints import Grammar, Matcher
-    from serving.engines.state_tap import StateSums
+    from serving.engines.state_sums import StateSums
 
 log = logging.getLogger(__name__)
 

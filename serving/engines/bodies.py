@@ -240,6 +240,12 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
     return causal.model.norm
 
 
+def hidden_size_of(model: PreTrainedModel) -> int:
+    """Numbers of a token's hidden state."""
+    embedding: Any = model.get_input_embeddings()
+    return embedding.weight.shape[-1]
+
+
 def body_of(model: PreTrainedModel) -> ServedBody:
     """The body of a model with its output layer.
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from serving.engines.answers import TextEngine, choose_tokens
+from serving.engines.bodies import hidden_size_of
 from serving.engines.pass_plans import Lane, Sequence
 from serving.engines.passes import ModelRunner
 from serving.engines.prefix_sharing import PrefixCache
@@ -76,8 +77,7 @@ class ContinuousEngine(TextEngine):
         self._unreported: dict[int, Sequence] = {}
         self.rereads: Rereads | None = None
         if rereader is not None:
-            hidden_size = self.model.get_input_embeddings().weight.shape[-1]
-            self.rereads = Rereads(rereader, int(hidden_size))
+            self.rereads = Rereads(rereader, hidden_size_of(self.model))
             tap = self.rereads.tap
         if tap is not None:
             self.runner.attach(tap)

@@ -174,7 +174,7 @@ class ChunkPart(NamedTuple):
     row: Sequence
     place: int
     start: int
-    count: int
+    tokens: int
 
 
 class PlannedPass:

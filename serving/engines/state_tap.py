@@ -4,7 +4,7 @@ No pass is added: a stage shows the output of chosen blocks to a StateTap, which
 for each answer and gives a StateReading when its prompt is complete and after every so many tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from serving.engines.answers import LOGPROB_TOKENS
 from serving.engines.pass_plans import ChunkPart, PlannedPass
 from serving.engines.pass_plans import Sequence as Row
+from serving.engines.state_sums import StateSums
 
 LARGEST = float(np.finfo(np.float16).max)  # states are stored in fp16: beyond this they are clipped
 
@@ -39,41 +40,6 @@ class StateReading(NamedTuple):
     last: np.ndarray
     mean: np.ndarray | None
     entropy: np.ndarray | None = None
-
-
-class StateSums:
-    """Running sums of an answer's states, kept with the answer: a preemption does not lose them.
-
-    What is computed again after a preemption is not added again.
-
-    Attributes:
-        seen: tokens of prompt and answer that were added or passed by.
-        prompt, answer: (L, hidden_size) sums over their tokens, fp32.
-        weighted, weight: sums over the prompt of entropy times state, and of entropy.
-        has_prompt, has_answer: no token of theirs was passed by.
-        marks: sums over the first n tokens of prompt and answer, for multiples n of the tap's
-            `mark_every`: what a prompt that copies so many of them begins with.
-    """
-
-    def __init__(self, layers: int, hidden_size: int, device: torch.device):
-        self.seen = 0
-        self.prompt = torch.zeros(layers, hidden_size, device=device)
-        self.answer = torch.zeros_like(self.prompt)
-        self.weighted: Tensor | None = None
-        self.weight = 0.0
-        self.has_prompt = self.has_answer = True
-        self.marks: dict[int, Tensor] = {}
-
-    def adopt(self, count: int, marks: Mapping[int, Tensor], prompt_size: int) -> None:
-        """Begin with `count` tokens that were copied from a sequence with these marks.
-
-        Nothing happens where they are not all of the prompt, or where so many were seen.
-        """
-        if count <= self.seen or count > prompt_size or count not in marks:
-            return
-        self.seen = count
-        self.prompt = marks[count].clone()
-        self.marks = {tokens: total for tokens, total in marks.items() if tokens <= count}
 
 
 class StateTap:
@@ -175,7 +141,7 @@ class StateTap:
     def _add_part(self, part: ChunkPart, states: Sequence[Tensor], logits_of: LogitsOf) -> None:
         """Add the tokens of a chunk that were not added before."""
         row, sums = part.row, self._sums(part.row, states)
-        prompt_size, end = len(row.answer.prompt), part.start + part.count
+        prompt_size, end = len(row.answer.prompt), part.start + part.tokens
         if row.copied is not None:
             sums.adopt(*row.copied, prompt_size)
             row.copied = None
