@@ -1,7 +1,7 @@
 """How well what is left of an answer is predicted from the served model's hidden states.
 
 python benchmarks/rereading.py --lengths lengths.jsonl --states states
-python benchmarks/rereading.py --lengths lengths.jsonl --states states --ablations
+python benchmarks/rereading.py --lengths lengths.jsonl --states states --ablations pool every layers
 
 Lengths and states are those of `scripts/collect_lengths.py --states`. Five folds by prompt: each
 answer is predicted by networks, weights of the pool and conformal maps that have not seen its
@@ -12,6 +12,7 @@ that was seen; "of ended" leaves them out. See docs/results.md, "Lengths re-read
 import argparse
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from finetune.files import write_json  # noqa: E402
 from predictor.calibration import Conformal  # noqa: E402
 from predictor.config import PredictorConfig  # noqa: E402
 from predictor.decoder import FOLDS, fold_of  # noqa: E402
-from predictor.hidden_states import HiddenStates  # noqa: E402
+from predictor.hidden_states import POOLINGS, HiddenStates  # noqa: E402
 from predictor.readings import Readings  # noqa: E402
 from predictor.reread_scores import (  # noqa: E402
     LEGEND,
@@ -59,7 +60,6 @@ class Collection:
     """Readings, what the prompts' predictor says of them, and how networks are fitted.
 
     Attributes:
-        pooled: of the last layer that was kept, or of --state_layers.
         fold: (R,) of each reading's prompt; priors: of each reading.
     """
 
@@ -79,10 +79,12 @@ class Collection:
         settings = fit_settings(rows.config, states)
         return cls(rows.config, states, readings, priors, fold, settings)
 
-    def vectors(self, pooling: str, layers: tuple[int, ...]) -> Readings:
-        """The readings with other states."""
-        rows = self.rows_of_readings()
-        return replace(self.readings, vectors=self.states.vectors(pooling, layers)[rows])
+    def refitted(self, pooling: str, layers: tuple[int, ...]) -> Posteriors:
+        """Posteriors from other states of the same readings."""
+        vectors = self.states.vectors(pooling, layers)[self.rows_of_readings()]
+        readings = replace(self.readings, vectors=vectors)
+        unseen = UnseenClasses.fit(readings, self.fold, self.settings)
+        return unseen.posteriors(self.readings, self.priors)
 
     def rows_of_readings(self) -> np.ndarray:
         """(R,): the row of the states that each reading is."""
@@ -106,7 +108,9 @@ def half_way(data: Collection, posteriors: Posteriors) -> dict[str, float]:
     """{"answers", "posterior", "prior", "ended_posterior", "ended_prior"}: MAE at half way, tokens.
 
     Of every answer with a reading at or before its half, other than the prompt's, the last such
-    reading; of the median of what is left, medians and lengths at most the cap.
+    reading; of the median, medians and lengths at most the cap. Which reading that is depends on
+    the length itself: what is left is about what is there, whatever was predicted. The MAE after
+    half of the cap, in the table of re-reads, does not have that.
     """
     mine = data.readings
     chosen = (mine.at > 0) & (mine.at <= mine.tokens / 2)
@@ -149,54 +153,107 @@ def variant_line(name: str, data: Collection, posteriors: Posteriors) -> list[st
     return line
 
 
-def fitted(data: Collection, readings: Readings, settings: FitSettings) -> UnseenClasses:
-    """Networks of the folds for some states of the same readings."""
-    return UnseenClasses.fit(readings, data.fold, settings)
-
-
-def ablations(data: Collection, main: UnseenClasses) -> list[list[str]]:
+def ablations(data: Collection, main: UnseenClasses, groups: list[str]) -> list[list[str]]:
     """Rows of the table: what each choice is worth."""
-    mine, rows = data.readings, [["", *map(str, SHOWN), "half way"]]
-
-    def add(name: str, posteriors: Posteriors) -> None:
-        rows.append(variant_line(name, data, posteriors))
-        print("  ".join(rows[-1]), file=sys.stderr, flush=True)
-
-    add("prompt's prediction alone", data.survived())
-    add("pooled", main.posteriors(mine, data.priors))
-    add("states alone", main.posteriors(mine, data.priors, alone=True))
-    add("pooled with the last posterior (TRAIL)", smoothed(data, main))
-    for steps in (2, 4):
-        every = steps * data.states.every
-        add(f"re-read every {every}", stale(data, main.posteriors(mine, data.priors), every))
-    for name, settings in variants(data.settings):
-        add(name, fitted(data, mine, settings).posteriors(mine, data.priors))
-    add("the prior as an input", prior_as_input(data))
-    poolings = ["last", "mean"] + (["entropy"] if data.states.entropy is not None else [])
-    for pooling in poolings:
-        other = data.vectors(pooling, data.config.read_layers)
-        add(f"pooling {pooling}", fitted(data, other, data.settings).posteriors(mine, data.priors))
-    for layer in data.states.layers:
-        other = data.vectors(data.config.state_pooling, (layer,))
-        add(f"layer {layer}", fitted(data, other, data.settings).posteriors(mine, data.priors))
+    rows = [["", *map(str, SHOWN), "half way"]]
+    for group in groups:
+        for name, posteriors in GROUPS[group](data, main):
+            rows.append(variant_line(name, data, posteriors))
+            print("  ".join(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 
-def variants(settings: FitSettings) -> list[tuple[str, FitSettings]]:
-    """Other networks and losses."""
-    return [
-        ("linear", replace(settings, state_units=0)),
+Variants = Iterator[tuple[str, Posteriors]]
+
+
+def of_pool(data: Collection, main: UnseenClasses) -> Variants:
+    """The prompt's prediction, the states, and both, in several ways."""
+    mine = data.readings
+    yield "the prompt's prediction alone", data.survived()
+    yield "pooled", main.posteriors(mine, data.priors)
+    yield "states alone", main.posteriors(mine, data.priors, alone=True)
+    yield "pooled with the answer's last posterior (TRAIL)", smoothed(data, main)
+
+
+def of_every(data: Collection, main: UnseenClasses) -> Variants:
+    """Fewer re-reads."""
+    posteriors = main.posteriors(data.readings, data.priors)
+    for steps in (2, 4):
+        every = steps * data.states.every
+        yield f"re-read every {every}", stale(data, posteriors, every)
+
+
+def of_networks(data: Collection, main: UnseenClasses) -> Variants:
+    """Other networks, losses and inputs."""
+    settings = data.settings
+    variants = (
+        ("a linear network", replace(settings, state_units=0)),
         ("one seed", replace(settings, state_seeds=1)),
         ("without the ranked probability score", replace(settings, crps_weight=0.0)),
-        ("16 bins", replace(settings, num_bins=16)),
-    ]
+        ("soft labels of one bin", replace(settings, label_width=1.0)),
+        ("a tenth of the weight decay", replace(settings, state_decay=settings.state_decay / 10)),
+    )
+    for name, other in variants:
+        unseen = UnseenClasses.fit(data.readings, data.fold, other)
+        yield name, unseen.posteriors(data.readings, data.priors)
+    yield "the prompt's prediction as an input, no pool", prior_as_input(data)
+
+
+def of_pooling(data: Collection, main: UnseenClasses) -> Variants:
+    """Other poolings of the tokens' states."""
+    for pooling in POOLINGS[1:]:
+        if pooling != "entropy" or data.states.entropy is not None:
+            yield f"pooling {pooling}", data.refitted(pooling, data.config.read_layers)
+
+
+def of_layers(data: Collection, main: UnseenClasses) -> Variants:
+    """Each layer that was kept, and all together."""
+    pooling = data.config.state_pooling
+    for layer in data.states.layers:
+        yield f"layer {layer}", data.refitted(pooling, (layer,))
+    if len(data.states.layers) > 1:
+        yield "all layers", data.refitted(pooling, data.states.layers)
+
+
+def of_runs(data: Collection, main: UnseenClasses) -> Variants:
+    """Several answers a prompt as labels of its states (ProD, arXiv 2604.07931), if there are.
+
+    `pooled` learns from all (their histogram); these from the first, and from the median.
+    """
+    mine = data.readings
+    first = np.zeros(len(mine), bool)
+    medians, ends = mine.tokens.copy(), mine.finished.copy()
+    for prompt in np.unique(mine.prompt).tolist():
+        rows = mine.prompt == prompt
+        first |= rows & (mine.answer == mine.answer[rows].min())
+        prompts = rows & (mine.at == 0)
+        medians[prompts] = np.median(mine.tokens[prompts])
+        ends[prompts] = medians[prompts] < data.states.cap
+    if first.all():
+        return
+    unseen = UnseenClasses.fit(replace(mine, weights=first * 1.0), data.fold, data.settings)
+    yield "one answer a prompt as label", unseen.posteriors(mine, data.priors)
+    readings = replace(mine, tokens=medians, finished=ends)
+    unseen = UnseenClasses.fit(readings, data.fold, data.settings)
+    yield "the median of a prompt's answers as label", unseen.posteriors(mine, data.priors)
+
+
+GROUPS: dict[str, Callable[[Collection, UnseenClasses], Variants]] = {
+    "pool": of_pool,
+    "every": of_every,
+    "networks": of_networks,
+    "pooling": of_pooling,
+    "layers": of_layers,
+    "runs": of_runs,
+}
 
 
 def prior_as_input(data: Collection) -> Posteriors:
     """States with the prompt's log probabilities beside them, without a pool."""
     logs = np.log(data.priors.masses + 1e-6).astype(np.float32)
     both = np.concatenate([data.readings.vectors, logs], axis=1)
-    unseen = fitted(data, replace(data.readings, vectors=both), data.settings)
+    readings = replace(data.readings, vectors=both)
+    unseen = UnseenClasses.fit(readings, data.fold, data.settings)
     return unseen.posteriors(data.readings, data.priors, alone=True)
 
 
@@ -290,7 +347,7 @@ def run(args: argparse.Namespace) -> None:
     """Fit, print the tables, write the figures."""
     started = time.perf_counter()
     data = Collection.load(make_config(args, args.lengths, args.states))
-    main = fitted(data, data.readings, data.settings)
+    main = UnseenClasses.fit(data.readings, data.fold, data.settings)
     posteriors = main.posteriors(data.readings, data.priors)
     places = data.scores(posteriors)
     half = half_way(data, posteriors)
@@ -300,7 +357,7 @@ def run(args: argparse.Namespace) -> None:
     print(describe_half_way(half), flush=True)
     report = {"places": places, "half_way": half}
     if args.ablations:
-        rows = ablations(data, main)
+        rows = ablations(data, main, args.ablations)
         print("tau-b of what is left and CRPS after ... tokens, and MAE at half way:")
         print("\n".join(aligned(rows)))
         report["ablations"] = rows
@@ -326,7 +383,13 @@ def build_parser() -> Parser:
     parser.add_argument("--state_seeds", type=whole(), help="as of train.py")
     parser.add_argument("--hash_bits", type=whole(8), help="as of train.py")
     parser.add_argument("--landmarks", type=whole(), help="as of train.py")
-    parser.add_argument("--ablations", action="store_true", help="also what each choice is worth")
+    parser.add_argument(
+        "--ablations",
+        nargs="+",
+        choices=tuple(GROUPS),
+        default=[],
+        help="also what each choice of these groups is worth",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     return parser
 

@@ -204,8 +204,8 @@ class PredictorConfig(RunConfig):
     )
     state_units: int = fixed_flag(64, "states: hidden units of a network; 0: a linear one")
     state_seeds: int = fixed_flag(2, "states: networks whose logits are averaged", positive=True)
-    state_decay: float = fixed_flag(0.1, "states: weight decay of AdamW")
-    state_dropout: float = fixed_flag(0.3, "states: dropout of states and hidden units")
+    state_decay: float = fixed_flag(3.0, "states: weight decay of AdamW")
+    state_dropout: float = fixed_flag(0.5, "states: dropout of states and hidden units")
     served_model: str = fixed_flag(
         "",
         "name of the model whose answers are predicted "

@@ -47,14 +47,12 @@ def evaluate_rereader(
         before = survived_priors(priors, readings.at, rereader.decoder.grid)
     classes = rereader.classes(readings.at, readings.vectors)
     after = rereader.decoder.posteriors(readings.at, classes, priors)
-    places = score_places(
-        after, before, readings.at, readings.tokens, readings.finished, states.cap
-    )
+    known = (readings.at, readings.tokens, readings.finished)
     return {
         "predictor": rereader.card["backbone"],
         "served_model": name,
         "answers": len(np.unique(readings.answer)),
-        "places": places,
+        "places": score_places(after, before, *known, states.cap),
         "milliseconds": read_milliseconds(rereader, states, readings, priors),
     }
 

@@ -108,18 +108,8 @@ def read_hidden_states(folder: str | Path, answers: int | None = None) -> Hidden
     shards = sorted(folder.glob(SHARDS))
     if not shards:
         raise FileNotFoundError(f"--states {folder}: there is no {SHARDS}")
-    parts = []
-    for shard in shards:
-        parts.append(read_shard(shard, settings))
-    arrays = {}
-    for name in parts[0]:
-        if any(name not in part for part in parts):
-            continue  # some shards have states pooled by entropy and some have none
-        arrays[name] = np.concatenate([part[name] for part in parts])
-    order = np.lexsort((arrays["at"], arrays["answer"]))
-    for name in arrays:
-        arrays[name] = arrays[name][order]
-    check_rows(arrays, settings, folder, answers)
+    arrays = join_shards([read_shard(shard, settings) for shard in shards])
+    check_readings(arrays, settings, folder, answers)
     return HiddenStates(
         settings["served_model"],
         str(settings["weights"]),
@@ -132,6 +122,18 @@ def read_hidden_states(folder: str | Path, answers: int | None = None) -> Hidden
         arrays["mean"],
         arrays.get("entropy"),
     )
+
+
+def join_shards(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The tensors that all shards have, end to end, sorted by answer and place."""
+    arrays = {}
+    for name in parts[0]:
+        if all(name in part for part in parts):
+            arrays[name] = np.concatenate([part[name] for part in parts])
+    order = np.lexsort((arrays["at"], arrays["answer"]))
+    for name in arrays:
+        arrays[name] = arrays[name][order]
+    return arrays
 
 
 def check_settings(settings: dict, file: Path) -> dict:
@@ -182,7 +184,7 @@ def read_shard(file: Path, settings: dict) -> dict[str, np.ndarray]:
     return found
 
 
-def check_rows(
+def check_readings(
     arrays: dict[str, np.ndarray], settings: dict, folder: Path, answers: int | None
 ) -> None:
     """Raises ValueError where rows are of no answer, of no re-read, or there twice."""

@@ -5,6 +5,7 @@ each fitted to all folds of prompts but one.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,10 +26,17 @@ from predictor.rereading import (
     pool_logarithms,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from predictor.state_network import ReadingTensors, TorchNetwork
+
 POOL_WEIGHTS = tuple(np.round(np.arange(0, 1.01, 0.1), 1).tolist())  # of the states
 MIN_BUCKET = 100  # readings; places with fewer are in one bucket with their neighbours
 BATCH = 256  # readings a step
 EPOCHS = 60  # at most
+LEARNING_RATE = 1e-3
 PATIENCE = 6  # epochs without a lower loss on the readings held out
 LEAST_SPREAD = 1e-4
 
@@ -67,9 +75,8 @@ class FitSettings:
     crps_weight: float = 1.0
     state_units: int = 64
     state_seeds: int = 2
-    state_decay: float = 0.1
-    state_dropout: float = 0.3
-    learning_rate: float = 1e-3
+    state_decay: float = 3.0
+    state_dropout: float = 0.5
     held_share: float = 0.15
     seed: int = 0
 
@@ -100,7 +107,8 @@ class UnseenClasses:
     """Classes of R readings, each by networks that had not seen its prompt.
 
     Attributes:
-        classes: (R, K); fold: (R,) of each reading's prompt; starts: (B,) of the buckets.
+        classes: (R, K) over `grid`; fold: (R,) of each reading's prompt; starts: (B,) of the
+            buckets.
         epochs: {kind: those that the networks of the folds trained}.
     """
 
@@ -268,16 +276,10 @@ def fit_seed(
     data = ReadingTensors.of(z, readings, bucket)
     torch.manual_seed(seed)
     model = TorchNetwork(z.shape[1], buckets, settings, readings.tokens - readings.at)
-    optimizer = torch.optim.AdamW(model.groups(settings.state_decay), lr=settings.learning_rate)
+    optimizer = torch.optim.AdamW(model.groups(settings.state_decay), lr=LEARNING_RATE)
     best, best_epoch, kept = np.inf, 0, model.state_dict()
     for epoch in range(1, (epochs or EPOCHS) + 1):
-        model.train()
-        order = torch.from_numpy(draw.permutation(inside))
-        for rows in order.split(BATCH):
-            loss = model.loss(data, rows) / data.weights[rows].sum()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+        train_epoch(model, optimizer, data, torch.from_numpy(draw.permutation(inside)))
         if not len(outside):
             best_epoch, kept = epoch, model.state_dict()
             continue
@@ -290,6 +292,18 @@ def fit_seed(
         elif epoch - best_epoch >= PATIENCE:
             break
     return {name: value.numpy().copy() for name, value in kept.items()}, best_epoch
+
+
+def train_epoch(
+    model: "TorchNetwork", optimizer: "Optimizer", data: "ReadingTensors", order: "Tensor"
+) -> None:
+    """A step for every BATCH readings, in an order."""
+    model.train()
+    for rows in order.split(BATCH):
+        loss = model.loss(data, rows) / data.weights[rows].sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
 
 
 def held_prompts(prompt: np.ndarray, share: float, draw: np.random.Generator) -> np.ndarray:

@@ -57,15 +57,7 @@ def train_states(config: PredictorConfig) -> Path:
     fold = fold_of(rows.groups)[readings.prompt]
     priors = prompt_priors(config, rows).take_rows(readings.prompt)
     fitted = fit_rereader(readings, priors, fold, fit_settings(config, states))
-    posteriors = fitted.unseen.posteriors(readings, priors)
-    metrics = score_places(
-        posteriors,
-        survived_priors(priors, readings.at, fitted.decoder.grid),
-        readings.at,
-        readings.tokens,
-        readings.finished,
-        states.cap,
-    )
+    metrics = unseen_metrics(fitted, readings, priors)
     say(f"trained in {time.perf_counter() - started:.0f} s; on prompts unseen in {FOLDS} folds")
     say("\n".join(reread_lines(metrics)) + "\n" + LEGEND)
     card = {
@@ -78,6 +70,19 @@ def train_states(config: PredictorConfig) -> Path:
     write_rereader(output, config, fitted, card)
     say(f"predictor: {output}")
     return output
+
+
+def unseen_metrics(fitted: FittedRereader, readings: Readings, priors: Priors) -> dict:
+    """`score_places` of readings whose prompts networks, weights and maps had not seen."""
+    grid = fitted.decoder.grid
+    return score_places(
+        fitted.unseen.posteriors(readings, priors),
+        survived_priors(priors, readings.at, grid),
+        readings.at,
+        readings.tokens,
+        readings.finished,
+        grid.cap,
+    )
 
 
 def load_readings(config: PredictorConfig) -> tuple[LengthRows, HiddenStates, Readings]:
@@ -113,13 +118,19 @@ def load_readings(config: PredictorConfig) -> tuple[LengthRows, HiddenStates, Re
     readings = join_readings(
         states, lines, config.state_pooling, config.read_layers, config.train_path
     )
+    check_enough(readings, config)
+    return rows, states, readings
+
+
+def check_enough(readings: Readings, config: PredictorConfig) -> None:
+    """Raises ValueError where too few prompts have states, or too few of them while answered."""
     for kind, some in (("prompts", readings.at == 0), ("answers", readings.at > 0)):
-        if len(np.unique(readings.prompt[some])) < 2 * FOLDS:
+        found = len(np.unique(readings.prompt[some]))
+        if found < 2 * FOLDS:
             raise ValueError(
-                f"--states {config.states}: too few {kind} of {states.served_model!r} with states; "
+                f"--states {config.states}: states of {found} {kind} of {config.served_model!r}; "
                 f"at least {2 * FOLDS} are needed"
             )
-    return rows, states, readings
 
 
 def read_layers(config: PredictorConfig, states: HiddenStates) -> tuple[int, ...]:

@@ -55,6 +55,9 @@ ELSEWHERE = {  # file -> the test that runs it
         "tests/serving/server/test_clients.py::test_the_table_in_miniature"
     ),
     "benchmarks/serving_load.py": "tests/serving/server/test_load.py::test_steady",
+    "benchmarks/rereading.py": (
+        "tests/predictor/test_states_training.py::test_the_benchmark_in_miniature"
+    ),
     "benchmarks/rows.py": ("tests/finetune/rows/test_data_memory.py::test_rows_are_tokenised_once"),
     "benchmarks/speed_subjects.py": "tests/test_miniatures.py::test_b1_train_speed",
     "examples/curl.sh": "tests/test_examples.py::test_curl",

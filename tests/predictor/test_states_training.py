@@ -160,6 +160,25 @@ def test_states_of_more_answers_than_lengths(states_flags, collection, train, tm
         train(states_flags(tmp_path / "out", "--train_path", short))
 
 
+def test_the_benchmark_in_miniature(tmp_path, capsys):
+    from benchmarks import rereading
+
+    lengths, states = write_collection(tmp_path, 60, runs=2, seed=4)
+    report = tmp_path / "figures.json"
+    words = ["--lengths", lengths, "--states", states, "--length_limit", 512, "--json", report]
+    words += ["--ablations", "pool", "every", "runs", "--state_units", 0, *SHORT[:2], *SHORT[4:]]
+    assert rereading.main([str(word) for word in words]) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads(report.read_text())
+    assert figures["places"]["32"]["posterior"]["crps"] < figures["places"]["32"]["prior"]["crps"]
+    assert figures["half_way"]["answers"] > 20
+    names = [row[0] for row in figures["ablations"]]
+    assert "pooled with the answer's last posterior (TRAIL)" in names
+    assert "the median of a prompt's answers as label" in names
+    for name in names[1:]:
+        assert name in printed
+
+
 def test_buckets_have_enough_readings():
     at = np.repeat([0, 64, 128, 192, 256, 320], [150, 300, 160, 90, 60, 20])
     assert bucket_starts(at).tolist() == [0, 64, 128, 192]
