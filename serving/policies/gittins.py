@@ -74,9 +74,9 @@ class Gittins:
     Deadlines. With `deadlines`, due is arrival + slo, and a request whose latest start has passed
     costs nothing more whatever is done: it goes behind all others. Else due is the arrival.
 
-    Ageing. Where fewer than 1 / ageing of the rows hold requests that arrived no later than the oldest
-    that waits, it is the next one. So in order of arrival requests get 1 / ageing of the rows at
-    least, and none waits longer than about `ageing` times as long as with fcfs.
+    Ageing. Where fewer than 1 / ageing of the rows hold requests that arrived no later than the
+    oldest that waits, it is the next one. So in order of arrival requests get 1 / ageing of the
+    rows at least, and none waits longer than about `ageing` times as long as with fcfs.
 
     Admission. No more prompts than the next pass computes (drafts.admit_in_turn); memory in blocks,
     as Fcfs; the smallest index is preempted when it runs out.
