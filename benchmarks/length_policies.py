@@ -218,22 +218,23 @@ def read_cells(path: Path) -> list[dict[str, Any]]:
 
 def open_tasks(flags: BenchFlags) -> list[CellTask]:
     """The cells that are not in the file, seed by seed, so that a part of them is balanced."""
-    done = set()
+    done: dict[tuple[str, float, int], set[str]] = {}
     for cell in read_cells(flags.output):
         if cell["requests"] != flags.requests:
             raise ValueError(
                 f"--output {flags.output} has cells of {cell['requests']} requests, wanted "
                 f"{flags.requests}: give another file, or --requests {cell['requests']}"
             )
-        if set(flags.policies) <= set(cell["policies"]):
-            done.add((cell["workload"], cell["load"], cell["seed"]))
+        key = cell["workload"], cell["load"], cell["seed"]
+        done.setdefault(key, set()).update(cell["policies"])
     tasks = []
     for seed in range(flags.seeds):
         for workload in flags.workloads:
             for load in flags.loads:
                 task = CellTask(workload, load, seed, flags)
-                if task.key not in done:
-                    tasks.append(task)
+                missing = [name for name in flags.policies if name not in done.get(task.key, ())]
+                if missing:
+                    tasks.append(replace(task, flags=replace(flags, policies=missing)))
     return tasks
 
 
@@ -271,14 +272,15 @@ Columns = dict[str, dict[str, list[float]]]  # policy -> metric -> one value a s
 
 
 def group_cells(cells: Iterable[dict[str, Any]]) -> dict[tuple[str, float], Columns]:
-    """{(workload, load): columns}, seeds in order; the newest line of a cell counts."""
-    newest = {}
+    """{(workload, load): columns}, seeds in order; the newest line of a policy counts."""
+    newest: dict[tuple[str, float, int], dict[str, dict[str, float]]] = {}
     for cell in cells:
-        newest[cell["workload"], cell["load"], cell["seed"]] = cell
+        key = cell["workload"], cell["load"], cell["seed"]
+        newest.setdefault(key, {}).update(cell["policies"])
     groups: dict[tuple[str, float], Columns] = {}
     for workload, load, seed in sorted(newest):
         group = groups.setdefault((workload, load), {})
-        for name, metrics in newest[workload, load, seed]["policies"].items():
+        for name, metrics in newest[workload, load, seed].items():
             columns = group.setdefault(name, {metric: [] for metric in METRICS})
             for metric in METRICS:
                 columns[metric].append(metrics[metric])

@@ -7,6 +7,7 @@ call looks at few requests. POLICIES, all policies that can be chosen, is at the
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -232,14 +233,23 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def chosen_policy(name: str, objective: str | None) -> str:
-    """The name in POLICIES of `gittins` with this objective; other policies have none.
+OBJECTIVE_HELP = (
+    "what the policy gittins aims at: the least mean latency, the least p99, the most answers in "
+    "time [deadline]"
+)
+
+
+def with_objective(names: Sequence[str], objective: str | None) -> list[str]:
+    """The names, `gittins` being that of its setting for the objective; None changes nothing.
 
     Raises:
-        ValueError: an objective for another policy.
+        ValueError: an objective, and gittins is not among the names.
     """
     if objective is None:
-        return name
-    if name != "gittins":
-        raise ValueError(f"--objective {objective} goes with the policy gittins, not with {name}")
-    return "gittins" if objective == "deadline" else f"gittins_{objective}"
+        return list(names)
+    if "gittins" not in names:
+        raise ValueError(
+            f"--objective {objective} is of the policy gittins; got {', '.join(names)}"
+        )
+    setting = "gittins" if objective == "deadline" else f"gittins_{objective}"
+    return [setting if name == "gittins" else name for name in names]

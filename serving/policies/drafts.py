@@ -85,39 +85,54 @@ def make_room(
                 break
 
 
-def prompts_left(view: View) -> int:
-    """Prompt tokens of admitted requests that are still to be computed, at most: those of the
-    running records without a first token."""
-    left = 0
+def prompts_left(view: View, pass_s: float) -> float:
+    """Prompt tokens of the running records that are still to be computed, about.
+
+    Those of records without a first token, less what has been computed since the first of them was
+    admitted, or the last first token of another, at prefill_tokens a pass of pass_s seconds.
+    """
+    left, since_s, last_started_s = 0.0, FOREVER, 0.0
     for record in view.running.values():
         if record.first_token_s < 0:
             left += record.context_tokens
-    return left
+            since_s = min(since_s, record.admitted_s)
+        else:
+            last_started_s = max(last_started_s, record.first_token_s)
+    if not left:
+        return 0.0
+    passes = max(view.now_s - max(since_s, last_started_s), 0.0) / pass_s
+    return max(left - passes * view.limits.prefill_tokens, 0.0)
 
 
 def admit_in_turn(
-    draft: PlanDraft, cost: CostEstimator, tokens_of: Callable[[Record], int], spare: int = 0
+    draft: PlanDraft,
+    cost: CostEstimator,
+    tokens_of: Callable[[Record], int],
+    spare: int = 0,
 ) -> float:
     """Admit in the queue's order, no more prompts than the engine computes in its next pass.
 
     An engine computes prompts in the order of their admission, so what is admitted early can no
-    longer be overtaken. This is what the token budget of a pass does in vLLM and SGLang.
+    longer be overtaken. The token budget of a pass does the same in vLLM and SGLang.
 
     Args:
         tokens_of: record -> KV tokens to reserve for it.
+        spare: KV tokens to leave free, unless nothing runs.
     Returns:
-        When to plan again: the time at which the prompts admitted are computed but for a pass;
-        FOREVER where none waits for that.
+        When to plan again: once the admitted prompts are computed but for a pass; FOREVER where
+        none waits for that.
     """
     view, limits = draft.view, draft.view.limits
-    left = prompts_left(view)
+    budget = limits.prefill_tokens
+    pass_s = cost.chunk_s(budget, 0, draft.rows)
+    if draft.rows:
+        pass_s += cost.decode_step_s(draft.rows, limits.kv_tokens - view.kv_free_tokens)
+    left = prompts_left(view, pass_s)
     for record in view.waiting:
         if record.request.id in draft.reserve:
             continue
-        if left >= limits.prefill_tokens:
-            excess = left - limits.prefill_tokens
-            passes = excess // limits.prefill_tokens + 1
-            return view.now_s + passes * cost.chunk_s(limits.prefill_tokens, 0, draft.rows)
+        if left >= budget:
+            return view.now_s + (left // budget) * pass_s
         tokens = tokens_of(record)
         if (draft.free - tokens < spare and draft.rows) or not draft.try_admit(record, tokens):
             break

@@ -39,8 +39,9 @@ def log_index(left: "LengthPrediction", before_s: float, token_s: float, rate: f
     exponents = rate * token_s * left.edges
     growth = np.exp(exponents)
     steps = np.diff(exponents)
-    # The mean of exp over each bin, in which lengths are spread evenly.
-    inside = np.where(steps > 1e-9, np.diff(growth) / np.maximum(steps, 1e-12), growth[1:])
+    # The mean of exp over each bin, in which lengths are spread evenly; near 1 its middle's.
+    middles = np.exp((exponents[1:] + exponents[:-1]) / 2)
+    inside = np.where(steps > 1e-5, np.diff(growth) / np.maximum(steps, 1e-12), middles)
     mass = left.probabilities
     done = np.cumsum(mass * inside)
     # exp(g before_s) stands in all terms but the 1, so all are divided by it.
@@ -75,9 +76,9 @@ class Gittins:
     Deadlines. With `deadlines`, due is arrival + slo, and a request whose latest start has passed
     costs nothing more whatever is done: it goes behind all others. Else due is the arrival.
 
-    Ageing. Where fewer than 1 / ageing of the rows hold requests that arrived before the oldest
-    that waits, it is the next one. So in order of arrival requests get 1 / ageing of the rows at
-    least, and none waits longer than about `ageing` times as long as with fcfs.
+    Ageing. Where fewer than 1 / ageing of the rows hold requests that arrived no later than the
+    oldest that waits, it is the next one. So in order of arrival requests get 1 / ageing of the
+    rows at least, and none waits longer than about `ageing` times as long as with fcfs.
 
     Admission. No more prompts than the next pass computes (drafts.admit_in_turn); memory in blocks,
     as Fcfs; the smallest index is preempted when it runs out.
@@ -180,7 +181,7 @@ class Gittins:
         arrival = oldest.request.arrival_s
         before = 0
         for record in view.running.values():
-            before += record.request.arrival_s < arrival
+            before += record.request.arrival_s <= arrival
         if before * self.ageing < draft.rows:
             draft.try_admit(oldest, self.reserve(oldest, oldest.generated, view.limits))
 

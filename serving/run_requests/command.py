@@ -28,7 +28,8 @@ from finetune.placing import PlacementFlags, add_placing_flags
 from predictor.pictures import new_figure
 from serving.engines import Sampling
 from serving.engines.runner import AnswerBackend
-from serving.policies.continuous import POLICIES
+from serving.policies.continuous import OBJECTIVE_HELP, POLICIES, with_objective
+from serving.policies.gittins import OBJECTIVES
 from serving.replicas.backends import open_in_process, open_placed
 from serving.replicas.pool import ReplicaPool
 from serving.replicas.served_model import (
@@ -74,6 +75,7 @@ class ListRunFlags(PlacementFlags):
     predictor: str | None
     rereader: str | None
     policies: str
+    objective: str | None
     rate: float | None
     at_once: bool
     slo_s: float | None
@@ -122,6 +124,7 @@ def run_parser() -> argparse.ArgumentParser:
         default="slo_odbs,fifo,fcfs,deadline",
         help=f"of {', '.join(RUNNABLE)}; comma between them [slo_odbs,fifo,fcfs,deadline]",
     )
+    add("--objective", choices=tuple(OBJECTIVES), help=OBJECTIVE_HELP)
     arrivals = parser.add_mutually_exclusive_group()
     arrivals.add_argument(
         "--rate",
@@ -318,7 +321,7 @@ def slo_source_of(flags: ListRunFlags, rows: Sequence[ListedRow]) -> str:
 
 def run_requests(flags: ListRunFlags) -> None:
     """Everything after the flags. Raises ValueError, OSError, MemoryError in one line."""
-    names = policy_names(flags.policies)
+    names = with_objective(policy_names(flags.policies), flags.objective)
     rows = read_request_list(flags.requests)
     limits = checked_limits(flags, names, rows)
 

@@ -7,7 +7,8 @@ from chatglm.commands import Parser
 from finetune.evaluation.predict import add_loading_flags, add_packing_flag
 from finetune.placing import PlacementFlags, add_placing_flags
 from serving.engines import ENGINES
-from serving.policies.continuous import POLICIES
+from serving.policies.continuous import OBJECTIVE_HELP, POLICIES
+from serving.policies.gittins import OBJECTIVES
 from serving.tools.flags import add_tool_flags
 
 DESCRIPTION = """Serve a model over OpenAI's chat API, scheduled by predicted length.
@@ -26,6 +27,7 @@ class ServerFlags(PlacementFlags):
     predictor: str | None
     rereader: str | None
     policy: str
+    objective: str | None
     engine: str
     host: str
     port: int
@@ -83,6 +85,7 @@ def server_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--policy", choices=SERVED, default="deadline", help="the scheduling policy [deadline]"
     )
+    parser.add_argument("--objective", choices=tuple(OBJECTIVES), help=OBJECTIVE_HELP)
     parser.add_argument(
         "--engine",
         choices=tuple(ENGINES),

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 from chatglm import load_tokenizer
@@ -10,7 +11,7 @@ from finetune.evaluation.predict import pick_device
 from predictor.labels import name_warning, served_name
 from predictor.runtime import LengthPredictor
 from serving.cost_model.model import read_profile
-from serving.policies.continuous import POLICIES
+from serving.policies.continuous import POLICIES, with_objective
 from serving.replicas.backends import open_backend
 from serving.replicas.pool import ReplicaPool
 from serving.replicas.served_model import (
@@ -65,6 +66,7 @@ def load_service(flags: ServerFlags) -> Service:
     Raises:
         ValueError, OSError: in one line, what does not fit or is missing.
     """
+    flags = replace(flags, policy=with_objective([flags.policy], flags.objective)[0])
     policy = POLICIES[flags.policy]
     if policy.predicts and not flags.predictor:
         free = ", ".join(name for name in SERVED if not POLICIES[name].predicts)

@@ -19,7 +19,8 @@ from typing import Any
 from chatglm.commands import Parser, number, run_command, whole
 from finetune.files import write_json
 from serving.cost_model.devices import MAX_DEVICES
-from serving.policies.continuous import POLICIES
+from serving.policies.continuous import OBJECTIVE_HELP, POLICIES, with_objective
+from serving.policies.gittins import OBJECTIVES
 from serving.policies.static import BatchPolicy, Static
 from serving.request import CostEstimator, Limits, Policy
 from serving.simulate.compare import (
@@ -41,6 +42,7 @@ class SimulationFlags:
     """The flags of the command; `simulation_parser` has their meaning and defaults."""
 
     policies: str
+    objective: str | None
     workload: str
     rate: list[float]
     requests: int
@@ -147,6 +149,7 @@ def simulation_parser() -> argparse.ArgumentParser:
         default="fifo,s3,slo_odbs,fcfs,sjf,deadline,oracle",
         help=f"of {', '.join(POLICIES)}; comma between them",
     )
+    add("--objective", choices=tuple(OBJECTIVES), help=OBJECTIVE_HELP)
     add("--workload", default="poisson", choices=WORKLOADS)
     add(
         "--rate",
@@ -259,6 +262,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--policies: {', '.join(unknown)} unknown; there are {', '.join(POLICIES)}")
     if not names:
         parser.error(f"--policies: name at least one of {', '.join(POLICIES)}")
+    try:
+        names = with_objective(names, flags.objective)
+    except ValueError as error:
+        parser.error(str(error))
     return run_command(parser.prog, lambda: run_simulation(flags, names))
 
 

@@ -63,6 +63,13 @@ SPACES: dict[
     "fcfs": {"block_tokens": (64, 256), "watermark": (0.0, 0.01, 0.05)},
     "sjf": {"reserve_quantile": (0.3, 0.5, 0.7, 0.9)},
     "srpt": {"reserve_quantile": (0.3, 0.5, 0.7, 0.9), "advantage": (1.5, 2.0, 4.0, 8.0)},
+    "boost": {"rate": (0.03, 0.1, 0.3, 1.0, 3.0)},
+    "tie": {"inflation": (0.3, 1.0, 3.0), "level": (0.8, 0.9, 0.95)},
+    "gittins": {
+        "horizon_s": (3.0, 10.0, 30.0, 100.0, 1000.0),
+        "hope": (0.02, 0.05, 0.1, 0.2),
+        "ageing": (5.0, 10.0, 20.0),
+    },
     "deadline": {
         "admit_quantile": (0.3, 0.5, 0.7, 0.9),
         "hope_quantile": (0.02, 0.05, 0.1, 0.2, 0.5),

@@ -40,7 +40,8 @@ class SyntheticRereads:
     cache: dict[tuple[int, int], LengthPrediction] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        rng = np.random.default_rng(self.seed)
+        # Not the stream from which a workload of this seed was drawn.
+        rng = np.random.default_rng([self.seed, 1])
         self.noise = rng.standard_normal(len(self.output_tokens))
 
     def __call__(self, request_id: int, generated: int) -> LengthPrediction | None:

@@ -55,5 +55,37 @@ addWords({
     "The deadline policy with the true lengths in place of predictions, for benchmarks only.",
     "deadline 策略，以真实长度代替预测，只用于基准测试。",
   ],
+  "policy.boost": [
+    "In order of arrival, but prompts that are short to compute count as if they had come earlier; without predictions.",
+    "按到达顺序，但计算量小的提示词视为更早到达；不用预测。",
+  ],
+  "policy.boost_work": [
+    "In order of arrival, but requests with little predicted work count as if they had come earlier.",
+    "按到达顺序，但预测工作量小的请求视为更早到达。",
+  ],
+  "policy.boost_oracle": [
+    "The boost policy with the true work in place of the prompt's, for benchmarks only.",
+    "boost 策略，以真实工作量代替提示词的，只用于基准测试。",
+  ],
+  "policy.tie": [
+    "The shortest predicted answer first, where an answer that may become very long counts as longer.",
+    "预测最短的回答优先，可能变得很长的回答算得更长。",
+  ],
+  "policy.gittins": [
+    "First the request that saves most lateness for a second of the machine, by the whole predicted distribution of its length.",
+    "按预测的整个长度分布，机器每秒能减少最多迟到的请求优先。",
+  ],
+  "policy.gittins_mean": [
+    "First the request that saves most waiting for a second of the machine: the least mean latency.",
+    "机器每秒能减少最多等待的请求优先：平均延迟最小。",
+  ],
+  "policy.gittins_tail": [
+    "Nearly in order of arrival; only much cheaper requests go first: the least p99 latency.",
+    "接近到达顺序，只有便宜得多的请求才先行：p99 延迟最小。",
+  ],
+  "policy.gittins_oracle": [
+    "The gittins policy with the true lengths in place of predictions, for benchmarks only.",
+    "gittins 策略，以真实长度代替预测，只用于基准测试。",
+  ],
   "policy.other": ["A policy of this server's own.", "此服务器自定义的策略。"],
 });
