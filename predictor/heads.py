@@ -18,6 +18,8 @@ from predictor.prediction import bins_of_lengths, log_middles, make_edges
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOST_COMPARED, LIST_LABELS = 2048, 256  # labels; see Ranking
+
 # Outputs (N, width) -> (probabilities (N, K), rank scores (N,)).
 Reader = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -275,7 +277,9 @@ class Ranking(ScoreHead):
     Loss "pairwise": -log sigmoid(s_i - s_j) over all pairs of a forward pass with L_i > L_j
     (RankNet, Burges et al. 2005). Loss "listmle": the negative log likelihood of the pass's order
     (Xia et al. 2008), as vllm-ltr trains. Only labels of the same served model are compared. A cut
-    answer is known to be longer only than those that ended before its cut.
+    answer is known to be longer only than those that ended before its cut. Of more than
+    MOST_COMPARED labels, as a frozen backbone's head has them at once, lists of LIST_LABELS are
+    compared, each taken from all of them: memory grows with the square of a list.
     """
 
     ranking_loss: str
@@ -289,6 +293,26 @@ class Ranking(ScoreHead):
         owners: "Tensor",
     ) -> "Tensor":
         """The loss summed over M labels; see Head.loss."""
+        if len(tokens) <= MOST_COMPARED:
+            return self.list_loss(outputs, tokens, finished, weights, owners)
+        lists = -(-len(tokens) // LIST_LABELS)
+        total = outputs.new_zeros(())
+        for first in range(lists):
+            part = slice(first, None, lists)
+            total = total + self.list_loss(
+                outputs[part], tokens[part], finished[part], weights[part], owners[part]
+            )
+        return total
+
+    def list_loss(
+        self,
+        outputs: "Tensor",
+        tokens: "Tensor",
+        finished: "Tensor",
+        weights: "Tensor",
+        owners: "Tensor",
+    ) -> "Tensor":
+        """The loss of one list, in which every label is compared with every other."""
         import torch
 
         scores = at_least_float32(outputs[:, 0])
