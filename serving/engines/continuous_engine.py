@@ -26,7 +26,7 @@ from serving.engines.bodies import hidden_size_of
 from serving.engines.pass_plans import Lane, Sequence
 from serving.engines.passes import ModelRunner
 from serving.engines.prefix_sharing import PrefixCache
-from serving.engines.rereads import StepRereads, StateRereader
+from serving.engines.rereads import StateRereader, StepRereads
 from serving.engines.stage_reports import StageReport
 from serving.engines.state_tap import StateTap
 from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, StepResult
