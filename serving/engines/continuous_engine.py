@@ -26,7 +26,7 @@ from serving.engines.bodies import hidden_size_of
 from serving.engines.pass_plans import Lane, Sequence
 from serving.engines.passes import ModelRunner
 from serving.engines.prefix_sharing import PrefixCache
-from serving.engines.rereads import Rereads, StateRereader
+from serving.engines.rereads import StateRereader, StepRereads
 from serving.engines.stage_reports import StageReport
 from serving.engines.state_tap import StateTap
 from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, StepResult
@@ -75,9 +75,9 @@ class ContinuousEngine(TextEngine):
         self._together = False
         # Ended rows of a static batch, which are reported when the whole batch has ended.
         self._unreported: dict[int, Sequence] = {}
-        self.rereads: Rereads | None = None
+        self.rereads: StepRereads | None = None
         if rereader is not None:
-            self.rereads = Rereads(rereader, hidden_size_of(self.model))
+            self.rereads = StepRereads(rereader, hidden_size_of(self.model))
             tap = self.rereads.tap
         if tap is not None:
             self.runner.attach(tap)

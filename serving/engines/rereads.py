@@ -40,7 +40,7 @@ class StateRereader(Protocol):
         """
 
 
-class Rereads:
+class StepRereads:
     """The readings of an engine's steps, and what a rereader makes of them.
 
     Attributes:
