@@ -121,18 +121,23 @@ def prompt_length(lengths: LengthSet, workshop: Workshop) -> Predict:
     return decoded(score, score(lengths.train.prompts), lengths)
 
 
+def five_folds() -> Any:
+    """scikit-learn's folds, shuffled with seed 0."""
+    from sklearn.model_selection import KFold
+
+    return KFold(FOLDS, shuffle=True, random_state=0)
+
+
 def tfidf(lengths: LengthSet, workshop: Workshop) -> Predict:
     """TF-IDF of words and pairs of words, ridge regression of the mean log length."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import Ridge
-    from sklearn.model_selection import KFold, cross_val_predict
+    from sklearn.model_selection import cross_val_predict
     from sklearn.pipeline import make_pipeline
 
     prompts, target = lengths.train.prompts, mean_logs(lengths.train)
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), Ridge(1.0))
-    unseen = cross_val_predict(
-        model, prompts, target, cv=KFold(FOLDS, shuffle=True, random_state=0)
-    )
+    unseen = cross_val_predict(model, prompts, target, cv=five_folds())
     model.fit(prompts, target)
     return decoded(model.predict, unseen, lengths)
 
@@ -182,11 +187,11 @@ def clairvoyant(lengths: LengthSet, workshop: Workshop) -> Predict:
     They regress the mean log length, which ranks better than the paper's three classes.
     """
     from sklearn.ensemble import HistGradientBoostingRegressor
-    from sklearn.model_selection import KFold, cross_val_predict
+    from sklearn.model_selection import cross_val_predict
 
     rows, target = clairvoyant_features(lengths.train.prompts), mean_logs(lengths.train)
     model = HistGradientBoostingRegressor(max_iter=200, learning_rate=0.05, random_state=0)
-    unseen = cross_val_predict(model, rows, target, cv=KFold(FOLDS, shuffle=True, random_state=0))
+    unseen = cross_val_predict(model, rows, target, cv=five_folds())
     model.fit(rows, target)
     return decoded(lambda prompts: model.predict(clairvoyant_features(prompts)), unseen, lengths)
 

@@ -173,10 +173,9 @@ def checked(values: Any, count: int, what: str) -> np.ndarray:
         raise ValueError(f"wanted {count} numbers as {what}, got {type(values).__name__}") from None
     if numbers.shape != (count,):
         raise ValueError(f"wanted {count} numbers as {what}, got the shape {numbers.shape}")
-    if not np.isfinite(numbers).all():
-        raise ValueError(
-            f"wanted finite numbers as {what}, got {numbers[~np.isfinite(numbers)][0]}"
-        )
+    unknown = numbers[~np.isfinite(numbers)]
+    if len(unknown):
+        raise ValueError(f"wanted finite numbers as {what}, got {unknown[0]}")
     return numbers
 
 

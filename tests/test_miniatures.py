@@ -97,6 +97,9 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/grammar_cost.py": "test_grammar_cost",
     "benchmarks/kill9.py": "test_kill9",
     "benchmarks/length_serving.py": "test_smollm2",
+    "benchmarks/length_bench.py": "test_length_bench",
+    "benchmarks/length_rivals.py": "test_length_bench",
+    "benchmarks/length_sets.py": "test_length_bench",
     "benchmarks/live_view.py": "test_live_view",
     "benchmarks/method_matrix.py": "test_method_matrix",
     "benchmarks/offline.py": "test_offline",
@@ -253,6 +256,38 @@ def test_predictor_benchmark(measured_lengths, tmp_path):
     done = run(*words, "--no_teacher", "--head", "regression", "--splits", 1)
     found = json.loads((tmp_path / "out.json").read_text())
     assert "lexical regression" in found and len(found) >= 4 and "ceiling" in done.stdout
+
+
+def test_length_bench(tmp_path):
+    """Few prompts of two runs each; a cell that is there is not run again."""
+    pytest.importorskip("sklearn", reason="pip install 'glm-foundry[benchmark]'")
+    pytest.importorskip("matplotlib", reason="pip install 'glm-foundry[docs]'")
+    draw = random.Random(0)
+    words = {"name": 8, "list": 40, "explain": 150, "essay": 400}
+    with open(tmp_path / "lengths.jsonl", "w", encoding="utf-8") as file:
+        for number in range(60):
+            word = draw.choice(list(words))
+            topic = draw.choice(["river", "lamp", "winter", "bread"])
+            prompt = f"{word} {topic} {draw.random():.6f} {number}"
+            for _ in range(2):
+                tokens = round(words[word] * draw.uniform(0.8, 1.2))
+                file.write(json.dumps({"prompt": prompt, "output_tokens": tokens}) + "\n")
+    command = [
+        *("benchmarks/length_bench.py", "--sets", "smollm2", "--smollm2", tmp_path),
+        *("--work", tmp_path / "work", "--timed", 3, "--picture", tmp_path / "picture.png"),
+        *("--rivals", "constant,tfidf,lexical,encoder"),
+    ]
+    done = run(*command)
+    assert "| constant | 0.000 |" in done.stdout and "smollm2: ceiling 0." in done.stdout
+    cells = tmp_path / "work/cells"
+    figures = json.loads((cells / "smollm2--lexical--0.json").read_text())
+    assert figures["tau"] > 0.5 and figures["tested_on"] + figures["trained_on"] == 60
+    assert "left_out" in json.loads((cells / "smollm2--encoder--0.json").read_text())
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+    again = run(*command)
+    assert again.stderr == "" and again.stdout == done.stdout
+    failed = run_any("benchmarks/length_bench.py", "--sets", "x")
+    assert failed.returncode == 1 and "wanted some of vicuna" in failed.stderr
 
 
 @pytest.mark.slow
