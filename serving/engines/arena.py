@@ -10,9 +10,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from serving.cost_model.overheads import SMALLEST_CLASS
 from serving.engines.kv_memory import KvMemory
 
-SMALLEST_SLAB = 64  # tokens of the smallest class
+SMALLEST_SLAB = SMALLEST_CLASS
 
 
 def slab_tokens(tokens: int) -> int:
