@@ -100,6 +100,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/length_bench.py": "test_length_bench",
     "benchmarks/length_rivals.py": "test_length_bench",
     "benchmarks/length_sets.py": "test_length_bench",
+    "benchmarks/length_policies.py": "test_length_policies",
     "benchmarks/live_view.py": "test_live_view",
     "benchmarks/method_matrix.py": "test_method_matrix",
     "benchmarks/offline.py": "test_offline",
@@ -163,6 +164,31 @@ def test_b1_every_script_has_a_miniature(path):
 
 
 @pytest.mark.slow
+def test_length_policies(tmp_path):
+    """A cell of drawn lengths, the rest of its policies in a second call, the tables, a picture."""
+    lengths, cells, picture = (tmp_path / n for n in ("lengths.jsonl", "cells.jsonl", "all.png"))
+    rows = [{"prompt": "word " * (5 + i % 40), "output_tokens": 3 + 7 * i % 90} for i in range(60)]
+    lengths.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    words = ["benchmarks/length_policies.py", "--output", cells, "--workloads", "lengths,uellm"]
+    words += ["--lengths", lengths, "--loads", "1.5", "--seeds", "3", "--requests", "60"]
+    some = "fcfs;sjf;gittins;gittins_mean"
+    run(*words, "--policies", some, "--seconds", "0")
+    assert len(cells.read_text(encoding="utf-8").splitlines()) == 1
+    with cells.open("a", encoding="utf-8") as file:
+        file.write('{"workload": "len')  # a run that was killed
+    done = run(*words, "--picture", picture)
+    kept = list(map(json.loads, cells.read_text(encoding="utf-8").splitlines()[2:]))
+    assert len(kept) == 6 and set(kept[1]["policies"]) > set(kept[0]["policies"])
+    assert not set(kept[0]["policies"]) & set(some.split(";"))  # those were there
+    assert "| gittins_oracle |" in done.stdout and "lengths, 3 seeds" in done.stdout
+    assert "gittins: attainment at least deadline's | " in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    again = run(*words, "--tables")
+    assert again.stdout == done.stdout
+    other = run_any(*words, "--requests", "61")
+    assert other.returncode and "has cells of 60 requests, wanted 61" in other.stderr
+
+
 def test_golden_table(tmp_path):
     shared_file("golden")
     done = run("benchmarks/golden_table.py", "--fixtures", 2, "--json", tmp_path / "out.json")

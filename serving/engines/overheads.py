@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Callable
 from itertools import count
 
+import torch
+
 from serving.cost_model.overheads import SMALLEST_CLASS, EngineOverheads, length_class
 from serving.engines.answers import Sampling
 from serving.engines.continuous_engine import ContinuousEngine
@@ -98,6 +100,7 @@ class OverheadTimer:
         self.cancel(records + newcomer)
         return mixed - alone - self.cost.chunk_s(PROMPT, 0, len(records))
 
+    @torch.inference_mode()
     def moves(self) -> float:
         """Seconds of a row's move to the next class."""
         if len(self.classes_used) < 2:
