@@ -163,7 +163,6 @@ def test_b1_every_script_has_a_miniature(path):
 # ---- benchmarks
 
 
-@pytest.mark.slow
 def test_length_policies(tmp_path):
     """A cell of drawn lengths, the rest of its policies in a second call, the tables, a picture."""
     lengths, cells, picture = (tmp_path / n for n in ("lengths.jsonl", "cells.jsonl", "all.png"))
@@ -408,6 +407,7 @@ def test_smollm2(tmp_path):
         assert (row["reread"] > 0) == row["policy"].endswith("+read")
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_live_view(tmp_path):
     words = ("--quick", "--running", 4, "--waiting", 20, "--json", tmp_path / "out.json")
