@@ -408,7 +408,6 @@ def test_smollm2(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_live_view(tmp_path):
     words = ("--quick", "--running", 4, "--waiting", 20, "--json", tmp_path / "out.json")
     done = run("benchmarks/live_view.py", *words)
