@@ -188,6 +188,7 @@ def test_length_policies(tmp_path):
     assert other.returncode and "has cells of 60 requests, wanted 61" in other.stderr
 
 
+@pytest.mark.slow
 def test_golden_table(tmp_path):
     shared_file("golden")
     done = run("benchmarks/golden_table.py", "--fixtures", 2, "--json", tmp_path / "out.json")
