@@ -34,7 +34,6 @@ from finetune.files import write_json
 from predictor.prediction import LengthPrediction
 from serving.cost_model.devices import find_device
 from serving.cost_model.model import CostModel, ModelSizes, Profile
-from serving.cost_model.overheads import EngineOverheads
 from serving.policies.continuous import POLICIES
 from serving.request import Limits, Request
 from serving.scheduler import Replay, VirtualClock, run_scheduler
@@ -104,7 +103,6 @@ class Bench:
             tokens = row["output_tokens"] + row["finished"]
             self.known_prompts.append((row["prompt"], ids, tokens, prediction))
         self.engine = make_engine("continuous", self.model, limits, CostModel.of(self.shape, "CPU"))
-        self.overheads: EngineOverheads | None = None
         # Of the first profile, so that objectives stay the same.
         self.objective_cost: CostModel | None = None
         begin = time.perf_counter()
@@ -138,7 +136,6 @@ class Bench:
             progress,
         )
         self.engine.cost = CostModel.of(self.shape, find_device("CPU"), profile)
-        self.overheads = EngineOverheads.of(profile)
         self.objective_cost = self.objective_cost or self.engine.cost
         return profile
 
@@ -166,9 +163,7 @@ class Bench:
     def simulate(self, name: str, requests: list[tuple[Request, int]]) -> dict[str, float]:
         """Metrics of the simulated engine."""
         policy = POLICIES[name]
-        engine = SimulatedEngine(
-            self.engine.cost, self.limits, padded=False, overheads=self.overheads
-        )
+        engine = SimulatedEngine(self.engine.cost, self.limits, padded=False)
         seen = []
         for request, _ in requests:
             seen.append(request if policy.predicts else without_prediction(request))

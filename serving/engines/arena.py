@@ -10,10 +10,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from serving.cost_model.overheads import SMALLEST_CLASS
 from serving.engines.kv_memory import KvMemory
 
-SMALLEST_SLAB = SMALLEST_CLASS
+SMALLEST_SLAB = 64  # tokens of the smallest class
 
 
 def slab_tokens(tokens: int) -> int:

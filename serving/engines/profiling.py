@@ -6,10 +6,9 @@ Decode steps are timed by rows and context, prefills by prompt length.
 import itertools
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from chatglm.families import family_of
 from serving.cost_model.devices import Device
@@ -24,8 +23,6 @@ from serving.cost_model.fit import (
 from serving.cost_model.model import DATASHEET, CostModel, ModelSizes, Profile
 from serving.engines import make_engine
 from serving.engines.answers import Sampling, TextEngine, vocabulary_of
-from serving.engines.continuous_engine import ContinuousEngine
-from serving.engines.overheads import measure_overheads
 from serving.request import FOREVER, Limits, Plan, Record, Request
 
 if TYPE_CHECKING:
@@ -93,13 +90,8 @@ def profile_engine(
         "in_sample": summarize_errors(relative_errors(rows, fitted)),
         "5_folds": summarize_errors(held_out),
     }
-    made: dict[str, Any] = {"from": "", "errors": report}
-    if isinstance(engine, ContinuousEngine):
-        cost = CostModel.of(shape, device, fitted)
-        overheads = measure_overheads(engine, prompt_of, cost, time.perf_counter)
-        made["overheads"] = overheads.to_dict()
-    made["from"] = f"{len(rows)} timings of the {name} engine on {folder}"
-    return replace(fitted, made=made), rows
+    source = f"{len(rows)} timings of the {name} engine on {folder}"
+    return replace(fitted, made={"from": source, "errors": report}), rows
 
 
 def spread_contexts(batch: int, context: int) -> list[int]:

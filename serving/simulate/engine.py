@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from predictor.prediction import LengthPrediction
-from serving.cost_model.overheads import EngineOverheads, length_class
 from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, StepResult
 
 NO_STEP_LIMIT = 1 << 60
@@ -86,7 +85,6 @@ class SimulatedSequence:
         ends_at: the step at which it has made its last token or fills its reservation.
         read_at: answer tokens, before this admission included, when it was last re-read.
         alive: it is in the engine.
-        size: tokens of its length class.
     """
 
     __slots__ = (
@@ -102,7 +100,6 @@ class SimulatedSequence:
         "ends_at",
         "read_at",
         "alive",
-        "size",
     )
 
     def __init__(
@@ -127,7 +124,6 @@ class SimulatedSequence:
         self.joined = -1
         self.prefilled, self.ends_at, self.alive = 0, -1, True
         self.read_at = record.generated
-        self.size = length_class(reserve)
 
 
 class StepProgress:
@@ -177,7 +173,6 @@ class SimulatedEngine:
             generate does.
         rereads: predictions as answers grow; they are reported at the end of the step in which the
             answers reach their lengths. None for an engine that reads none.
-        overheads: what the continuous engine spends beside its passes; None charges nothing.
     """
 
     def __init__(
@@ -186,13 +181,9 @@ class SimulatedEngine:
         limits: Limits,
         padded: bool = True,
         rereads: Rereads | None = None,
-        overheads: EngineOverheads | None = None,
     ) -> None:
         self.cost, self.limits, self.padded = cost, limits, padded
         self.rereads = rereads
-        self.overheads = overheads
-        # Decoding rows by length class; kept only for overheads.
-        self._classes: dict[int, int] = {}
         self.steps = 0
         self.rows: dict[int, SimulatedSequence] = {}
         self._decoding = self._context = self._reserved = self._serial = 0
@@ -227,7 +218,6 @@ class SimulatedEngine:
             self._remove(self.rows[record.request.id])
         if plan.reserve_tokens:
             self._reserve(plan.reserve_tokens)
-        overhead_s = 0.0 if self.overheads is None else self._overhead_s(self.overheads, plan)
         progress = StepProgress()
         if plan.admit:
             self._admit(plan, progress)
@@ -238,35 +228,7 @@ class SimulatedEngine:
         if plan.admit and self._startup_s:
             progress.postpone(self._startup_s)
             self._startup_s = 0.0
-        if overhead_s:
-            progress.postpone(overhead_s)
-            self.busy_s += overhead_s
         return progress.result(reread)
-
-    def _overhead_s(self, overheads: EngineOverheads, plan: Plan) -> float:
-        """Seconds of a step beside its passes; counts the moves to larger classes."""
-        seconds = overheads.step_s + overheads.admit_s * len(plan.admit)
-        for request_id, tokens in plan.reserve_tokens.items():
-            row = self.rows.get(request_id)
-            if row is None or (size := length_class(tokens)) <= row.size:
-                continue
-            length = row.base
-            if row.joined >= 0:
-                length += 1 + self.steps - row.joined
-                self._count_class(row, -1)
-                row.size = size
-                self._count_class(row, 1)
-            row.size = size
-            seconds += overheads.move_s + overheads.move_token_s * length
-        return seconds
-
-    def _count_class(self, row: SimulatedSequence, change: int) -> None:
-        """A row more or less decodes in its class."""
-        left = self._classes.get(row.size, 0) + change
-        if left:
-            self._classes[row.size] = left
-        else:
-            del self._classes[row.size]
 
     def _reread(
         self, rereads: Rereads, progress: StepProgress
@@ -358,8 +320,6 @@ class SimulatedEngine:
     def _seconds(self, k: int, chunk: int) -> float:
         """k iterations without an event."""
         seconds = self.cost.decode_s(self._decoding, self._context, k) if self._decoding else 0.0
-        if self.overheads is not None and len(self._classes) > 1:
-            seconds += k * self.overheads.class_s * (len(self._classes) - 1)
         if not self._prefills:
             return seconds
         prompts = iter(self._prefills)
@@ -407,8 +367,6 @@ class SimulatedEngine:
 
     def _start_decoding(self, row: SimulatedSequence):
         row.joined = self.steps
-        if self.overheads is not None:
-            self._count_class(row, 1)
         self._decoding += 1
         self._context += row.context + 1
         self._schedule_end(row)
@@ -458,8 +416,6 @@ class SimulatedEngine:
 
     def _stop_computing(self, row: SimulatedSequence):
         """Stop counting the row among those that are computed."""
-        if self.overheads is not None:
-            self._count_class(row, -1)
         self._decoding -= 1
         self._context -= row.context + 1 + self.steps - row.joined
 
