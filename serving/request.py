@@ -148,7 +148,8 @@ class Batch:
     stop_tokens: int | None = None
 
 
-class View(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class View:
     """What a policy may look at: the scheduler's own structures, not a copy. Read it, keep nothing.
 
     Attributes:

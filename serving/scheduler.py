@@ -113,14 +113,14 @@ class Queue:
         return self._members.get(request_id)
 
     def push(self, record: Record) -> None:
-        request = record.request
         record.waiting = True
         record.version += 1
         record.key, record.until_s = self._order(record)
-        if request.id not in self._members:
-            self._members[request.id] = record
-            self._levels.setdefault(request.priority, {})[request.id] = record
-            heapq.heappush(self._by_arrival, (request.arrival_s, request.id, record))
+        if record.request.id not in self._members:
+            self._members[record.request.id] = record
+            self._levels.setdefault(record.request.priority, {})[record.request.id] = record
+            heapq.heappush(self._by_arrival, (record.request.arrival_s, record.request.id, record))
+        request = record.request
         entry = (request.priority, record.key, request.id, record.version, record)
         heapq.heappush(self._heap, entry)
 
@@ -154,11 +154,10 @@ class Queue:
                     heapq.heappush(self._heap, entry)
             self._yielded.clear()
         # Records that are removed out of order leave their entries behind: rebuild when most are.
-        most = 2 * len(self._members) + 64
-        if len(self._heap) > most:
+        if len(self._heap) > 2 * len(self._members) + 64:
             self._heap = [e for e in self._heap if _is_current(e)]
             heapq.heapify(self._heap)
-        if len(self._by_arrival) > most:
+        if len(self._by_arrival) > 2 * len(self._members) + 64:
             self._by_arrival = [e for e in self._by_arrival if e[2].waiting]
             heapq.heapify(self._by_arrival)
 
@@ -194,12 +193,9 @@ def run_scheduler(
         RuntimeError: the policy exceeded a limit, admitted a record that does not wait, neither
             grew nor preempted an overrun, or makes no progress.
     """
-    events = _Run(policy, engine, clock, arrivals).events()
-    if monitor is None:
-        yield from events
-        return
-    for event in events:
-        monitor(event)
+    for event in _Run(policy, engine, clock, arrivals).events():
+        if monitor is not None:
+            monitor(event)
         yield event
 
 
@@ -249,8 +245,7 @@ class _Run:
                 continue
 
             plan = self._make_plan(now)
-            if changes_memory(plan):
-                yield from self._apply_plan(plan, now)
+            yield from self._apply_plan(plan, now)
             queue.restore_unadmitted()
             wake_s = plan.wake_s
             if plan.wake_on_arrival:
@@ -260,10 +255,7 @@ class _Run:
                 continue
             result = self.engine.step(plan, wake_s - now)
             clock.advance(result.elapsed_s)
-            self._update_pace(result)
-            self.overran = ()
-            if result.started or result.finished or result.overran or result.reread:
-                yield from self._record_result(result, now)
+            yield from self._record_result(result, now)
 
     def _receive(self, now_s: float) -> Iterator[Event]:
         """Queue the requests that have arrived, drop those that were cancelled."""
@@ -297,7 +289,7 @@ class _Run:
             self.pace_s,
         )
         plan = self.policy(view, engine.cost)
-        if changes_memory(plan) or self.overran:
+        if plan.admit or plan.preempt or plan.reserve_tokens or self.overran:
             self.free = _check_plan(plan, self.running, self.overran, self.free, engine.limits)
         return plan
 
@@ -337,14 +329,12 @@ class _Run:
             )
         self.clock.wait_until(wake_s)
 
-    def _update_pace(self, result: StepResult) -> None:
-        if result.emitted_tokens and result.elapsed_s:
-            between_s = result.elapsed_s * len(self.running) / result.emitted_tokens
-            self.pace_s = updated_pace(self.pace_s, result.elapsed_s, between_s)
-
     def _record_result(self, result: StepResult, start_s: float) -> Iterator[Event]:
         """Record what the engine's step, begun at start_s, has done."""
         running = self.running
+        if result.emitted_tokens and result.elapsed_s:
+            between_s = result.elapsed_s * len(running) / result.emitted_tokens
+            self.pace_s = updated_pace(self.pace_s, result.elapsed_s, between_s)
         for request_id, after_s in result.started:
             record = running[request_id]
             if record.first_token_s < 0:
@@ -360,16 +350,12 @@ class _Run:
             self.free += record.reserved_tokens
             completion = completion_of(record, now_s, tokens, cut)
             yield Event(now_s, "finished", request_id, completion)
+        self.overran = ()
         if result.overran:
             self.overran = tuple([running[request_id] for request_id in result.overran])
             for record in self.overran:
                 record.overruns += 1
                 yield Event(now_s, "overran", record.request.id, record)
-
-
-def changes_memory(plan: Plan) -> bool:
-    """Whether the plan admits, preempts or reserves anything."""
-    return bool(plan.admit or plan.preempt or plan.reserve_tokens)
 
 
 def reserve(record: Record, tokens: int) -> None:

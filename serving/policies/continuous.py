@@ -145,26 +145,19 @@ class Deadline:
         if draft.rows >= limits.max_batch:
             return next(iter(view.waiting))
         first = view.waiting.oldest()
-        if self.is_late(first, view.now_s) and self.lane_has_room(draft):
-            tokens = self.reserve(first, first.generated, limits)
-            if not draft.try_admit(first, tokens):
-                return first
+        if self.is_late(first, view.now_s):
+            # The rows of the lane: those that were late when they were admitted.
+            lane = sum([not r.admitted_s <= r.until_s < FOREVER for r in view.running.values()])
+            if lane < self.late_share * (draft.rows + 1):
+                tokens = self.reserve(first, first.generated, limits)
+                if not draft.try_admit(first, tokens):
+                    return first
         for record in view.waiting:
             if record.request.id in draft.reserve:
                 continue
             if not draft.try_admit(record, self.reserve(record, record.generated, limits)):
                 return record
         return None
-
-    def lane_has_room(self, draft: PlanDraft) -> bool:
-        """Whether fewer rows than the lane's were late when they were admitted."""
-        room = self.late_share * (draft.rows + 1)
-        for record in draft.view.running.values():
-            if not record.admitted_s <= record.until_s < FOREVER:
-                room -= 1
-                if room <= 0:
-                    return False
-        return room > 0
 
     def displace(self, draft: PlanDraft, record: Record, cost: CostEstimator) -> float:
         """Preempt for a request that must start now; the time to plan again."""
@@ -189,12 +182,14 @@ class Deadline:
         rows, prefill_s, generated_of = draft.rows, cost.prefill_s, view.generated
         best, victim = least, None
         for record in view.running.values():
-            if record.preemptions or not record.admitted_s <= record.until_s < FOREVER:
+            if record.preemptions or record.until_s == FOREVER:
                 continue
             request = record.request
+            if record.admitted_s > record.until_s or request.id in draft.reserve:
+                continue
             slack = request.arrival_s + request.slo_s - now
             # Rejects most records before the costlier quantiles are computed.
-            if slack >= pace * record.length or request.id in draft.reserve:
+            if slack >= pace * record.length:
                 continue
             generated = generated_of(record)
             # An upper bound: prefilling it again is still to be subtracted.

@@ -49,13 +49,13 @@ class Fcfs:
         if view.overran:
             make_room(
                 draft,
-                lambda r, _: self.whole_blocks(r.reserved_tokens + 1, limits),
+                lambda r, _: min(r.reserved_tokens + self.block_tokens, limits.max_tokens),
                 lambda: self.victims(view),
             )
         if not draft.preempt and draft.rows < limits.max_batch:
             spare = int(self.watermark * limits.kv_tokens)
             for record in view.waiting:
-                tokens = self.whole_blocks(record.context_tokens + 1, limits)
+                tokens = min(record.context_tokens + self.block_tokens, limits.max_tokens)
                 if (draft.free - tokens < spare and draft.rows) or not draft.try_admit(
                     record, tokens
                 ):
@@ -63,19 +63,10 @@ class Fcfs:
         all_admitted = len(view.waiting) <= len(draft.admit)
         return draft.plan(wake_on_arrival=draft.rows < limits.max_batch and all_admitted)
 
-    def whole_blocks(self, tokens: int, limits: Limits) -> int:
-        """KV tokens of the blocks that hold so many."""
-        blocks = -(-tokens // self.block_tokens)
-        return min(blocks * self.block_tokens, limits.max_tokens)
-
     def victims(self, view: View) -> list[Record]:
-        """Running records: the highest priority number first, of those the last that arrived."""
-
-        def place(record: Record) -> tuple[int, float, int]:
-            request = record.request
-            return request.priority, request.arrival_s, request.id
-
-        return sorted(view.running.values(), key=place, reverse=True)
+        """Running records, the one that arrived last first."""
+        records = view.running.values()
+        return sorted(records, key=lambda r: (-r.request.arrival_s, -r.request.id))
 
 
 @dataclass(frozen=True)

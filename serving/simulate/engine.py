@@ -149,13 +149,12 @@ class StepProgress:
         self.started = [(i, after_s + seconds) for i, after_s in self.started]
 
     def result(self, reread: tuple[tuple[int, LengthPrediction], ...] = ()) -> StepResult:
-        done: tuple[tuple[int, int, bool], ...] = ()
-        if self.finished:
-            done = tuple(
-                [(row.id, row.generated_before + row.target, row.cut) for row in self.finished]
-            )
-        full = tuple([row.id for row in self.overran]) if self.overran else ()
-        return StepResult(self.elapsed, self.emitted, tuple(self.started), done, full, reread)
+        done = tuple(
+            [(row.id, row.generated_before + row.target, row.cut) for row in self.finished]
+        )
+        full = tuple([row.id for row in self.overran])
+        started = tuple(self.started)
+        return StepResult(self.elapsed, self.emitted, started, done, full, reread)
 
 
 class SimulatedEngine:
@@ -285,10 +284,7 @@ class SimulatedEngine:
         chunk = plan.prefill_tokens or self.limits.prefill_tokens
         last_step = self.steps + (plan.horizon_steps or NO_STEP_LIMIT)
         self._collect_ended(progress)
-        while self.rows and self.steps < last_step:
-            # A step that has taken no time continues in any case.
-            if progress.finished or progress.overran or 0 < progress.elapsed >= budget_s:
-                break
+        while self._should_continue(progress, budget_s) and self.steps < last_step:
             k = self._next_event(last_step, chunk) - self.steps
             seconds = self._seconds(k, chunk)
             if progress.elapsed + seconds > budget_s and k > 1:
@@ -304,6 +300,13 @@ class SimulatedEngine:
             if self._prefills:
                 self._prefill(k * chunk, progress)
             self._collect_ended(progress)
+
+    def _should_continue(self, progress: StepProgress, budget_s: float) -> bool:
+        """Whether no row has stopped and the budget is not spent; a step that has taken no time
+        continues in any case."""
+        if progress.finished or progress.overran or not self.rows:
+            return False
+        return not progress.elapsed or progress.elapsed < budget_s
 
     def _next_event(self, last_step: int, chunk: int) -> int:
         """The step, at most last_step, at which a row ends or fills its reservation, or at which
@@ -381,8 +384,8 @@ class SimulatedEngine:
 
     def _collect_ended(self, progress: StepProgress):
         """Note the rows that end or fill their reservation at this step."""
-        ends, steps = self._ends, self.steps
-        while ends and ends[0][0] <= steps:
+        ends = self._ends
+        while ends and ends[0][0] <= self.steps:
             step, _, _, row = heapq.heappop(ends)
             if row.alive and step == row.ends_at and row.id not in self._ended_waiting:
                 self._end_row(row, progress)

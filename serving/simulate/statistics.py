@@ -62,7 +62,11 @@ class Collector:
     counts: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, event: Event) -> None:
-        self.consume((event,))
+        kind = event.kind
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        if kind == "finished":
+            assert isinstance(event.what, Completion)
+            self.add(event.what)
 
     def add(self, done: Completion) -> None:
         request, columns = done.request, self.columns
@@ -77,12 +81,8 @@ class Collector:
         columns["cut"].append(done.cut)
 
     def consume(self, events: Iterable[Event]) -> "Collector":
-        counts = self.counts
-        for _, kind, _, what in events:
-            counts[kind] = counts.get(kind, 0) + 1
-            if kind == "finished":
-                assert isinstance(what, Completion)
-                self.add(what)
+        for event in events:
+            self(event)
         return self
 
     def summary(self, engine: EngineTotals | None = None) -> dict[str, float]:
