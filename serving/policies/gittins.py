@@ -122,6 +122,7 @@ class Gittins:
         rate = 1 / self.horizon_s
         if self.truth:
             return boost_s(before_s + price * mean, rate)
+        assert record.prediction is not None  # `predicts`: every request comes with one
         left = remaining(record.prediction, generated - generated % COARSE)
         return log_index(left, before_s, price, rate) * self.horizon_s
 
