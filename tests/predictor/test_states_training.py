@@ -163,7 +163,7 @@ def test_states_of_more_answers_than_lengths(states_flags, collection, train, tm
 def test_the_benchmark_in_miniature(tmp_path, capsys):
     from benchmarks import rereading
 
-    lengths, states = write_collection(tmp_path, 40, runs=2, seed=4)
+    lengths, states = write_collection(tmp_path, 60, runs=2, seed=4)
     report = tmp_path / "figures.json"
     words = ["--lengths", lengths, "--states", states, "--length_limit", 512, "--json", report]
     words += ["--ablations", "pool", "every", "runs", "--state_units", 0, *SHORT[:2], *SHORT[4:]]
