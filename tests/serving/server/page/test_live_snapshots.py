@@ -127,7 +127,7 @@ def test_under_load(server):
     assert len(ended) == 6
     assert set(full["rows"][0]) == {
         *("id", "replica", "prompt", "made", "median", "q10", "q90", "age_s", "due_s"),
-        *("reserved", "preemptions", "overruns", "adapter"),
+        *("reserved", "preemptions", "overruns", "adapter", "reread"),
     }
     assert full["rows"][0]["replica"] == 0 and full["replicas"][0]["waiting"] == 4
     made = {}
