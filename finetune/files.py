@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import socket
 import time
 import uuid
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from chatglm.checksums import hash_file
-from chatglm.saving import CANNOT, disk_errors
+from chatglm.saving import CANNOT, disk_errors, put_in_place
 
 LOCK = ".lock"
 CACHE_GB = 20.0  # default limit of --data_cache
@@ -217,6 +218,25 @@ def written_whole(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):  # the first error says more
             aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_folder(output: Path) -> Iterator[Path]:
+    """A new folder beside `output` to write into, renamed into its place when the block ends.
+
+    Raises:
+        OSError: naming the folder that cannot be written, of which nothing is left.
+    """
+    aside = output.with_name(f".{output.name}.tmp")
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            aside.mkdir()
+            yield aside
+            put_in_place(aside, output)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_json(path: str | Path, content: object) -> None:

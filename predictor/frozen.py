@@ -5,7 +5,6 @@ Takes minutes on a CPU; there is nothing to resume.
 
 import hashlib
 import json
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chatglm.families import family_of
-from chatglm.saving import put_in_place
 from finetune.distributed import rank, say, with_local_model
-from finetune.files import CACHE_GB, cache_arrays, read_arrays, sha256, writing
+from finetune.files import CACHE_GB, cache_arrays, read_arrays, sha256, written_folder
 from predictor.backbones import (
     BACKBONES,
     Backbone,
@@ -414,16 +412,8 @@ def write_predictor(
     Raises:
         OSError: naming the folder that cannot be written, of which nothing is left.
     """
-    aside = output.with_name(f".{output.name}.tmp")
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            aside.mkdir()
-            write_folder_files(aside, config, backbone, scorer, card)
-            put_in_place(aside, output)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    with written_folder(output) as aside:
+        write_folder_files(aside, config, backbone, scorer, card)
 
 
 def write_folder_files(

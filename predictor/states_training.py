@@ -3,7 +3,6 @@
 Takes minutes on a CPU; there is nothing to resume.
 """
 
-import shutil
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from chatglm.saving import put_in_place
 from finetune.distributed import rank, say, with_local_model
-from finetune.files import writing
+from finetune.files import written_folder
 from predictor.backbones import NoBackbone, StatesBackbone
 from predictor.config import PredictorConfig
 from predictor.decoder import FOLDS, fold_of, write_card
@@ -187,15 +185,7 @@ def write_rereader(
     Raises:
         OSError: naming the folder that cannot be written, of which nothing is left.
     """
-    aside = output.with_name(f".{output.name}.tmp")
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            aside.mkdir()
-            save_networks(fitted.networks, aside)
-            config.save(aside / "train_config.json")
-            write_card(aside, card)
-            put_in_place(aside, output)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    with written_folder(output) as aside:
+        save_networks(fitted.networks, aside)
+        config.save(aside / "train_config.json")
+        write_card(aside, card)

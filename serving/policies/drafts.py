@@ -104,6 +104,35 @@ def prompts_left(view: View, pass_s: float) -> float:
     return max(left - passes * view.limits.prefill_tokens, 0.0)
 
 
+def plan_in_turn(
+    view: View,
+    cost: CostEstimator,
+    reserve: Callable[[Record, int], int],
+    victims: Callable[[], list[Record]],
+    watermark: float,
+    admit_first: Callable[[PlanDraft], None] | None = None,
+) -> Plan:
+    """Make room for what overran; where that preempts none, admit in turn.
+
+    Args:
+        reserve: (record, tokens generated) -> KV tokens to reserve for it.
+        victims: as make_room takes them.
+        watermark: share of the KV memory left free at admission.
+        admit_first: admits before the queue's order does; called where requests wait.
+    """
+    draft, limits = PlanDraft(view), view.limits
+    if view.overran:
+        make_room(draft, reserve, victims)
+    wake_s = FOREVER
+    if not draft.preempt and len(view.waiting):
+        if admit_first is not None:
+            admit_first(draft)
+        spare = int(watermark * limits.kv_tokens)
+        wake_s = admit_in_turn(draft, cost, lambda r: reserve(r, r.generated), spare)
+    full = draft.rows >= limits.max_batch or wake_s < FOREVER
+    return draft.plan(wake_s, wake_on_arrival=not full)
+
+
 def admit_in_turn(
     draft: PlanDraft,
     cost: CostEstimator,

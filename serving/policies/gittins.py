@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from serving.policies.drafts import PlanDraft, admit_in_turn, make_room
+from serving.policies.drafts import PlanDraft, plan_in_turn
 from serving.policies.lengths import (
     COARSE,
     expected_remaining,
@@ -152,24 +152,14 @@ class Gittins:
         return min(record.request.prompt_tokens + generated + BLOCK_TOKENS, limits.max_tokens)
 
     def __call__(self, view: View, cost: CostEstimator) -> Plan:
-        draft, limits = PlanDraft(view), view.limits
-        if view.overran:
-            make_room(
-                draft,
-                lambda r, generated: self.reserve(r, generated, limits),
-                lambda: self.victims(view, cost),
-            )
-        wake_s = FOREVER
-        if not draft.preempt and len(view.waiting):
-            self.admit_oldest(draft)
-            wake_s = admit_in_turn(
-                draft,
-                cost,
-                lambda r: self.reserve(r, r.generated, limits),
-                int(WATERMARK * limits.kv_tokens),
-            )
-        full = draft.rows >= limits.max_batch or wake_s < FOREVER
-        return draft.plan(wake_s, wake_on_arrival=not full)
+        return plan_in_turn(
+            view,
+            cost,
+            lambda r, generated: self.reserve(r, generated, view.limits),
+            lambda: self.victims(view, cost),
+            WATERMARK,
+            self.admit_oldest,
+        )
 
     def admit_oldest(self, draft: PlanDraft) -> None:
         """Admit the oldest waiting request where those before it hold too few rows."""

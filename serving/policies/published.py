@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from serving.policies.drafts import PlanDraft, admit_in_turn, make_room
+from serving.policies.drafts import PlanDraft, make_room, plan_in_turn
 from serving.policies.lengths import (
     COARSE,
     expected_remaining,
@@ -189,23 +189,13 @@ class InTurn(Sjf):
         return min(record.request.prompt_tokens + generated + BLOCK_TOKENS, limits.max_tokens)
 
     def __call__(self, view: View, cost: CostEstimator) -> Plan:
-        draft, limits = PlanDraft(view), view.limits
-        if view.overran:
-            make_room(
-                draft,
-                lambda r, generated: self.reserve(r, generated, limits),
-                lambda: self.victims(view),
-            )
-        wake_s = FOREVER
-        if not draft.preempt:
-            wake_s = admit_in_turn(
-                draft,
-                cost,
-                lambda r: self.reserve(r, r.generated, limits),
-                int(WATERMARK * limits.kv_tokens),
-            )
-        full = draft.rows >= limits.max_batch or wake_s < FOREVER
-        return draft.plan(wake_s, wake_on_arrival=not full)
+        return plan_in_turn(
+            view,
+            cost,
+            lambda r, generated: self.reserve(r, generated, view.limits),
+            lambda: self.victims(view),
+            WATERMARK,
+        )
 
     def victims(self, view: View) -> list[Record]:
         """Running records, the one that was last in the queue's order first."""
