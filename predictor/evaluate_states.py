@@ -46,7 +46,11 @@ def evaluate_rereader(
         priors = Priors.of(prior.predict(prompts)).take_rows(readings.prompt)
         before = survived_priors(priors, readings.at, rereader.decoder.grid)
     classes = rereader.classes(readings.at, readings.vectors)
-    after = rereader.decoder.posteriors(readings.at, classes, priors)
+    decoder = rereader.decoder
+    if priors:
+        after = decoder.in_turn(readings.answer, readings.at, classes, priors)
+    else:
+        after = decoder.posteriors(readings.at, classes, None)
     known = (readings.at, readings.tokens, readings.finished)
     return {
         "predictor": rereader.card["backbone"],

@@ -80,8 +80,8 @@ class ElapsedBucket:
     """Readings from `start` tokens to the next bucket's.
 
     Attributes:
-        weight: of the states beside the prompt's prediction, from 0 to 1; see `pool_logarithms`.
-        pooled, alone: conformal maps of posteriors with the prompt's prediction, and without.
+        weight: of the states beside the prior, from 0 to 1; see `pool_logarithms`.
+        pooled, alone: conformal maps of posteriors with a prior, and without.
     """
 
     start: int
@@ -158,9 +158,9 @@ def rows_by_edges(
     priors: Sequence[LengthPrediction | None],
 ) -> list[tuple[list[int], Priors | None]]:
     """(rows, their priors) for each array of edges that priors have; None where there is none."""
-    groups: dict[int, list[int]] = defaultdict(list)
+    groups: dict[bytes, list[int]] = defaultdict(list)
     for row, prior in enumerate(priors):
-        groups[id(prior.edges) if prior else 0].append(row)
+        groups[prior.edges.tobytes() if prior else b""].append(row)
     found: list[tuple[list[int], Priors | None]] = []
     for rows in groups.values():
         of_rows = list(filter(None, map(priors.__getitem__, rows)))
@@ -258,6 +258,18 @@ class Posteriors:
         return found
 
 
+def joined_posteriors(is_second: np.ndarray, first: Posteriors, second: Posteriors) -> Posteriors:
+    """(N,) the rows of two, by (N,) bool; the narrower one gets cells of no width at its end."""
+    width = max(first.edges.shape[1], second.edges.shape[1])
+    edges = np.zeros((len(is_second), width))
+    masses = np.zeros((len(is_second), width - 1))
+    for rows, part in ((~is_second, first), (is_second, second)):
+        count = part.edges.shape[1]
+        edges[rows, :count], edges[rows, count:] = part.edges, part.edges[:, -1:]
+        masses[rows, : count - 1] = part.masses
+    return Posteriors(edges, masses)
+
+
 @dataclass(frozen=True)
 class RereadDecoder:
     """From classes of what is left to calibrated posteriors of whole lengths."""
@@ -285,6 +297,39 @@ class RereadDecoder:
             edges, masses = pool_logarithms(edges, masses, priors, weight, at)
             maps = [each.pooled for each in self.buckets]
         return Posteriors(edges, masses).calibrated(bucket, maps)
+
+    def later_priors(
+        self, answer: np.ndarray, at: np.ndarray, classes: np.ndarray, priors: Priors
+    ) -> Priors:
+        """(N,) what readings are pooled with after the prompt: their answer's posterior at 0.
+
+        An answer that was not read at 0 keeps its prompt's prediction.
+
+        Args:
+            answer: (N,) ascending; at: (N,) ascending within an answer.
+            priors: the prompts' predictions.
+        """
+        source = np.searchsorted(answer, answer)  # the answer's first reading
+        read = at[source] == 0
+        zeros = np.zeros(len(at))
+        edges, masses = self.grid.whole(classes[source], zeros)
+        weight = np.where(read, self.buckets[0].weight, 0.0)
+        edges, masses = pool_logarithms(edges, masses, priors, weight, zeros)
+        pooled = Posteriors(edges, masses).calibrated(zeros.astype(int), [self.buckets[0].pooled])
+        return Priors(edges[0], np.where(read[:, None], pooled.masses, masses))
+
+    def in_turn(
+        self, answer: np.ndarray, at: np.ndarray, classes: np.ndarray, priors: Priors
+    ) -> "Posteriors":
+        """Of N readings, as an engine gets them: `posteriors` with the priors of each place.
+
+        Args: as of `later_priors`.
+        """
+        later = at > 0
+        first = self.posteriors(at[~later], classes[~later], priors.take_rows(~later))
+        rest = self.later_priors(answer, at, classes, priors).take_rows(later)
+        second = self.posteriors(at[later], classes[later], rest)
+        return joined_posteriors(later, first, second)
 
     def to_dict(self) -> dict:
         """What `from_dict` reads, as JSON takes it."""
@@ -396,7 +441,8 @@ class Rereader:
             at: (N,) tokens of each answer that are there; 0 is a prompt after its prefill.
             last: (N, L, H) outputs of the layers at the last token read.
             mean: (N, L, H) their means over the prompt's tokens (at 0), else over the answer's.
-            priors: (N,) the prompts' predictions; None where there is none.
+            priors: (N,) at 0 the prompts' predictions, later the answers' posteriors at 0 or, where
+                they were not read at 0, still the prompts' predictions; None where there is none.
         Raises:
             ValueError: arrays of other shapes.
         """

@@ -137,7 +137,7 @@ class UnseenClasses:
 
         Args:
             priors: of all readings, by predictors that had not seen their prompts.
-            alone: without the priors.
+            alone: each reading without any prior.
         """
         parts, order = [], []
         for k in np.unique(self.fold):
@@ -149,8 +149,11 @@ class UnseenClasses:
                 self.starts,
                 self.grid,
             )
-            given = None if alone else priors.take_rows(held)
-            parts.append(decoder.posteriors(readings.at[held], self.classes[held], given))
+            answer, at, classes = readings.answer[held], readings.at[held], self.classes[held]
+            if alone:
+                parts.append(decoder.posteriors(at, classes, None))
+            else:
+                parts.append(decoder.in_turn(answer, at, classes, priors.take_rows(held)))
             order.append(held)
         back = np.concatenate(order).argsort()
         edges = np.concatenate([part.edges for part in parts])[back]
@@ -321,10 +324,16 @@ def fit_decoder(
     starts: np.ndarray,
     grid: LeftGrid,
 ) -> RereadDecoder:
-    """The buckets' weights and maps, from classes (R, K) and priors of prompts not seen."""
+    """The buckets' weights and maps, from classes (R, K) and priors of prompts not seen.
+
+    Readings are as `RereadDecoder.later_priors` takes them.
+    """
     bucket = bucket_numbers(readings.at, starts)
-    found = []
+    found: list[ElapsedBucket] = []
     for number, start in enumerate(starts.tolist()):
+        if number == 1:  # the first bucket is the prompts' own
+            decoder = RereadDecoder(grid, (found[0],))
+            priors = decoder.later_priors(readings.answer, readings.at, classes, priors)
         rows = np.flatnonzero(bucket == number)
         part = readings.take_rows(rows)
         at = part.at.astype(float)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
     from transformers import PreTrainedModel
 
+    from predictor.prediction import LengthPrediction
     from serving.engines.adapters import AdapterSet, LoadedAdapter
     from serving.engines.constraints import Grammar, Matcher
     from serving.engines.state_sums import StateSums
@@ -135,6 +136,7 @@ class Answer:
         adapter: the adapter of its sampling, held until the engine drops the answer.
         matcher: of its grammar, where it has one; created when first needed.
         states: running sums of its hidden states, where the engine has a StateTap.
+        after_prompt: its length as predicted from the states of the prompt, where it was.
         refusal: why it was refused after it had been submitted, where its process knows more.
         replica: number of the one that makes it (AnswerBackend.replica_states); None while it
             waits for one.
@@ -160,6 +162,7 @@ class Answer:
         self.adapter: LoadedAdapter | None = None
         self.matcher: Matcher | None = None
         self.states: StateSums | None = None
+        self.after_prompt: LengthPrediction | None = None
         self.refusal: str | None = None
         self.replica: int | None = None
         self._listener = listener

@@ -36,7 +36,7 @@ class StateRereader(Protocol):
 
         Args:
             at: (N,), answer tokens made. last, mean: (N, L, hidden_size), as StateReading's.
-            priors: the predictions at the requests' arrival.
+            priors: what was predicted before: at arrival, later at the prompt's end.
         """
 
 
@@ -82,8 +82,20 @@ class StepRereads:
             np.array([reading.at for reading in readings]),
             np.stack([reading.last for reading in readings]),
             np.stack([reading.mean for reading in readings if reading.mean is not None]),
-            [rows[request_id].prior for request_id in newest],
+            [prior_of(rows[request_id]) for request_id in newest],
         )
+        for reading, prediction in zip(readings, predictions):
+            if reading.at == 0:
+                rows[reading.request_id].answer.after_prompt = prediction
         self.count += len(readings)
         self.seconds += time.perf_counter() - begin
         return tuple(zip(newest, predictions))
+
+
+def prior_of(row: Sequence) -> LengthPrediction | None:
+    """What a reading is pooled with: the answer's posterior at the end of its prompt, before that
+    what was predicted at its arrival. None where nothing was predicted then.
+    """
+    if row.prior is None or row.answer.after_prompt is None:
+        return row.prior
+    return row.answer.after_prompt

@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from predictor.calibration import Conformal
+from predictor.hidden_states import pool_states
 from predictor.prediction import LengthPrediction, make_edges, remaining
 from predictor.reread_scores import capped_crps, levels_at, quantile_rows, survived_priors
 from predictor.rereading import (
@@ -74,6 +75,28 @@ def draw_prior(seed: int, limit: int = LIMIT, bins: int = 20) -> LengthPredictio
     edges = make_edges(bins, limit)
     masses = np.random.default_rng(seed).dirichlet(np.ones(len(edges) - 1))
     return LengthPrediction(masses, edges, 0.0)
+
+
+def test_readings_in_turn_are_what_an_engine_reads_one_after_the_other():
+    """Also of an answer that was not read at its prompt's end, which keeps its prediction."""
+    answer = np.array([0, 0, 0, 1, 1, 2])
+    at = np.array([0, EVERY, 2 * EVERY, EVERY, 2 * EVERY, 0])
+    last, mean = draw_states(len(at))
+    priors = [draw_prior(seed) for seed in answer]
+    rereader = make_rereader(0.3, Conformal((0.0, 0.5, 1.0), (0.0, 0.7, 1.0)))
+    vectors = pool_states(last, mean, "both")
+    classes = rereader.classes(at, vectors)
+    found = rereader.decoder.in_turn(answer, at, classes, Priors.of(priors)).predictions()
+    before = {number: priors[number] for number in (0, 3, 5)}
+    for row, number in enumerate([0, 0, 0, 3, 3, 5]):
+        one = slice(row, row + 1)
+        [wanted] = rereader.read(at[one], last[one], mean[one], [before[number]])
+        if at[row] == 0:
+            before[number] = wanted
+        for prediction in (found[row], wanted):  # their cells may be cut differently
+            assert prediction.cumulative[-1] == pytest.approx(1)
+        same = np.interp(found[row].edges, wanted.edges, wanted.cumulative)
+        assert found[row].cumulative == pytest.approx(same, abs=1e-6)
 
 
 @pytest.mark.parametrize("at", [0, EVERY, 448, CAP, 700, LIMIT, LIMIT + 5])

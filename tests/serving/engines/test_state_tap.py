@@ -208,7 +208,7 @@ def test_predictions_of_running_answers_reach_the_scheduler():
 
 
 def test_a_batch_of_readings_is_one_call():
-    """Rows that are due in the same step are read together, with their requests' predictions."""
+    """Rows that are due in the same step are read together, with what was predicted before."""
     model = model_of("glm2")
     rereader = LinearRereader([1], model.config.hidden_size)
     limits = Limits(max_batch=6, kv_tokens=400, max_tokens=60, prefill_tokens=400)
@@ -222,7 +222,10 @@ def test_a_batch_of_readings_is_one_call():
     # Several readings within one step: the newest counts.
     engine.step(Plan(horizon_steps=6))
     assert [set(at.tolist()) for at, _, _ in rereader.batches] == [{0}, {6}]
-    assert all(prior is not None for _, _, priors in rereader.batches for prior in priors)
+    first, second = [priors for _, _, priors in rereader.batches]
+    assert first == [record.request.prediction for record in records]
+    # After the prompt, a reading is pooled with the posterior at its end.
+    assert second == [prediction for _, prediction in result.reread]
 
 
 @pytest.mark.parametrize(
