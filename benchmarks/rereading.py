@@ -328,6 +328,32 @@ def pool_step(
     return Posteriors(options[0].edges, result)
 
 
+def draw(places: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
+    """tau-b of what is left and CRPS against the tokens written, with and without re-reading."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    at = list(map(int, places))
+    figure, panels = pyplot.subplots(1, 2, figsize=(9.6, 3.6))
+    shown = (
+        ("tau", "Kendall's tau-b of what is left"),
+        ("crps", "CRPS in tokens (lower is better)"),
+    )
+    for panel, (metric, label) in zip(panels, shown):
+        for name, title, line in (
+            ("posterior", "read again", "o-C3"),
+            ("prior", "the prompt's prediction, given survival", "x--C0"),
+        ):
+            values = [scores[name][metric] for scores in places.values()]
+            panel.plot(at, values, line, label=title)
+        panel.set(xlabel="tokens written", ylabel=label, ylim=(min(0, panel.get_ylim()[0]), None))
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
 def make_config(args: argparse.Namespace, lengths: Path, states: Path) -> PredictorConfig:
     more = {}
     for name in ("state_units", "state_seeds", "hash_bits", "landmarks"):
@@ -361,6 +387,8 @@ def run(args: argparse.Namespace) -> None:
         print("tau-b of what is left and CRPS after ... tokens, and MAE at half way:")
         print("\n".join(aligned(rows)))
         report["ablations"] = rows
+    if args.picture:
+        draw(places, args.picture)
     if args.json:
         write_json(args.json, report)
 
@@ -390,6 +418,7 @@ def build_parser() -> Parser:
         default=[],
         help="also what each choice of these groups is worth",
     )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw both there (PNG)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     return parser
 

@@ -336,17 +336,23 @@ def fit_decoder(
             priors = decoder.later_priors(readings.answer, readings.at, classes, priors)
         rows = np.flatnonzero(bucket == number)
         part = readings.take_rows(rows)
-        at = part.at.astype(float)
-        edges, masses = grid.whole(classes[rows], at)
-        alone, _ = fit_map(Posteriors(edges, masses), part, grid.cap)
-        mine = priors.take_rows(rows)
-        best: tuple[float, float, Conformal] = (np.inf, 1.0, alone)
-        for weight in POOL_WEIGHTS:
-            pooled = pool_logarithms(edges, masses, mine, np.full(len(rows), weight), at)
-            conformal, score = fit_map(Posteriors(*pooled), part, grid.cap)
-            best = min(best, (score, weight, conformal), key=lambda each: each[0])
-        found.append(ElapsedBucket(start, best[1], best[2], alone))
+        found.append(fit_bucket(part, classes[rows], priors.take_rows(rows), start, grid))
     return RereadDecoder(grid, tuple(found))
+
+
+def fit_bucket(
+    readings: Readings, classes: np.ndarray, priors: Priors, start: int, grid: LeftGrid
+) -> ElapsedBucket:
+    """The weight of the lowest CRPS, and the maps, of one bucket's readings (R,)."""
+    at = readings.at.astype(float)
+    edges, masses = grid.whole(classes, at)
+    alone, _ = fit_map(Posteriors(edges, masses), readings, grid.cap)
+    best: tuple[float, float, Conformal] = (np.inf, 1.0, alone)
+    for weight in POOL_WEIGHTS:
+        pooled = pool_logarithms(edges, masses, priors, np.full(len(at), weight), at)
+        conformal, score = fit_map(Posteriors(*pooled), readings, grid.cap)
+        best = min(best, (score, weight, conformal), key=lambda each: each[0])
+    return ElapsedBucket(start, best[1], best[2], alone)
 
 
 def fit_map(posteriors: Posteriors, readings: Readings, cap: int) -> tuple[Conformal, float]:

@@ -104,10 +104,8 @@ def load_readings(config: PredictorConfig) -> tuple[LengthRows, HiddenStates, Re
             f"--length_limit {limit} is below {states.cap}, the cap of the answers in "
             f"{config.states}"
         )
-    default_model = config.served_model
-    lines = AnswerLines.read(
-        config.train_path, rows.train.prompts, states.served_model, default_model
-    )
+    served = states.served_model
+    lines = AnswerLines.read(config.train_path, rows.train.prompts, served, served)
     if len(lines) <= states.answer.max():
         raise ValueError(
             f"--states {config.states} has states of line {states.answer.max() + 1}, "

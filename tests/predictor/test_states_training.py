@@ -164,8 +164,9 @@ def test_the_benchmark_in_miniature(tmp_path, capsys):
     from benchmarks import rereading
 
     lengths, states = write_collection(tmp_path, 60, runs=2, seed=4)
-    report = tmp_path / "figures.json"
+    report, picture = tmp_path / "figures.json", tmp_path / "reread.png"
     words = ["--lengths", lengths, "--states", states, "--length_limit", 512, "--json", report]
+    words += ["--picture", picture]
     words += ["--ablations", "pool", "every", "runs", "--state_units", 0, *SHORT[:2], *SHORT[4:]]
     assert rereading.main([str(word) for word in words]) == 0
     printed = capsys.readouterr().out
@@ -177,6 +178,7 @@ def test_the_benchmark_in_miniature(tmp_path, capsys):
     assert "the median of a prompt's answers as label" in names
     for name in names[1:]:
         assert name in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_buckets_have_enough_readings():
