@@ -1,6 +1,7 @@
 """The readability figures of scripts/style_report.py: counted right, and within the aims."""
 
 import ast
+import re
 import unicodedata
 from pathlib import Path
 
@@ -97,6 +98,27 @@ def long_prose(path: Path) -> list[int]:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_prose_is_wrapped(path):
     assert long_prose(path) == []
+
+
+def uneven_rows(path: Path) -> list[int]:
+    """Lines of a document's tables that have another number of cells than their head."""
+    found, cells, in_code = [], 0, False
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        text = line.strip()
+        in_code ^= text.startswith("```")
+        if in_code or not text.startswith("|"):
+            cells = 0
+            continue
+        count = len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", text)))
+        cells = cells or count
+        if count != cells:
+            found.append(number)
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_tables_are_even(path):
+    assert uneven_rows(path) == []
 
 
 def test_report_in_miniature(tmp_path, capsys):
