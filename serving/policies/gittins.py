@@ -78,12 +78,15 @@ class Gittins:
 
         key = d - ln(sup ...) / g.
 
-    Rows run side by side, so the clock of a request is not its work: d is its latest start, due -
-    prefill_s - pace x the hope-quantile of its tokens left, a time it takes in any case.
+    Rows run side by side, so a request takes longer than its work: d is due - pace x the
+    hope-quantile of its tokens left, a time it takes in any case. (With T the time it takes, the
+    index of rows that run side by side is exp(-g due) E[exp(g T)] / (E[exp(g W)] - 1); T = W + pace
+    x that quantile gives the above. A low one, as an error in T counts exponentially.)
 
     Prices. A token's price is a step's time over the sequences that share it in a full machine:
     the engine's max_batch, or as many of this size as its KV memory holds. Memory costs what it
-    keeps out.
+    keeps out. Not `priced`, rows and memory are taken to be there and only prompts to delay others:
+    then W is known, the index is gamma-Boost's of the prompt, and lengths count by d alone.
 
     Deadlines. With `deadlines`, due is arrival + slo, and a request whose latest start has passed
     costs nothing more whatever is done: it goes behind all others. Else due is the arrival.
@@ -101,6 +104,7 @@ class Gittins:
     Attributes:
         horizon_s: 1 / g: a request waits for others that are e times cheaper by as much.
         hope: quantile of the tokens left that its latest start assumes.
+        priced: answer tokens have a price.
         patience: the oldest request waits as long as the work behind it takes, so many times.
         truth: use true lengths (an oracle, for benchmarks).
     """
@@ -108,6 +112,7 @@ class Gittins:
     horizon_s: float = 30.0
     deadlines: bool = True
     hope: float = 0.05
+    priced: bool = True
     patience: float = 4.0
     truth: bool = False
     predicts: ClassVar[bool] = True
@@ -138,19 +143,21 @@ class Gittins:
         limits: Limits,
     ) -> float:
         """ln(index) / g of what is left after `generated` tokens and before_s of work."""
+        rate = 1 / self.horizon_s
+        if not self.priced:
+            return boost_s(before_s, rate)
         mean = self.mean_left(record, generated)
         price = token_s(record.request.prompt_tokens + generated, mean, limits, cost)
-        rate = 1 / self.horizon_s
         if self.truth:
             return boost_s(before_s + price * mean, rate)
         left = left_of(record, generated)
         return log_index(left, before_s, price, rate) * self.horizon_s
 
-    def latest_start(self, record: Record, generated: int, before_s: float, pace_s: float) -> float:
-        """The time at which it must start to be done when it is due, at its least length."""
+    def must_decode_s(self, record: Record, generated: int, pace_s: float) -> float:
+        """When it must decode to be done when it is due, at its least length: d."""
         request = record.request
         due = request.arrival_s + (request.slo_s if self.deadlines else 0.0)
-        return due - before_s - pace_s * self.least_left(record, generated)
+        return due - pace_s * self.least_left(record, generated)
 
     def order(
         self,
@@ -162,12 +169,11 @@ class Gittins:
     ) -> tuple[float, float]:
         context, generated = record.context_tokens, record.generated
         prefill = cost.prefill_s(context)
-        latest = self.latest_start(
-            record, generated, prefill, pace_s or cost.decode_step_s(1, context)
-        )
-        key = latest - self.head_start_s(record, generated, prefill, cost, limits)
+        must_s = self.must_decode_s(record, generated, pace_s or cost.decode_step_s(1, context))
+        key = must_s - self.head_start_s(record, generated, prefill, cost, limits)
         if not self.deadlines:
             return key, FOREVER
+        latest = must_s - prefill
         return (key, latest) if now_s <= latest else (key + LATE_S, FOREVER)
 
     def reserve(self, record: Record, generated: int, limits: Limits) -> int:
@@ -197,7 +203,7 @@ class Gittins:
         keyed = []
         for record in view.running.values():
             generated = view.generated(record)
-            key = self.latest_start(record, generated, 0.0, view.pace_s)
+            key = self.must_decode_s(record, generated, view.pace_s)
             key -= self.head_start_s(record, generated, 0.0, cost, view.limits)
             keyed.append((-key, record.request.id, record))
         keyed.sort(key=lambda entry: entry[:2])
@@ -211,6 +217,6 @@ class Gittins:
 # horizons were searched on other seeds than comparisons use.
 OBJECTIVES: dict[str, Gittins] = {
     "mean": Gittins(horizon_s=1000.0, deadlines=False),
-    "tail": Gittins(horizon_s=3.0, deadlines=False),
+    "tail": Gittins(horizon_s=4.0, deadlines=False, hope=0.02, priced=False),
     "deadline": Gittins(),
 }

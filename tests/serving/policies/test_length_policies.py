@@ -175,6 +175,41 @@ def test_the_keys_order_minimises_the_exponential_cost(requests, rate):
     assert ours <= least * (1 + 1e-9)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(-5, 0), st.floats(0.05, 2), st.floats(0, 5)), min_size=2, max_size=5
+    ),
+    st.floats(0.05, 1),
+)
+def test_the_keys_order_minimises_the_cost_of_rows_that_run_side_by_side(requests, rate):
+    """(arrival, work, what it takes beside its work): the machine goes on after the work alone."""
+    from itertools import permutations
+
+    def cost(order):
+        now, total = 0.0, 0.0
+        for place in order:
+            arrival, work, beside = requests[place]
+            now += work
+            total += math.exp(rate * (now + beside - arrival))
+        return total
+
+    keys = [arrival - beside - boost_s(work, rate) for arrival, work, beside in requests]
+    least = min(map(cost, permutations(range(len(requests)))))
+    assert cost(np.argsort(keys).tolist()) <= least * (1 + 1e-9)
+
+
+def test_the_key_of_the_tail():
+    """arrival - pace x the 0.02 quantile - the boost of the prompt's seconds."""
+    policy = OBJECTIVES["tail"]
+    for request in some_requests(10):
+        key, _ = policy.order(Record(request), 0.0, 0.01, COST, ROOMY)
+        beside = 0.01 * max(request.prediction.quantile(0.02), 1)
+        wanted = request.arrival_s - beside
+        wanted -= boost_s(COST.prefill_s(request.prompt_tokens), 1 / 4.0)
+        assert key == pytest.approx(wanted)
+
+
 def two_job_cost(first, second):
     """Mean sum of completions, `first` up to its short length, then `second`, then what is left."""
     (short, likely, long), known = first, second
