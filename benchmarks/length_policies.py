@@ -172,6 +172,12 @@ def make_cell_workload(name: str, seed: int, flags: BenchFlags) -> Workload:
     return drawn_workload(prompts, answers, flags.requests, seed, predictor)
 
 
+def warn_of_substitutes(flags: BenchFlags) -> None:
+    """Say where UELLM's recorded lengths are not there."""
+    if "uellm" in flags.workloads and recorded_answers(flags.uellm_data).is_substitute:
+        print("uellm: lengths drawn like the recorded ones; give --uellm_data", file=sys.stderr)
+
+
 @lru_cache(maxsize=16)
 def fcfs_capacity(
     name: str, requests: int, flags_key: tuple[str, str | None, Path | None]
@@ -501,6 +507,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--workloads: {', '.join(unknown)} unknown; there are {', '.join(known)}")
     try:
         if not flags.tables:
+            warn_of_substitutes(flags)
             run_cells(flags)
         groups = group_cells(read_cells(flags.output), flags.seeds)
     except (ValueError, OSError) as error:
