@@ -154,8 +154,8 @@ class View:
 
     Attributes:
         waiting: iterates in the order of priorities, then the policy's keys, at O(log n) an
-            element; .oldest() is the record that arrived first; .most_urgent() are those of the
-            lowest priority there is, in no order; len().
+            element; len(). Of those of the lowest priority there is: .oldest() is the record that
+            arrived first, .most_urgent() are all, in no order, .backlog() is their work.
         running: records by request id.
         overran: running records whose answers fill their reservation: the plan must reserve more
             for them or preempt them.
@@ -174,11 +174,26 @@ class View:
     pace_s: float = 0.0
 
 
+class Backlog(NamedTuple):
+    """The work of waiting requests.
+
+    Attributes:
+        requests: their number.
+        context_tokens: prompts, and answers that a preemption discarded.
+        answer_tokens: of whole answers, as the policy expects them (Record.length).
+    """
+
+    requests: int
+    context_tokens: int
+    answer_tokens: float
+
+
 class Waiting(Protocol):
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Record]: ...
     def oldest(self) -> Record: ...
     def most_urgent(self) -> Collection[Record]: ...
+    def backlog(self) -> Backlog: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +329,12 @@ class Policy(Protocol):
         """Answer tokens to expect."""
 
     def order(
-        self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
+        self,
+        record: Record,
+        now_s: float,
+        pace_s: float,
+        cost: CostEstimator,
+        limits: Limits,
     ) -> tuple[float, float]:
         """(key, until_s): smaller keys are served first.
 

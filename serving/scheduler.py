@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from serving.request import (
     FOREVER,
     Arrivals,
+    Backlog,
     Clock,
     Completion,
     Engine,
@@ -82,6 +83,30 @@ class Replay:
         return ()
 
 
+class Level:
+    """The waiting records of one priority by request id, and sums over them.
+
+    Attributes:
+        context_tokens, answer_tokens: as of Backlog.
+    """
+
+    __slots__ = ("members", "context_tokens", "answer_tokens")
+
+    def __init__(self) -> None:
+        self.members: dict[int, Record] = {}
+        self.context_tokens, self.answer_tokens = 0, 0.0
+
+    def add(self, record: Record) -> None:
+        self.members[record.request.id] = record
+        self.context_tokens += record.context_tokens
+        self.answer_tokens += record.length
+
+    def remove(self, record: Record) -> None:
+        del self.members[record.request.id]
+        self.context_tokens -= record.context_tokens
+        self.answer_tokens -= record.length
+
+
 class Queue:
     """Waiting records in a heap of their priorities and their policy's keys.
 
@@ -94,11 +119,11 @@ class Queue:
         self._order = order
         self._heap: list[HeapEntry] = []
         self._members: dict[int, Record] = {}
-        self._levels: dict[int, dict[int, Record]] = {}  # the same, by priority
+        self._levels: dict[int, Level] = {}  # the same, by priority
         # Entries that iteration has yielded and restore_unadmitted has not put back.
         self._yielded: list[HeapEntry] = []
-        # A second heap, by arrival.
-        self._by_arrival: list[tuple[float, int, Record]] = []
+        # A second heap, by priority and arrival.
+        self._by_arrival: list[tuple[int, float, int, Record]] = []
         self.now_s = 0.0
 
     def __len__(self) -> int:
@@ -107,7 +132,13 @@ class Queue:
     def most_urgent(self) -> Collection[Record]:
         if not self._levels:
             return ()
-        return self._levels[min(self._levels)].values()
+        return self._levels[min(self._levels)].members.values()
+
+    def backlog(self) -> Backlog:
+        if not self._levels:
+            return Backlog(0, 0, 0.0)
+        level = self._levels[min(self._levels)]
+        return Backlog(len(level.members), level.context_tokens, level.answer_tokens)
 
     def get(self, request_id: int) -> Record | None:
         return self._members.get(request_id)
@@ -116,11 +147,14 @@ class Queue:
         record.waiting = True
         record.version += 1
         record.key, record.until_s = self._order(record)
-        if record.request.id not in self._members:
-            self._members[record.request.id] = record
-            self._levels.setdefault(record.request.priority, {})[record.request.id] = record
-            heapq.heappush(self._by_arrival, (record.request.arrival_s, record.request.id, record))
         request = record.request
+        if request.id not in self._members:
+            self._members[request.id] = record
+            if request.priority not in self._levels:
+                self._levels[request.priority] = Level()
+            self._levels[request.priority].add(record)
+            place = (request.priority, request.arrival_s, request.id, record)
+            heapq.heappush(self._by_arrival, place)
         entry = (request.priority, record.key, request.id, record.version, record)
         heapq.heappush(self._heap, entry)
 
@@ -129,14 +163,14 @@ class Queue:
         request = record.request
         del self._members[request.id]
         level = self._levels[request.priority]
-        del level[request.id]
-        if not level:
+        level.remove(record)
+        if not level.members:
             del self._levels[request.priority]
 
     def oldest(self) -> Record:
-        while not self._by_arrival[0][2].waiting:
+        while not self._by_arrival[0][-1].waiting:
             heapq.heappop(self._by_arrival)
-        return self._by_arrival[0][2]
+        return self._by_arrival[0][-1]
 
     def __iter__(self) -> Iterator[Record]:
         """In order of keys, lazily; what was yielded stays in the queue until it is removed."""
@@ -158,7 +192,7 @@ class Queue:
             self._heap = [e for e in self._heap if _is_current(e)]
             heapq.heapify(self._heap)
         if len(self._by_arrival) > 2 * len(self._members) + 64:
-            self._by_arrival = [e for e in self._by_arrival if e[2].waiting]
+            self._by_arrival = [e for e in self._by_arrival if e[-1].waiting]
             heapq.heapify(self._by_arrival)
 
     def _pop(self) -> HeapEntry | None:
@@ -231,7 +265,8 @@ class _Run:
         self.pace_s = 0.0
 
     def _order(self, record: Record) -> tuple[float, float]:
-        return self.policy.order(record, self.queue.now_s, self.pace_s, self.engine.cost)
+        engine = self.engine
+        return self.policy.order(record, self.queue.now_s, self.pace_s, engine.cost, engine.limits)
 
     def events(self) -> Iterator[Event]:
         queue, running, arrivals, clock = self.queue, self.running, self.arrivals, self.clock

@@ -103,7 +103,12 @@ class Deadline:
         )
 
     def order(
-        self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
+        self,
+        record: Record,
+        now_s: float,
+        pace_s: float,
+        cost: CostEstimator,
+        limits: Limits,
     ) -> tuple[float, float]:
         request, context = record.request, record.context_tokens
         pace_s = pace_s or cost.decode_step_s(1, context)

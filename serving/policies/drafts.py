@@ -1,6 +1,6 @@
 """A plan while a policy builds it, and room for the answers that outgrew their memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from serving.request import FOREVER, CostEstimator, Plan, Record, View
 
@@ -110,7 +110,7 @@ def plan_in_turn(
     reserve: Callable[[Record, int], int],
     victims: Callable[[], list[Record]],
     watermark: float,
-    admit_first: Callable[[PlanDraft], None] | None = None,
+    overdue: Callable[[], Record | None] | None = None,
 ) -> Plan:
     """Make room for what overran; where that preempts none, admit in turn.
 
@@ -118,17 +118,20 @@ def plan_in_turn(
         reserve: (record, tokens generated) -> KV tokens to reserve for it.
         victims: as make_room takes them.
         watermark: share of the KV memory left free at admission.
-        admit_first: admits before the queue's order does; called where requests wait.
+        overdue: the waiting record that must be the next one, if there is one; called where
+            requests wait.
     """
     draft, limits = PlanDraft(view), view.limits
     if view.overran:
         make_room(draft, reserve, victims)
     wake_s = FOREVER
     if not draft.preempt and len(view.waiting):
-        if admit_first is not None:
-            admit_first(draft)
         spare = int(watermark * limits.kv_tokens)
-        wake_s = admit_in_turn(draft, cost, lambda r: reserve(r, r.generated), spare)
+        first = overdue() if overdue is not None else None
+        in_turn = view.waiting if first is None else (first,)
+        wake_s = admit_in_turn(draft, cost, lambda r: reserve(r, r.generated), spare, in_turn)
+        if first is not None and draft.admit:
+            wake_s = view.now_s  # after the next pass, for the record that is the oldest then
     full = draft.rows >= limits.max_batch or wake_s < FOREVER
     return draft.plan(wake_s, wake_on_arrival=not full)
 
@@ -137,9 +140,10 @@ def admit_in_turn(
     draft: PlanDraft,
     cost: CostEstimator,
     tokens_of: Callable[[Record], int],
-    spare: int = 0,
+    spare: int,
+    in_turn: Iterable[Record],
 ) -> float:
-    """Admit in the queue's order, no more prompts than the engine computes in its next pass.
+    """Admit in an order, no more prompts than the engine computes in its next pass.
 
     An engine computes prompts in the order of their admission, so what is admitted early can no
     longer be overtaken. The token budget of a pass does the same in vLLM and SGLang.
@@ -147,6 +151,7 @@ def admit_in_turn(
     Args:
         tokens_of: record -> KV tokens to reserve for it.
         spare: KV tokens to leave free, unless nothing runs.
+        in_turn: the waiting records, the first to admit first.
     Returns:
         When to plan again: once the admitted prompts are computed but for a pass; FOREVER where
         none waits for that.
@@ -157,9 +162,7 @@ def admit_in_turn(
     if draft.rows:
         pass_s += cost.decode_step_s(draft.rows, limits.kv_tokens - view.kv_free_tokens)
     left = prompts_left(view, pass_s)
-    for record in view.waiting:
-        if record.request.id in draft.reserve:
-            continue
+    for record in in_turn:
         if left >= budget:
             return view.now_s + (left // budget) * pass_s
         tokens = tokens_of(record)

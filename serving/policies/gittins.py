@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from serving.policies.drafts import PlanDraft, plan_in_turn
+from serving.policies.drafts import plan_in_turn
 from serving.policies.lengths import (
     COARSE,
     expected_remaining,
@@ -17,7 +17,7 @@ from serving.policies.lengths import (
     token_s,
 )
 from serving.policies.published import BLOCK_TOKENS, WATERMARK, boost_s
-from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, Request, View
+from serving.request import FOREVER, Backlog, CostEstimator, Limits, Plan, Record, Request, View
 
 if TYPE_CHECKING:
     from predictor.prediction import LengthPrediction
@@ -50,6 +50,16 @@ def log_index(left: "LengthPrediction", before_s: float, token_s: float, rate: f
     return math.log(max(float(np.max(done / np.maximum(spent, 1e-300))), 1e-300))
 
 
+def backlog_s(backlog: Backlog, limits: Limits, cost: CostEstimator) -> float:
+    """Seconds of the machine that waiting requests take, each as long as their mean."""
+    if not backlog.requests:
+        return 0.0
+    context = backlog.context_tokens // backlog.requests
+    answer = backlog.answer_tokens / backlog.requests
+    each_s = cost.prefill_s(context) + answer * token_s(context, answer, limits, cost)
+    return backlog.requests * each_s
+
+
 @dataclass(frozen=True)
 class Gittins:
     """Serve first what takes most cost away per second of the machine.
@@ -68,18 +78,25 @@ class Gittins:
 
         key = d - ln(sup ...) / g.
 
-    Rows run side by side, so the clock of a request is not its work: d is its latest start, due -
-    prefill_s - pace x the hope-quantile of its tokens left, a time it takes in any case.
+    Rows run side by side, so a request takes longer than its work: d is due - pace x the
+    hope-quantile of its tokens left, a time it takes in any case. (With T the time it takes, the
+    index of rows that run side by side is exp(-g due) E[exp(g T)] / (E[exp(g W)] - 1); T = W + pace
+    x that quantile gives the above. A low one, as an error in T counts exponentially.)
 
     Prices. A token's price is a step's time over the sequences that share it in a full machine:
-    `rows`, or as many of this size as the KV memory holds. Memory costs what it keeps out.
+    the engine's max_batch, or as many of this size as its KV memory holds. Memory costs what it
+    keeps out. Not `priced`, rows and memory are taken to be there and only prompts to delay others:
+    then W is known, the index is gamma-Boost's of the prompt, and lengths count by d alone.
 
     Deadlines. With `deadlines`, due is arrival + slo, and a request whose latest start has passed
     costs nothing more whatever is done: it goes behind all others. Else due is the arrival.
 
-    Ageing. Where fewer than 1 / ageing of the rows hold requests that arrived no later than the
-    oldest that waits, it is the next one. So in order of arrival requests get 1 / ageing of the
-    rows at least, and none waits longer than about `ageing` times as long as with fcfs.
+    Promise. Nobody waits longer than 1 + patience times the longest wait by order of arrival and
+    one request's work. V(t), the work that is there at t, is the same under every order that leaves
+    no machine idle, and what arrives at t would wait V(t) by order of arrival. So where the oldest
+    request has waited longer than patience times the work behind it, which is less than V(t), it is
+    the next one, and nothing else is admitted until it is. It then waits for what arrived before
+    it, V(t) at most.
 
     Admission. No more prompts than the next pass computes (drafts.admit_in_turn); memory in blocks,
     as Fcfs; the smallest index is preempted when it runs out.
@@ -87,15 +104,16 @@ class Gittins:
     Attributes:
         horizon_s: 1 / g: a request waits for others that are e times cheaper by as much.
         hope: quantile of the tokens left that its latest start assumes.
-        rows: sequences at once in a full machine (its --max_batch).
+        priced: answer tokens have a price.
+        patience: the oldest request waits as long as the work behind it takes, so many times.
         truth: use true lengths (an oracle, for benchmarks).
     """
 
     horizon_s: float = 30.0
     deadlines: bool = True
     hope: float = 0.05
-    ageing: float = 10.0
-    rows: int = 64
+    priced: bool = True
+    patience: float = 4.0
     truth: bool = False
     predicts: ClassVar[bool] = True
 
@@ -117,34 +135,45 @@ class Gittins:
         return quantile_remaining(record.prediction, generated - generated % COARSE, self.hope)
 
     def head_start_s(
-        self, record: Record, generated: int, before_s: float, cost: CostEstimator
+        self,
+        record: Record,
+        generated: int,
+        before_s: float,
+        cost: CostEstimator,
+        limits: Limits,
     ) -> float:
         """ln(index) / g of what is left after `generated` tokens and before_s of work."""
-        mean = self.mean_left(record, generated)
-        price = token_s(record.request.prompt_tokens + generated, mean, self.rows, cost)
         rate = 1 / self.horizon_s
+        if not self.priced:
+            return boost_s(before_s, rate)
+        mean = self.mean_left(record, generated)
+        price = token_s(record.request.prompt_tokens + generated, mean, limits, cost)
         if self.truth:
             return boost_s(before_s + price * mean, rate)
         left = left_of(record, generated)
         return log_index(left, before_s, price, rate) * self.horizon_s
 
-    def latest_start(self, record: Record, generated: int, before_s: float, pace_s: float) -> float:
-        """The time at which it must start to be done when it is due, at its least length."""
+    def must_decode_s(self, record: Record, generated: int, pace_s: float) -> float:
+        """When it must decode to be done when it is due, at its least length: d."""
         request = record.request
         due = request.arrival_s + (request.slo_s if self.deadlines else 0.0)
-        return due - before_s - pace_s * self.least_left(record, generated)
+        return due - pace_s * self.least_left(record, generated)
 
     def order(
-        self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
+        self,
+        record: Record,
+        now_s: float,
+        pace_s: float,
+        cost: CostEstimator,
+        limits: Limits,
     ) -> tuple[float, float]:
         context, generated = record.context_tokens, record.generated
         prefill = cost.prefill_s(context)
-        latest = self.latest_start(
-            record, generated, prefill, pace_s or cost.decode_step_s(1, context)
-        )
-        key = latest - self.head_start_s(record, generated, prefill, cost)
+        must_s = self.must_decode_s(record, generated, pace_s or cost.decode_step_s(1, context))
+        key = must_s - self.head_start_s(record, generated, prefill, cost, limits)
         if not self.deadlines:
             return key, FOREVER
+        latest = must_s - prefill
         return (key, latest) if now_s <= latest else (key + LATE_S, FOREVER)
 
     def reserve(self, record: Record, generated: int, limits: Limits) -> int:
@@ -158,29 +187,24 @@ class Gittins:
             lambda r, generated: self.reserve(r, generated, view.limits),
             lambda: self.victims(view, cost),
             WATERMARK,
-            self.admit_oldest,
+            lambda: self.overdue(view, cost),
         )
 
-    def admit_oldest(self, draft: PlanDraft) -> None:
-        """Admit the oldest waiting request where those before it hold too few rows."""
-        view = draft.view
-        if draft.rows >= view.limits.max_batch:
-            return
+    def overdue(self, view: View, cost: CostEstimator) -> Record | None:
+        """The oldest waiting request, where it has waited longer than the promise allows."""
         oldest = view.waiting.oldest()
-        arrival = oldest.request.arrival_s
-        before = 0
-        for record in view.running.values():
-            before += record.request.arrival_s <= arrival
-        if before * self.ageing < draft.rows:
-            draft.try_admit(oldest, self.reserve(oldest, oldest.generated, view.limits))
+        requests, context, answer = view.waiting.backlog()
+        behind = Backlog(requests - 1, context - oldest.context_tokens, answer - oldest.length)
+        allowed_s = self.patience * backlog_s(behind, view.limits, cost)
+        return oldest if view.now_s - oldest.request.arrival_s > allowed_s else None
 
     def victims(self, view: View, cost: CostEstimator) -> list[Record]:
         """Running records, the one with the largest key first; the oldest comes last."""
         keyed = []
         for record in view.running.values():
             generated = view.generated(record)
-            key = self.latest_start(record, generated, 0.0, view.pace_s)
-            key -= self.head_start_s(record, generated, 0.0, cost)
+            key = self.must_decode_s(record, generated, view.pace_s)
+            key -= self.head_start_s(record, generated, 0.0, cost, view.limits)
             keyed.append((-key, record.request.id, record))
         keyed.sort(key=lambda entry: entry[:2])
         records = [record for *_, record in keyed]
@@ -193,6 +217,6 @@ class Gittins:
 # horizons were searched on other seeds than comparisons use.
 OBJECTIVES: dict[str, Gittins] = {
     "mean": Gittins(horizon_s=1000.0, deadlines=False),
-    "tail": Gittins(horizon_s=3.0, deadlines=False),
+    "tail": Gittins(horizon_s=4.0, deadlines=False, hope=0.02, priced=False),
     "deadline": Gittins(),
 }

@@ -6,7 +6,7 @@ numpy is imported when the first is asked for: a command's --help names the poli
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from serving.request import CostEstimator, Record
+from serving.request import CostEstimator, Limits, Record
 
 if TYPE_CHECKING:
     from predictor.prediction import LengthPrediction
@@ -82,12 +82,12 @@ def tail_remaining(prediction: "LengthPrediction", generated: int, level: float)
     return float(mass @ (starts + ends)) / 2 / (1 - level)
 
 
-def token_s(context_tokens: int, left: float, rows: int, cost: CostEstimator) -> float:
+def token_s(context_tokens: int, left: float, limits: Limits, cost: CostEstimator) -> float:
     """Seconds of the machine that one more answer token costs.
 
-    A step's time over the sequences that share it in a full machine: `rows`, or as many as the KV
-    memory holds of this size. So memory has a price where it is what limits the batch.
+    A step's time over the sequences that share it in a full machine: limits.max_batch, or as many
+    as limits.kv_tokens holds of this size. So memory has a price where it is what limits the batch.
     """
     size = context_tokens + left / 2
-    batch = max(min(rows, cost.kv_capacity_tokens / size), 1.0)
+    batch = max(min(limits.max_batch, limits.kv_tokens / size), 1.0)
     return cost.decode_step_s(int(batch), int(batch * size)) / int(batch)

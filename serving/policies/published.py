@@ -40,7 +40,12 @@ class Fcfs:
         return self.block_tokens
 
     def order(
-        self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
+        self,
+        record: Record,
+        now_s: float,
+        pace_s: float,
+        cost: CostEstimator,
+        limits: Limits,
     ) -> tuple[float, float]:
         return record.request.arrival_s, FOREVER
 
@@ -87,7 +92,12 @@ class Sjf:
         return quantile_tokens(request.prediction, self.reserve_quantile)
 
     def order(
-        self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
+        self,
+        record: Record,
+        now_s: float,
+        pace_s: float,
+        cost: CostEstimator,
+        limits: Limits,
     ) -> tuple[float, float]:
         return remaining_tokens(record, record.generated), FOREVER
 
@@ -219,12 +229,10 @@ class Boost(InTurn):
         work: what w counts, in seconds of the machine: "prompt" the prompt's uncached tokens
             (UniBoost's own, which predicts nothing), "predicted" the answer's expected tokens
             too, "true" its true ones (an oracle, for benchmarks).
-        rows: sequences at once in a full machine (its --max_batch), which share a step's time.
     """
 
     rate: float = 0.3
     work: str = "prompt"
-    rows: int = 64
 
     @property
     def predicts(self) -> bool:  # type: ignore[override]
@@ -236,11 +244,17 @@ class Boost(InTurn):
         return request.output_tokens if self.work == "true" else BLOCK_TOKENS
 
     def order(
-        self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
+        self,
+        record: Record,
+        now_s: float,
+        pace_s: float,
+        cost: CostEstimator,
+        limits: Limits,
     ) -> tuple[float, float]:
-        return record.request.arrival_s - boost_s(self.work_s(record, cost), self.rate), FOREVER
+        work_s = self.work_s(record, cost, limits)
+        return record.request.arrival_s - boost_s(work_s, self.rate), FOREVER
 
-    def work_s(self, record: Record, cost: CostEstimator) -> float:
+    def work_s(self, record: Record, cost: CostEstimator, limits: Limits) -> float:
         """w."""
         context = record.context_tokens
         prompt = cost.prefill_s(context)
@@ -249,7 +263,7 @@ class Boost(InTurn):
         left = max(record.request.output_tokens - record.generated, 1.0)
         if self.work == "predicted":
             left = remaining_tokens(record, record.generated)
-        return prompt + left * token_s(context, left, self.rows, cost)
+        return prompt + left * token_s(context, left, limits, cost)
 
 
 @dataclass(frozen=True)
@@ -270,7 +284,12 @@ class Tie(InTurn):
     level: float = 0.9
 
     def order(
-        self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
+        self,
+        record: Record,
+        now_s: float,
+        pace_s: float,
+        cost: CostEstimator,
+        limits: Limits,
     ) -> tuple[float, float]:
         generated = record.generated - record.generated % COARSE
         tail = tail_remaining(record.prediction, generated, self.level)

@@ -531,7 +531,12 @@ class Static:
         return self.batching.length(request)
 
     def order(
-        self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
+        self,
+        record: Record,
+        now_s: float,
+        pace_s: float,
+        cost: CostEstimator,
+        limits: Limits,
     ) -> tuple[float, float]:
         return record.request.arrival_s, FOREVER
 

@@ -98,7 +98,7 @@ def completion_metrics(
 
     attainment: share of all requests answered whole and within their slo_s.
     goodput_rps: such answers a second, over the span from the first arrival to the last finish.
-    ttft: first token - arrival.
+    ttft: first token - arrival; ttft_max_s is the longest.
     tpot: seconds a token after the first.
     norm: latency / answer tokens.
     largest_wait_s: arrival to first admission.
@@ -132,6 +132,7 @@ def completion_metrics(
         "latency_mean_s": float(latency.mean()),
         "norm_mean_s": float(norm.mean()),
         "ttft_mean_s": float(ttft.mean()),
+        "ttft_max_s": float(ttft.max()),
         "tpot_mean_s": float(tpot.mean()),
         "largest_wait_s": float((c["admitted_s"] - c["arrival_s"]).max()),
         "span_s": span,

@@ -21,7 +21,8 @@ def test_queue_is_an_ordered_set(moves):
     for move, value in moves:
         if move == "p":
             keys[count] = value
-            inside[count] = Record(ask(count, arrival=float(count)))
+            request = ask(count, prompt=3 + count % 7, arrival=float(count))
+            inside[count] = Record(request, length=1.0 + count % 5)
             queue.push(inside[count])
             count += 1
         elif move == "a" and inside:
@@ -41,7 +42,26 @@ def test_queue_is_an_ordered_set(moves):
         )
         if inside:
             assert queue.oldest().request.id == min(inside)
+            contexts = [record.context_tokens for record in inside.values()]
+            lengths = [record.length for record in inside.values()]
+            wanted = (len(inside), sum(contexts), pytest.approx(sum(lengths)))
+            assert tuple(queue.backlog()) == wanted
     assert [r.request.id for r in queue] == sorted(inside, key=lambda i: (keys[i], i))
+
+
+def test_the_oldest_and_the_backlog_are_of_the_most_urgent():
+    queue = Queue(lambda record: (0.0, FOREVER))
+    for i, (arrival, priority) in enumerate([(0.0, 1), (2.0, 0), (1.0, 0), (3.0, 2)]):
+        request = ask(i, prompt=10**i, arrival=arrival, priority=priority)
+        queue.push(Record(request, length=i))
+    assert queue.oldest().request.id == 2 and tuple(queue.backlog()) == (2, 110, 3)
+    for request_id in (1, 2):
+        record = queue.get(request_id)
+        queue.remove(record)
+    assert queue.oldest().request.id == 0 and tuple(queue.backlog()) == (1, 1, 0)
+    queue.remove(queue.get(0))
+    queue.remove(queue.get(3))
+    assert tuple(queue.backlog()) == (0, 0, 0.0)
 
 
 def test_a_key_that_has_run_out_is_asked_for_again():

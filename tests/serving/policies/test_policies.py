@@ -211,7 +211,7 @@ def test_a_late_running_answer_gives_way_when_that_saves_a_deadline():
 
 
 def view_of(requests, policy, limits, now=0.0):
-    queue = Queue(lambda record: policy.order(record, now, 0.0, COST))
+    queue = Queue(lambda record: policy.order(record, now, 0.0, COST, limits))
     for request in requests:
         queue.push(Record(request, policy.length(request)))
     return View(now, queue, {}, (), limits.kv_tokens, limits, lambda record: 0)

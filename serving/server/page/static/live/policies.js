@@ -80,8 +80,8 @@ addWords({
     "机器每秒能减少最多等待的请求优先：平均延迟最小。",
   ],
   "policy.gittins_tail": [
-    "Nearly in order of arrival; only much cheaper requests go first: the least p99 latency.",
-    "接近到达顺序，只有便宜得多的请求才先行：p99 延迟最小。",
+    "Nearly in order of arrival; much shorter prompts go first, and answers that will be long in any case: the least p99 latency.",
+    "接近到达顺序，只有短得多的提示和必然很长的回答才先行：p99 延迟最小。",
   ],
   "policy.gittins_oracle": [
     "The gittins policy with the true lengths in place of predictions, for benchmarks only.",
