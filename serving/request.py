@@ -161,6 +161,7 @@ class View:
             for them or preempt them.
         kv_free_tokens: not reserved.
         generated: answer tokens of a running record so far, those before a preemption included.
+        computed: of a running record's context_tokens, how many are computed.
         pace_s: recent seconds between two tokens of a running answer; 0 before there are any.
     """
 
@@ -171,6 +172,7 @@ class View:
     kv_free_tokens: int
     limits: Limits
     generated: Callable[[Record], int]
+    computed: Callable[[Record], int]
     pace_s: float = 0.0
 
 
@@ -204,7 +206,8 @@ class Plan:
 
     Attributes:
         reserve_tokens: KV tokens by request id, of all that are admitted and of running ones that
-            get more.
+            get more. They hold the whole prompt and an answer's token, but where horizon_steps is
+            1: then what the one step computes of the prompt.
         prefill_tokens: prompt tokens between two decode steps; None for the limit's.
         together: admit as a static batch: padded to the longest prompt, leaving when the last row
             ends. Only onto an empty engine.
@@ -357,6 +360,7 @@ class Engine(Protocol):
         """
 
     def generated(self, record: Record) -> int: ...
+    def computed(self, record: Record) -> int: ...
 
 
 class Arrivals(Protocol):

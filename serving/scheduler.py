@@ -321,6 +321,7 @@ class _Run:
             self.free,
             engine.limits,
             engine.generated,
+            engine.computed,
             self.pace_s,
         )
         plan = self.policy(view, engine.cost)
@@ -482,15 +483,20 @@ def _check_reservations(
 
 
 def _check_admissions(plan: Plan, admitted: set[int]) -> None:
-    """Each record waits, is admitted once, and gets KV memory for an answer."""
+    """Each record waits, is admitted once, and gets KV memory for an answer.
+
+    A plan for one step may admit with KV memory for a part of the prompt.
+    """
     padded = _padded_tokens(plan)
+    in_parts = plan.horizon_steps == 1 and not plan.together
     for record in plan.admit:
         request_id = record.request.id
         if not record.waiting or len(admitted) != len(plan.admit):
             raise RuntimeError(
                 f"the plan admits request {request_id}, which does not wait, or admits it twice"
             )
-        if plan.reserve_tokens.get(request_id, 0) <= max(padded, record.context_tokens):
+        least = 0 if in_parts else max(padded, record.context_tokens)
+        if plan.reserve_tokens.get(request_id, 0) <= least:
             raise RuntimeError(
                 f"the plan reserves no KV memory for an answer to request {request_id}"
             )

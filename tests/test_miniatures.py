@@ -60,6 +60,12 @@ ELSEWHERE = {  # file -> the test that runs it
     ),
     "benchmarks/rows.py": ("tests/finetune/rows/test_data_memory.py::test_rows_are_tokenised_once"),
     "benchmarks/speed_subjects.py": "tests/test_miniatures.py::test_b1_train_speed",
+    "benchmarks/vllm_scheduler.py": (
+        "tests/serving/simulate/test_vllm.py::test_recorded_decisions"
+    ),
+    "benchmarks/vllm_trace.py": (
+        "tests/serving/simulate/test_vllm.py::test_decisions_of_vllm_itself"
+    ),
     "examples/curl.sh": "tests/test_examples.py::test_curl",
     "examples/langchain_client.py": "tests/test_examples.py::test_langchain_client",
     "examples/openai_client.py": "tests/test_examples.py::test_openai_client",

@@ -333,6 +333,9 @@ class TextEngine:
     def generated(self, record: Record) -> int:
         return len(self._answers[record.request.id].tokens)
 
+    def computed(self, record: Record) -> int:
+        return record.context_tokens
+
     def step(self, plan: Plan, budget_s: float = FOREVER) -> StepResult:
         """As Engine.step."""
         raise NotImplementedError

@@ -87,6 +87,9 @@ class ContinuousEngine(TextEngine):
     def copied_tokens(self) -> int:
         return 0 if self.prefixes is None else self.prefixes.copied_tokens
 
+    def computed(self, record: Record) -> int:
+        return self.rows[record.request.id].computed
+
     def check_prompt(self, prompt: list[int]):
         super().check_prompt(prompt)
         self.runner.body.positions(prompt)

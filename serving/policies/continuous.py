@@ -21,6 +21,7 @@ from serving.policies.lengths import (
 )
 from serving.policies.published import Boost, Fcfs, Sjf, Srpt, Tie
 from serving.policies.static import BATCH_POLICIES, Static
+from serving.policies.vllm import Vllm
 from serving.request import FOREVER, CostEstimator, Limits, Plan, Policy, Record, Request, View
 
 
@@ -232,6 +233,8 @@ POLICIES: dict[str, Policy] = {
     "gittins_oracle": Gittins(truth=True),
 }
 
+# What the simulator runs: vLLM reserves prompts in parts, which engines with a model do not take.
+SIMULATED: dict[str, Policy] = {**POLICIES, "vllm": Vllm()}
 
 OBJECTIVE_HELP = (
     "what the policy gittins aims at: the least mean latency, the least p99, the most answers in "

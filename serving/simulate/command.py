@@ -19,7 +19,7 @@ from typing import Any
 from chatglm.commands import Parser, number, run_command, whole
 from finetune.files import write_json
 from serving.cost_model.devices import MAX_DEVICES
-from serving.policies.continuous import OBJECTIVE_HELP, POLICIES, with_objective
+from serving.policies.continuous import OBJECTIVE_HELP, SIMULATED, with_objective
 from serving.policies.gittins import OBJECTIVES
 from serving.policies.static import BatchPolicy, Static
 from serving.request import CostEstimator, Limits, Policy
@@ -147,7 +147,7 @@ def simulation_parser() -> argparse.ArgumentParser:
     add(
         "--policies",
         default="fifo,s3,slo_odbs,fcfs,sjf,deadline,oracle",
-        help=f"of {', '.join(POLICIES)}; comma between them",
+        help=f"of {', '.join(SIMULATED)}; comma between them",
     )
     add("--objective", choices=tuple(OBJECTIVES), help=OBJECTIVE_HELP)
     add("--workload", default="poisson", choices=WORKLOADS)
@@ -258,10 +258,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = simulation_parser()
     flags = SimulationFlags(**vars(parser.parse_args(argv)))
     names = list(filter(None, flags.policies.split(",")))
-    if unknown := [name for name in names if name not in POLICIES]:
-        parser.error(f"--policies: {', '.join(unknown)} unknown; there are {', '.join(POLICIES)}")
+    if unknown := [name for name in names if name not in SIMULATED]:
+        parser.error(f"--policies: {', '.join(unknown)} unknown; there are {', '.join(SIMULATED)}")
     if not names:
-        parser.error(f"--policies: name at least one of {', '.join(POLICIES)}")
+        parser.error(f"--policies: name at least one of {', '.join(SIMULATED)}")
     try:
         names = with_objective(names, flags.objective)
     except ValueError as error:
@@ -275,11 +275,11 @@ def run_simulation(flags: SimulationFlags, names: list[str]) -> None:
     if flags.experiment:
         run_experiment(flags, flags.experiment)
     elif flags.search:
-        policy, score = POLICIES[flags.search], attainment_scorer(setting, flags.rate, flags.seeds)
+        policy, score = SIMULATED[flags.search], attainment_scorer(setting, flags.rate, flags.seeds)
         for better, reached in search_knobs(policy, SPACES[flags.search], score):
             print(f"{reached:.4f}  {better}", flush=True)
     else:
-        run_comparison(flags, setting, {name: POLICIES[name] for name in names})
+        run_comparison(flags, setting, {name: SIMULATED[name] for name in names})
 
 
 def run_experiment(flags: SimulationFlags, name: str) -> None:

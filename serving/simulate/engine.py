@@ -208,6 +208,9 @@ class SimulatedEngine:
             return row.generated_before
         return row.generated_before + min(1 + self.steps - row.joined, row.target)
 
+    def computed(self, record: Record) -> int:
+        return self.rows[record.request.id].prefilled
+
     # ---- one step
 
     def step(self, plan: Plan, budget_s: float = FOREVER) -> StepResult:

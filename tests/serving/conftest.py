@@ -119,6 +119,9 @@ class TokenByToken:
         row = self.rows[record.request.id]
         return row["kept"] + min(row["made"], row["target"])
 
+    def computed(self, record):
+        return self.rows[record.request.id]["done"]
+
     def step(self, plan, budget_s=FOREVER):
         for record in plan.preempt:
             del self.rows[record.request.id]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.policies.continuous import POLICIES, Deadline, Sjf
+from serving.policies.continuous import SIMULATED, Deadline, Sjf
 from serving.policies.static import BATCH_POLICIES, SloOdbs, Static, decreasing_first_fit
 from serving.request import FOREVER, Limits, Record, Request, View
 from serving.scheduler import Queue
@@ -65,36 +65,36 @@ def check_run(events, requests, limits):
             assert (done.output_tokens < done.request.output_tokens) == done.cut
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", SIMULATED)
 @settings(max_examples=15, deadline=None)
 @given(rows=requests_of)
 def test_each_request_exactly_once_within_limits(name, rows):
     requests = numbered(rows)
     events, _, engine = serve(
-        POLICIES[name], requests, LIMITS
+        SIMULATED[name], requests, LIMITS
     )  # the scheduler itself raises where a plan breaks a limit
     check_run(events, requests, LIMITS)
     assert not engine.rows
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", SIMULATED)
 def test_the_same_run_twice(name):
     rng = np.random.default_rng(7)
     rows = [
         (int(rng.integers(1, 300)), int(rng.integers(1, 200)), 0.05, 2.0, int(rng.integers(1, 200)))
         for _ in range(60)
     ]
-    one, two = (serve(POLICIES[name], numbered(rows), LIMITS)[0] for _ in range(2))
+    one, two = (serve(SIMULATED[name], numbered(rows), LIMITS)[0] for _ in range(2))
     assert [(e.time_s, e.kind, e.id) for e in one] == [(e.time_s, e.kind, e.id) for e in two]
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", SIMULATED)
 def test_none_one_and_one_that_never_fits(name):
-    assert serve(POLICIES[name], [], LIMITS)[0] == []
-    events, _, _ = serve(POLICIES[name], [ask(0)], LIMITS)
+    assert serve(SIMULATED[name], [], LIMITS)[0] == []
+    events, _, _ = serve(SIMULATED[name], [ask(0)], LIMITS)
     assert [e.kind for e in events] == ["arrived", "admitted", "started", "finished"]
     events, collector, _ = serve(
-        POLICIES[name], [ask(0), ask(1, prompt=400), ask(2, prompt=399, output=50)], LIMITS
+        SIMULATED[name], [ask(0), ask(1, prompt=400), ask(2, prompt=399, output=50)], LIMITS
     )
     refused = [e for e in events if e.kind == "refused"]
     assert [e.id for e in refused] == [1]
@@ -104,7 +104,7 @@ def test_none_one_and_one_that_never_fits(name):
     assert collector.summary()["attainment"] <= 2 / 3
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", SIMULATED)
 def test_only_oracles_read_the_truth(name):
     """Other true lengths, equal predictions: the same first plan and estimates, but for oracles."""
     rng = np.random.default_rng(1)
@@ -115,18 +115,20 @@ def test_only_oracles_read_the_truth(name):
     requests = numbered(rows)
     other = [replace(r, output_tokens=int(rng.integers(1, 100))) for r in requests]
     plans = [
-        [e.id for e in serve(POLICIES[name], rs, LIMITS)[0] if e.kind == "admitted"][:4]
+        [e.id for e in serve(SIMULATED[name], rs, LIMITS)[0] if e.kind == "admitted"][:4]
         for rs in (requests, other)
     ]
-    counted = [[POLICIES[name].length(r) for r in rs] for rs in (requests, other)]
+    counted = [[SIMULATED[name].length(r) for r in rs] for rs in (requests, other)]
     assert (counted[0] == counted[1]) == ("oracle" not in name)
     assert plans[0] == plans[1] or "oracle" in name
 
 
-@pytest.mark.parametrize("name", [n for n, p in POLICIES.items() if not p.predicts])
+@pytest.mark.parametrize("name", [n for n, p in SIMULATED.items() if not p.predicts])
 def test_those_that_need_no_prediction_take_none(name):
     requests = [replace(r, prediction=None) for r in numbered([(20, 10, 0.1, 2, 10)] * 8)]
-    assert len([e for e in serve(POLICIES[name], requests, LIMITS)[0] if e.kind == "finished"]) == 8
+    assert (
+        len([e for e in serve(SIMULATED[name], requests, LIMITS)[0] if e.kind == "finished"]) == 8
+    )
 
 
 def overload(long_at=0.5, count=1500):
@@ -145,7 +147,7 @@ def test_deadline_starves_none_where_shortest_first_does():
     first, requests, limits = overload()
     waits = {}
     for name in ("deadline", "sjf"):
-        events, _, _ = serve(POLICIES[name], requests, limits)
+        events, _, _ = serve(SIMULATED[name], requests, limits)
         waits[name] = next(e.what for e in events if e.kind == "finished" and e.id == first)
         last = max(e.time_s for e in events)
     arrivals_s = requests[-1].arrival_s
@@ -176,7 +178,7 @@ def test_deadline_meets_more_objectives_than_order_of_arrival():
     )
     limits = Limits(8, 4000, 1000)
     got = {
-        name: serve(POLICIES[name], requests, limits)[1].summary()["attainment"]
+        name: serve(SIMULATED[name], requests, limits)[1].summary()["attainment"]
         for name in ("fifo", "fcfs", "deadline")
     }
     assert got["deadline"] > got["fcfs"] + 0.05 and got["deadline"] > got["fifo"] + 0.05
@@ -214,7 +216,7 @@ def view_of(requests, policy, limits, now=0.0):
     queue = Queue(lambda record: policy.order(record, now, 0.0, COST, limits))
     for request in requests:
         queue.push(Record(request, policy.length(request)))
-    return View(now, queue, {}, (), limits.kv_tokens, limits, lambda record: 0)
+    return View(now, queue, {}, (), limits.kv_tokens, limits, lambda record: 0, lambda record: 0)
 
 
 def ids(batches):
@@ -345,7 +347,7 @@ def test_shortest_first_is_shortest_first():
     assert [e.id for e in events if e.kind == "finished"] == [1, 3, 2, 4, 0]
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", SIMULATED)
 def test_ten_thousand_waiting(name):
     """Under 50 ms on an idle core; ten times that here, where tests share theirs."""
     model, rng = PredictorModel.normal(0.8), np.random.default_rng(0)
@@ -356,11 +358,11 @@ def test_ten_thousand_waiting(name):
         Request(i, int(prompts[i]), i * 1e-3, float(slo[i]), predictions[index[i]], int(outputs[i]))
         for i in range(10_000)
     ]
-    view = view_of(requests, POLICIES[name], Limits(64, 100_000, 8192), now=10.0)
+    view = view_of(requests, SIMULATED[name], Limits(64, 100_000, 8192), now=10.0)
     took = []
     for _ in range(3):
         started = time.thread_time()
-        plan = POLICIES[name](view, COST)
+        plan = SIMULATED[name](view, COST)
         took.append(time.thread_time() - started)
         view.waiting.restore_unadmitted()
     assert plan.admit and min(took) < 0.5

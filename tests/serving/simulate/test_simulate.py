@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.policies.continuous import POLICIES, Deadline, Sjf
+from serving.policies.continuous import POLICIES, SIMULATED, Deadline, Sjf
 from serving.request import Limits
 from serving.simulate.command import main, simulation_parser
 from serving.simulate.compare import (
@@ -46,19 +46,19 @@ def mixed(count, seed, gap=0.02):
     ]
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", SIMULATED)
 @pytest.mark.parametrize("seed", range(3))
 def test_events_equal_those_of_every_iteration(name, seed):
-    fast, _, _ = serve(POLICIES[name], mixed(60, seed), TIGHT)
-    slow, _, _ = serve(POLICIES[name], mixed(60, seed), TIGHT, TokenByToken(COST, TIGHT))
+    fast, _, _ = serve(SIMULATED[name], mixed(60, seed), TIGHT)
+    slow, _, _ = serve(SIMULATED[name], mixed(60, seed), TIGHT, TokenByToken(COST, TIGHT))
     assert [(e.kind, e.id) for e in fast] == [(e.kind, e.id) for e in slow]
     np.testing.assert_allclose([e.time_s for e in fast], [e.time_s for e in slow], rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", SIMULATED)
 def test_tokens_in_are_tokens_out(name):
     requests = mixed(80, 5)
-    events, collector, engine = serve(POLICIES[name], requests, TIGHT)
+    events, collector, engine = serve(SIMULATED[name], requests, TIGHT)
     done = {e.id: e.what for e in events if e.kind == "finished"}
     assert sorted(done) == list(range(80))
     for request in requests:
@@ -79,7 +79,7 @@ def test_tokens_in_are_tokens_out(name):
 def test_one_request_alone_takes_what_the_cost_model_says():
     limits = Limits(4, 1000, 500, prefill_tokens=16)
     for name in ("fifo", "fcfs", "deadline", "sjf"):
-        _, collector, _ = serve(POLICIES[name], [ask(0, 50, 20)], limits)
+        _, collector, _ = serve(SIMULATED[name], [ask(0, 50, 20)], limits)
         prefill = (
             COST.prefill_s(50)
             if name == "fifo"
@@ -358,7 +358,7 @@ def test_search_only_goes_up_and_uses_other_seeds():
 
 @pytest.mark.parametrize("name", SPACES)
 def test_search_spaces_name_knobs(name):
-    policy = POLICIES[name]
+    policy = SIMULATED[name]
     inner = getattr(policy, "batching", policy)
     assert set(SPACES[name]) <= set(inner.__dataclass_fields__)
 
@@ -371,7 +371,7 @@ def test_linear_cost_closed_form():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(sorted(POLICIES)))
+@given(st.integers(0, 10**6), st.sampled_from(sorted(SIMULATED)))
 def test_random_settings_agree_with_every_iteration(seed, name):
     rng = np.random.default_rng(seed)
     most = int(rng.integers(160, 400))
@@ -379,8 +379,8 @@ def test_random_settings_agree_with_every_iteration(seed, name):
         int(rng.integers(1, 8)), most + int(rng.integers(0, 600)), most, int(rng.integers(1, 200))
     )
     requests = mixed(int(rng.integers(1, 25)), seed, float(rng.uniform(0.001, 0.2)))
-    fast, _, _ = serve(POLICIES[name], requests, limits)
-    slow, _, _ = serve(POLICIES[name], requests, limits, TokenByToken(COST, limits))
+    fast, _, _ = serve(SIMULATED[name], requests, limits)
+    slow, _, _ = serve(SIMULATED[name], requests, limits, TokenByToken(COST, limits))
     assert [(e.kind, e.id) for e in fast] == [(e.kind, e.id) for e in slow]
 
 
