@@ -43,7 +43,12 @@ class Vllm:
         return self.block_tokens
 
     def order(
-        self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
+        self,
+        record: Record,
+        now_s: float,
+        pace_s: float,
+        cost: CostEstimator,
+        limits: Limits,
     ) -> tuple[float, float]:
         return record.request.arrival_s, FOREVER
 
