@@ -351,7 +351,7 @@ def test_an_overdue_request_goes_alone_and_first(waited_s, first):
         tokens = 1400 if i == 0 else 10
         request = ask(i, tokens, tokens // 4 + 1, arrival=0.0 if i == 0 else waited_s)
         queue.push(Record(request, policy.length(request)))
-    view = View(waited_s, queue, {}, (), ROOMY.kv_tokens, ROOMY, lambda record: 0)
+    view = View(waited_s, queue, {}, (), ROOMY.kv_tokens, ROOMY, lambda record: 0, lambda record: 0)
     plan = policy(view, COST)
     assert plan.admit[0].request.id == first
     if first == 0:
@@ -366,7 +366,7 @@ def test_an_overdue_request_that_lacks_memory_is_waited_for():
         request = ask(i, tokens, 20, arrival=60.0 * i)
         queue.push(Record(request, policy.length(request)))
     runs = Record(ask(9, 10, 20), reserved_tokens=7000, waiting=False, first_token_s=1.0)
-    view = View(60.0, queue, {9: runs}, (), 1000, ROOMY, lambda record: 1)
+    view = View(60.0, queue, {9: runs}, (), 1000, ROOMY, lambda record: 1, lambda record: 1)
     plan = policy(view, COST)
     assert not plan.admit and not plan.preempt
     young = Queue(lambda record: policy.order(record, 60.0, 0.01, COST, ROOMY))
