@@ -68,7 +68,7 @@ SPACES: dict[
     "gittins": {
         "horizon_s": (3.0, 10.0, 30.0, 100.0, 1000.0),
         "hope": (0.02, 0.05, 0.1, 0.2),
-        "patience": (1.0, 4.0, 16.0),
+        "patience": (1.0, 2.0, 4.0),
     },
     "deadline": {
         "admit_quantile": (0.3, 0.5, 0.7, 0.9),
