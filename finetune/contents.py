@@ -12,7 +12,7 @@ from chatglm.files import read_json
 from chatglm.folders import check_folder
 from chatglm.hub import model_short_name
 from chatglm.runs import MANIFEST
-from finetune.config import RunConfig, TrainConfig
+from finetune.config import RowsConfig, RunConfig
 from finetune.ds_file import read_ds_file
 from finetune.files import sha256
 from finetune.rows.sources import parse_sources
@@ -32,7 +32,7 @@ def path_contents(
         ValueError: --adapter was trained on another base.
     """
     contents = {"ds_file": hash_json(read_ds_file(config.ds_file)[1]), "train_path": data}
-    if isinstance(config, TrainConfig):
+    if isinstance(config, RowsConfig):
         contents["train_path"] = f"{data} {describe_sources(config.train_path)}"
         if config.replay_path:
             # The hash of their rows is a part of `data`.

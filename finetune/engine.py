@@ -150,6 +150,7 @@ def train_locked(config: RunConfig, task: Task, output_dir: Path) -> Path:
             output_dir, replace=config.overwrite_output_dir and not config.resume_from_checkpoint
         )
     agree(lambda: check_disk(output_dir, checkpointer.needed))
+    task.before_training(engine.module, output_dir)
     resumed: dict[str, Any] = {}
     if folder:
         resumed = checkpointer.resume(folder)

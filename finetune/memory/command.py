@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chatglm.commands import Parser, run_command
-from finetune.config import TrainConfig, add_flag, changed_flags
+from finetune.config import RowsConfig, TrainConfig, add_flag, changed_flags
 from finetune.ds_file import BETWEEN_RANKS, fill_sizes, read_ds_file
 from finetune.files import write_json
 from finetune.flag_effects import ESTIMATING, ONE_RUN, TRAINING, check_given, refuse_without_effect
@@ -182,7 +182,7 @@ METHOD_TITLES = {"lora": "LoRA", "freeze": "freeze", "ptuning": "P-Tuning", "all
 
 
 def make_run(
-    config: TrainConfig, *, mode: Mode = "ours", gpus: int = 1, card: str = "A40", **more: Any
+    config: RowsConfig, *, mode: Mode = "ours", gpus: int = 1, card: str = "A40", **more: Any
 ) -> Run:
     """The run that train.py's flags describe; `more` are other fields of Run.
 
@@ -319,7 +319,7 @@ def show_largest(value: int) -> str:
     return f"over {LIMIT // 2}" if value >= LIMIT // 2 else str(value)
 
 
-def estimate_run(config: TrainConfig) -> None:
+def estimate_run(config: RowsConfig) -> None:
     """Print the estimate of train.py --estimate_memory.
 
     It is for this machine's GPU, else for an A40, and for the launcher's world size.
