@@ -31,6 +31,18 @@ def finetune(config: TrainConfig) -> Path:
     return train(config)
 
 
+def pretrain_config() -> type[RunConfig]:
+    from finetune.pretraining.config import PretrainConfig
+
+    return PretrainConfig
+
+
+def pretrain(config: Any) -> Path:
+    from finetune.pretraining.task import pretrain as train
+
+    return train(config)
+
+
 def predictor_config() -> type[RunConfig]:
     from predictor.config import PredictorConfig  # numpy: not for the others' --help
 
@@ -74,6 +86,7 @@ def run_task(config: RunConfig) -> int | None:
 
 TASKS: dict[str, TaskEntry] = {
     "finetune": TaskEntry(lambda: TrainConfig, finetune),
+    "pretrain": TaskEntry(pretrain_config, pretrain),
     "predictor": TaskEntry(predictor_config, predictor),
 }
 

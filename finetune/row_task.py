@@ -115,19 +115,21 @@ class RowTask(Generic[Config, Rows]):
     def load_rows(self) -> None:
         """Raises ValueError, FileNotFoundError for rows that do not fit."""
         config = self.config
-        sources = parse_sources(config.train_path)
-        replay = parse_sources(config.replay_path, "--replay_path") if config.replay_path else []
-        held_out = (
-            parse_sources(config.eval_path, "--eval_path", weights=False)
-            if config.eval_path
-            else []
-        )
+        sources = self.sources_of("train_path")
+        replay = self.sources_of("replay_path") if config.replay_path else []
+        held_out = self.sources_of("eval_path") if config.eval_path else []
         if config.streaming:
             self.stream = self.open_stream(sources, replay)
         else:
             self.load_training_rows(sources, replay)
         if held_out:
             self.load_eval_rows(held_out)
+
+    def sources_of(self, name: str) -> list[Source]:
+        """The sources of a flag; raises as parse_sources."""
+        text: str = getattr(self.config, name)
+        documents = getattr(self.config, "txt_documents", "")  # of --task pretrain
+        return parse_sources(text, f"--{name}", weights=name != "eval_path", documents=documents)
 
     def open_stream(self, sources: list[Source], replay: list[Source]) -> Stream:
         config = self.config
