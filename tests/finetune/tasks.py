@@ -64,7 +64,8 @@ def task_flags(task: str, case: Case, base: Path, folder: Path, *more, method="l
     words = ["--task", task, "--model_name_or_path", base, "--train_path", rows]
     words += ["--eval_path", held_out, "--output_dir", folder / "out", "--max_len", 96]
     words += ["--per_device_train_batch_size", 4, "--learning_rate", "1e-2", "--warmup_ratio", 0]
-    words += ["--data_cache=", "--show_loss_step", 1000, *METHODS[method], *case.flags, *more]
+    words += [] if "--streaming" in more else ["--data_cache="]
+    words += ["--show_loss_step", 1000, *METHODS[method], *case.flags, *more]
     return list(map(str, words))
 
 
