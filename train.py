@@ -43,6 +43,30 @@ def pretrain(config: Any) -> Path:
     return train(config)
 
 
+def reward_config() -> type[RunConfig]:
+    from finetune.preference.config import RewardConfig
+
+    return RewardConfig
+
+
+def reward(config: Any) -> Path:
+    from finetune.preference.reward import train_reward
+
+    return train_reward(config)
+
+
+def dpo_config() -> type[RunConfig]:
+    from finetune.preference.config import DpoConfig
+
+    return DpoConfig
+
+
+def dpo(config: Any) -> Path:
+    from finetune.preference.dpo import train_dpo
+
+    return train_dpo(config)
+
+
 def predictor_config() -> type[RunConfig]:
     from predictor.config import PredictorConfig  # numpy: not for the others' --help
 
@@ -87,6 +111,8 @@ def run_task(config: RunConfig) -> int | None:
 TASKS: dict[str, TaskEntry] = {
     "finetune": TaskEntry(lambda: TrainConfig, finetune),
     "pretrain": TaskEntry(pretrain_config, pretrain),
+    "reward": TaskEntry(reward_config, reward),
+    "dpo": TaskEntry(dpo_config, dpo),
     "predictor": TaskEntry(predictor_config, predictor),
 }
 

@@ -38,14 +38,15 @@ def check_not_negative(name: str, value: float) -> None:
 
 
 # The names of train.TASKS.
-TASK_NAMES = ("finetune", "pretrain", "predictor")
+TASK_NAMES = ("finetune", "pretrain", "reward", "dpo", "predictor")
 
 
 def task_flag(name: str) -> Any:
     """The field --task of the configuration of that task."""
     return fixed_flag(
         name,
-        "what is trained: answers to questions (finetune), whole texts (pretrain), or a "
+        "what is trained: answers to questions (finetune), whole texts (pretrain), a model that "
+        "scores answers (reward), a preference for the better of two answers (dpo), or a "
         "predictor of the length of answers; --task NAME --help shows that one's flags",
         choices=TASK_NAMES,
     )

@@ -283,7 +283,8 @@ class RowTask(Generic[Config, Rows]):
         sums: list[float] = []
         count = 0.0
         for start in range(0, len(order), per_pass):
-            mine = order[start : start + per_pass][rank() :: world_size()]
+            # A pass has the same rows on any number of ranks.
+            mine = order[start : start + per_pass][rank() * size : (rank() + 1) * size]
             # ZeRO-3 needs every rank in every pass: without a row it takes an empty place.
             batch = self.collate(data, mine or [-1])
             values = measure(on_device(batch, device)).double().flatten().tolist()

@@ -7,6 +7,7 @@ docs/data.md shows a row of each format.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from chatglm.conversations import Turn, check_turns, rounds_of, tool_call, with_tools
 from chatglm.families import FAMILIES
@@ -29,6 +30,10 @@ class Row:
     def is_document(self) -> bool:
         """Whether it is a text without a question."""
         return not self.prompt and not self.turns
+
+    def content(self) -> tuple[Any, ...]:
+        """All that is read of the row, without its place."""
+        return self.prompt, self.answers, self.turns
 
     def with_first_answer(self) -> "Row":
         return replace(self, answers=self.answers[:1])

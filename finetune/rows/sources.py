@@ -557,7 +557,7 @@ def hash_rows(rows: Iterable[Row]) -> str:
     digest = hashlib.sha256(b"[")
     separator = b""
     for row in rows:
-        digest.update(separator + repr((row.prompt, row.answers, row.turns)).encode())
+        digest.update(separator + repr(row.content()).encode())
         separator = b", "
     digest.update(b"]")
     return digest.hexdigest()

@@ -86,7 +86,27 @@ def last_metrics(folder: Path) -> dict[str, float]:
     return json.loads((folder / "manifest.json").read_text())["metrics"]
 
 
+def make_pairs(count: int, seed: int = 0) -> list[dict]:
+    """A part's state: the better answer names it, the worse one another."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        part = draw.choice(PARTS)
+        state, other = draw.sample(STATES, 2)
+        rows.append(
+            {
+                "prompt": f"{part}{state}，它怎么了？",
+                "chosen": f"{part}_性能故障_{state}" * draw.randint(1, 2),
+                "rejected": f"{part}_性能故障_{other}",
+            }
+        )  # fmt: skip - a row as a file has it
+    return rows
+
+
+PAIR_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 CASES = {
     "finetune": Case(make_rows),
     "pretrain": Case(make_texts, metrics=("perplexity", "bits_per_byte")),
+    "reward": Case(make_pairs, metrics=("accuracy", "margin")),
+    "dpo": Case(make_pairs, metrics=PAIR_METRICS),
 }
