@@ -33,6 +33,7 @@ PACKAGES = {
         "transformers==5.24.0",
         "sentencepiece==0.2.3",
     ),
+    "trl": ("trl==1.16.0", "torch==2.13.0", "transformers==5.23.0", "peft==0.21.2"),
 }
 
 

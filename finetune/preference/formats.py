@@ -333,12 +333,17 @@ class PreferenceReader(RowReader):
             )
         (prompt, turns), answers, scores = form.read(values)
         row = Preference(prompt, tuple(answers), "", turns, tuple(scores))
+        self.check(row)
+        return row
+
+    def check(self, row: Preference) -> None:
+        """Raises ValueError where there is nothing to compare."""
         if self.pairing == "labelled":
             if not row.labelled():
                 raise ValueError("the answer is empty")
         elif not row.pairs(self.pairing):
+            scores = ", ".join(f"{score:g}" for score in row.scores)
             raise ValueError(
-                f"wanted two different answers, one of a higher score; got {len(answers)} of the "
-                f"scores {', '.join(f'{score:g}' for score in scores)}"
+                f"wanted two different answers, one of a higher score; got {len(row.answers)} of "
+                f"the scores {scores}"
             )
-        return row
