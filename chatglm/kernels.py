@@ -343,8 +343,12 @@ class LogProbsFunction(torch.autograd.Function):
         wanted = targets.clamp(min=0)[:, None]
         for rows in logit_pieces(hidden, weight):
             logits = F.linear(hidden[rows], weight, bias).float()
-            mass[rows] = torch.logsumexp(logits, dim=-1)
-            result[rows] = logits.gather(-1, wanted[rows])[:, 0] - mass[rows]
+            largest = logits.amax(-1, keepdim=True)
+            chosen = logits.sub_(largest).gather(-1, wanted[rows])
+            total = logits.exp_().sum(-1, keepdim=True).log_()
+            result[rows] = (chosen - total)[:, 0]
+            mass[rows] = (total + largest)[:, 0]
+            del logits
         ctx.save_for_backward(hidden, weight, bias, targets, mass)
         return result.masked_fill_(targets < 0, 0.0)
 

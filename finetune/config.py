@@ -209,6 +209,16 @@ class RowsConfig(RunConfig, RowFlags, WeightFlags):
     def only_memory(self) -> bool:
         return self.estimate_memory
 
+    @property
+    def sequences(self) -> int:
+        """How many sequences of --max_len tokens a row is at most; for the estimate of memory."""
+        return 1
+
+    @property
+    def label_share(self) -> float:
+        """Labelled tokens, of all; for the estimate of memory."""
+        return 0.25
+
 
 @dataclass(frozen=True)
 class TrainConfig(RowsConfig, AnswerFlags):

@@ -50,6 +50,10 @@ class PreferenceConfig(RowsConfig):
         """How answers are compared: as PreferenceReader's."""
         return self.pairs
 
+    @property
+    def sequences(self) -> int:
+        return 1 if self.pairing == "labelled" else 2
+
     def check_task(self) -> None:
         """Raises ValueError for another --batching than ragged."""
         if self.batching != "ragged":
@@ -80,6 +84,10 @@ class RewardConfig(PreferenceConfig):
     @property
     def evaluated(self) -> tuple[str, ...]:
         return ("loss", "accuracy", "margin")
+
+    @property
+    def label_share(self) -> float:
+        return 1 / self.max_len  # an answer's last token, and no logits
 
     def check_task(self) -> None:
         """Raises ValueError for a margin or a weight below 0."""

@@ -144,7 +144,7 @@ def read_message(message: dict, number: int) -> Turn:
     return Turn(role, text)
 
 
-def read_messages(row: dict, key: str) -> list[Turn]:
+def turns_at(row: dict, key: str) -> list[Turn]:
     messages = enumerate(_list_of(row, key), 1)
     turns = [read_message(message, number) for number, message in messages]
     system = _text(row, "system", "")
@@ -179,12 +179,12 @@ def read_pair(row: dict, better: str, worse: str) -> tuple[list[str], list[float
 
 
 def _conversations(row: dict) -> tuple[Question, list[str], list[float]]:
-    return asked(read_messages(row, "conversations")), *read_pair(row, "chosen", "rejected")
+    return asked(turns_at(row, "conversations")), *read_pair(row, "chosen", "rejected")
 
 
 def _prompt_pair(row: dict) -> tuple[Question, list[str], list[float]]:
     if isinstance(row["prompt"], list):
-        question = asked(read_messages(row, "prompt"))
+        question = asked(turns_at(row, "prompt"))
     else:
         question = after_history(row, _text(row, "prompt"))
     return question, *read_pair(row, "chosen", "rejected")
@@ -203,7 +203,7 @@ def _question_pair(row: dict) -> tuple[Question, list[str], list[float]]:
 
 def _whole_pair(row: dict) -> tuple[Question, list[str], list[float]]:
     """Two conversations that differ in their last answer."""
-    chosen, rejected = read_messages(row, "chosen"), read_messages(row, "rejected")
+    chosen, rejected = turns_at(row, "chosen"), turns_at(row, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise ValueError('"chosen" and "rejected" must differ in their last answer alone')
     if (chosen[-1].role, rejected[-1].role) != ("assistant", "assistant"):
@@ -232,7 +232,7 @@ def read_label(row: dict) -> float:
 
 
 def _labelled_messages(row: dict) -> tuple[Question, list[str], list[float]]:
-    *turns, last = read_messages(row, "messages")
+    *turns, last = turns_at(row, "messages")
     if last.role != "assistant":
         raise ValueError(f'"messages" must end with an answer, got {last.role}')
     return asked(turns), [last.content], [read_label(row)]
@@ -240,7 +240,7 @@ def _labelled_messages(row: dict) -> tuple[Question, list[str], list[float]]:
 
 def _labelled_completion(row: dict) -> tuple[Question, list[str], list[float]]:
     if isinstance(row["prompt"], list):
-        question = asked(read_messages(row, "prompt"))
+        question = asked(turns_at(row, "prompt"))
     else:
         question = after_history(row, _text(row, "prompt"))
     return question, [one_answer(row, "completion")], [read_label(row)]

@@ -83,7 +83,7 @@ def unscored(row: Row) -> Preference:
     return Preference(row.prompt, row.answers, row.place, turns, (0.0,) * len(row.answers))
 
 
-class Scorer:
+class RewardScorer:
     """A reward model that scores answers.
 
     Attributes:
@@ -94,7 +94,7 @@ class Scorer:
         self.network, self.encoder = network, encoder
 
     @classmethod
-    def load(cls, path: str | Path, **options: Any) -> "Scorer":
+    def load(cls, path: str | Path, **options: Any) -> "RewardScorer":
         """The reward model of a folder; `options` as finetune.evaluation.inference.load_ready's.
 
         Raises:
@@ -116,7 +116,7 @@ class Scorer:
                 f"--model_path {folder} is no reward model: it has no {REWARD_CARD} and "
                 f"{VALUE_HEAD}, which train.py --task reward writes"
             )
-        card = read_card(folder / REWARD_CARD)
+        card = read_reward_card(folder / REWARD_CARD)
         tokenizer = load_tokenizer(
             folder,
             mode=options.get("mode"),
@@ -163,7 +163,7 @@ class Scorer:
         return found
 
 
-def read_card(path: Path) -> dict[str, Any]:
+def read_reward_card(path: Path) -> dict[str, Any]:
     """The content of reward.json; raises ValueError where it is not whole."""
     card = read_json(path)
     wanted = {"max_len": int, "max_src_len": int, "glm3_labels": str, "prompt_style": str}
@@ -188,7 +188,7 @@ def read_scored(flags: ScoreFlags) -> list[Preference]:
 def score_file(flags: ScoreFlags) -> None:
     """Score every answer of --file; print a summary, and write --output."""
     rows = read_scored(flags)
-    scorer = Scorer.load(
+    scorer = RewardScorer.load(
         flags.model_path,
         base=flags.base_model,
         mode=flags.mode,
@@ -199,11 +199,14 @@ def score_file(flags: ScoreFlags) -> None:
     questions: list[Row] = []
     for row in rows:
         questions += [row.with_answer(number) for number in range(len(row.answers))]
-    scores = iter(scorer.scores(questions, flags.batch_size))
-    found = [[next(scores) for _ in row.answers] for row in rows]
+    every = scorer.scores(questions, flags.batch_size)
+    found: list[list[float]] = []
+    start = 0
+    for row in rows:
+        found.append(every[start : start + len(row.answers)])
+        start += len(row.answers)
     if flags.output:
         write_aside(Path(flags.output), score_table(rows, found, Path(flags.output).suffix))
-    every = [score for values in found for score in values]
     print(
         f"{len(every)} answers to {len(rows)} questions: scores from {min(every):.4f} to "
         f"{max(every):.4f}, mean {sum(every) / len(every):.4f}"

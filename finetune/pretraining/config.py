@@ -60,6 +60,10 @@ class PretrainConfig(RowsConfig):
     def evaluated(self) -> tuple[str, ...]:
         return ("loss", "perplexity", "bits_per_byte")
 
+    @property
+    def label_share(self) -> float:
+        return 1.0 if self.objective == "causal" else 0.75  # of a blank: half to all of most rows
+
     def check_task(self) -> None:
         """Raises ValueError where --packing, --objective, --batching or --streaming do not fit."""
         check_share("gmask_share", self.gmask_share)

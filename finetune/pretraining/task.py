@@ -11,8 +11,8 @@ from finetune.loss import LossModule
 from finetune.pretraining.config import PretrainConfig
 from finetune.pretraining.stream import PackedStream
 from finetune.pretraining.texts import (
-    TextEncoder,
-    TextReader,
+    DocumentEncoder,
+    DocumentReader,
     Windows,
     cut_windows,
     join_windows,
@@ -31,7 +31,7 @@ from finetune.rows.sources import Source, read_rows
 class PreTraining(RowTask[PretrainConfig, RowGroups | Windows]):
     """A language model goes on learning from whole texts: every token is a label.
 
-    With --objective infilling only a blank of each row is (TextEncoder.blanks).
+    With --objective infilling only a blank of each row is (DocumentEncoder.blanks).
     """
 
     def __init__(self, config: PretrainConfig):
@@ -47,14 +47,14 @@ class PreTraining(RowTask[PretrainConfig, RowGroups | Windows]):
     # ---- rows
 
     @property
-    def reader(self) -> TextReader:
+    def reader(self) -> DocumentReader:
         columns = parse_columns(self.config.columns, self.config.column_names)
-        return TextReader(columns=columns)
+        return DocumentReader(columns=columns)
 
     @property
-    def encoder(self) -> TextEncoder:
+    def encoder(self) -> DocumentEncoder:
         config = self.config
-        return TextEncoder(
+        return DocumentEncoder(
             self.tokenizer,
             self.family,
             config.max_len,
@@ -70,7 +70,7 @@ class PreTraining(RowTask[PretrainConfig, RowGroups | Windows]):
         config = self.config
         encoder = self.encoder
         if name == "eval":
-            encoder = TextEncoder(
+            encoder = DocumentEncoder(
                 self.tokenizer,
                 self.family,
                 config.max_len,

@@ -28,7 +28,7 @@ PACK_WINDOW = 4096  # documents that are packed together
 
 
 @dataclass(frozen=True)
-class TextReader(RowReader):
+class DocumentReader(RowReader):
     """Values as documents: {"text": ...}, or RLHF's {"prompt": ..., "label": ...}.
 
     Other keys are not read. The Row of a text has the prompt "".
@@ -77,7 +77,7 @@ def whole_text(row: Row) -> str:
 
 
 @dataclass(frozen=True)
-class TextEncoder(RowEncoder):
+class DocumentEncoder(RowEncoder):
     """Documents to ids.
 
     Attributes:

@@ -39,7 +39,7 @@ class Source:
     Attributes:
         weight: how often an epoch reads each of its rows. At 0.3 an epoch reads three rows of ten,
             and the next epoch others.
-        documents: what of a .txt file is a row, as read_text; "" where none is read.
+        documents: what of a .txt file is a row, as read_documents; "" where none is read.
     """
 
     name: str
@@ -148,7 +148,7 @@ def read_file_items(path: str | Path, documents: str = "") -> Iterator[tuple[str
     """(place, value) of every row of a file.
 
     Files are JSON, csv or tsv with a header, or parquet, and text where `documents` says what of
-    it is a row (read_text); all but parquet also as .gz.
+    it is a row (read_documents); all but parquet also as .gz.
     """
     path = Path(path)
     if not path.is_file():
@@ -159,7 +159,7 @@ def read_file_items(path: str | Path, documents: str = "") -> Iterator[tuple[str
     elif kind in DELIMITERS:
         yield from read_table(path, DELIMITERS[kind])
     elif kind == ".txt" and documents:
-        yield from read_text(path, documents)
+        yield from read_documents(path, documents)
     else:
         yield from read_json_items(path)
 
@@ -379,7 +379,7 @@ def read_table(path: Path, delimiter: str) -> Iterator[tuple[str, object]]:
             yield place, row
 
 
-def read_text(path: Path, documents: str) -> Iterator[tuple[str, object]]:
+def read_documents(path: Path, documents: str) -> Iterator[tuple[str, object]]:
     """(place, {"text": ...}) of every document of a text file; one not in UTF-8 comes as BadRow.
 
     Args:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 
 import numpy as np
 import pytest
@@ -10,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from benchmarks.preferences import make_advice
 from chatglm import kernels, load_model
 from chatglm.kernels import OutputLayer
 from finetune import score
-from finetune.preference.dpo import PreferenceLoss, PreferenceTraining
+from finetune.preference.dpo import PreferenceTraining
 from finetune.preference.formats import (
     PREFERENCE_FORMATS,
     Preference,
@@ -21,31 +21,13 @@ from finetune.preference.formats import (
     preference_format,
 )
 from finetune.preference.losses import LOSSES, Answers, make_loss
+from finetune.preference.policy_loss import PreferenceLoss
 from finetune.preference.reference import REFERENCE_FILE, switched_off
 from finetune.preference.reward import RewardTraining
 from finetune.rows.formats import BadRow
 from tests.conftest import shared_file
-from tests.finetune.runs import PARTS, STATES, metrics, write_rows
+from tests.finetune.runs import metrics, write_rows
 from tests.finetune.tasks import CASES, last_metrics, make_pairs, parse, run, task_flags
-
-GOOD = ("先检查油封", "更换滤网", "清洗节气门", "到店检修", "紧固轮胎")
-BAD = ("不用管", "继续开", "不知道", "没关系", "自己想")
-
-
-def make_advice(count: int, seed: int = 0) -> list[dict]:
-    """The better answer has advice, the worse one has none."""
-    draw = random.Random(seed)
-    rows = []
-    for _ in range(count):
-        answers = []
-        for words in (GOOD, BAD):
-            parts = [draw.choice(words), draw.choice(PARTS)]
-            draw.shuffle(parts)
-            answers.append("，".join(parts) + "。")
-        question = f"{draw.choice(PARTS)}{draw.choice(STATES)}，怎么办？"
-        rows.append({"prompt": question, "chosen": answers[0], "rejected": answers[1]})
-    return rows
-
 
 SAMPLES = {  # of each format: a row, its pairs, and the turns before its answer
     "conversations": {

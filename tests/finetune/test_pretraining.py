@@ -14,7 +14,7 @@ from chatglm import load_model, load_tokenizer
 from chatglm.families import RAW_FAMILIES, family_of
 from finetune.loss import nll_sum
 from finetune.pretraining.task import PreTraining
-from finetune.pretraining.texts import TextEncoder, TextReader, best_fit, whole_text
+from finetune.pretraining.texts import DocumentEncoder, DocumentReader, best_fit, whole_text
 from finetune.rows.batches import IGNORED
 from finetune.rows.formats import BadRow, Row
 from finetune.rows.sources import parse_sources, read_items
@@ -128,7 +128,7 @@ def test_text_files(tmp_path, documents, texts):
 )
 def test_rows(item, text):
     try:
-        assert whole_text(TextReader().row(item, "f:1")) == text
+        assert whole_text(DocumentReader().row(item, "f:1")) == text
     except BadRow as error:
         assert str(error).startswith("f:1: ") and text in str(error)
 
@@ -149,7 +149,7 @@ def test_blanks(bases):
     ids = tokenizer.encode_text(text)
     kinds = []
     for seed in range(9):
-        encoder = TextEncoder(tokenizer, family, 64, 32, objective="infilling", seed=seed)
+        encoder = DocumentEncoder(tokenizer, family, 64, 32, objective="infilling", seed=seed)
         rows = encoder.encode(Row("", (text,), "f:1"))
         assert [row.input_ids for row in encoder.encode(Row("", (text,), "g:9"))] == [
             row.input_ids for row in rows

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.client_env import environment_python
-from finetune.preference.dpo import PreferenceLoss, PreferenceTraining
+from finetune.preference.dpo import PreferenceTraining
 from finetune.preference.losses import LOSSES
+from finetune.preference.policy_loss import PreferenceLoss
 from tests.conftest import REPO_ROOT
 from tests.finetune.runs import child_env
 from tests.finetune.tasks import CASES, parse, task_flags
