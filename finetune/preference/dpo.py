@@ -122,7 +122,7 @@ class PreferenceTraining(PreferenceTask[DpoConfig]):
         for start in range(0, len(order), per_pass):
             mine = order[start : start + per_pass][rank() * size : (rank() + 1) * size]
             batch = on_device(self.collate(data, mine or [-1]), device)
-            values = loss_module.log_probs(batch)[0].double().cpu()
+            values = loss_module(found="log_probs", **batch).double().cpu()
             if mine:
                 found[rows_of_groups(data, mine)[0]] = values
         if world_size() > 1:
@@ -139,7 +139,9 @@ class PreferenceTraining(PreferenceTask[DpoConfig]):
         """Loss, mean rewards of the better and the worse answers, and of pairs the accuracy."""
         if self.eval_data is None:
             raise RuntimeError("the evaluation rows are not loaded")
-        sums = self.evaluation_sums(loss_module, loss_module.sums, self.eval_data)
+        sums = self.evaluation_sums(
+            loss_module, lambda batch: loss_module(found="sums", **batch), self.eval_data
+        )
         loss, chosen, better, rejected, worse, ordered, count = sums
         chosen, rejected = chosen / max(better, 1), rejected / max(worse, 1)
         found = {

@@ -61,7 +61,15 @@ class PreferenceLoss(nn.Module):
         liked = batch["liked"] if labelled else None
         return Answers(policy.view(shape), reference.view(shape), tokens.view(shape), liked, drift)
 
-    def forward(self, scale: float = 1.0, **batch: Any) -> Tensor:
+    def forward(self, scale: float = 1.0, *, found: str = "loss", **batch: Any) -> Tensor:
+        """`scale` times the loss; or what `found` names, "sums" or "log_probs".
+
+        All go through the module's call, at whose ends ZeRO-3 gives its gathered weights back.
+        """
+        if found == "sums":
+            return self.sums(batch)
+        if found == "log_probs":
+            return self.log_probs(batch)[0]
         return scale * torch.sum(self.preference.losses(self.answers(batch)) * batch["real"])
 
     def sums(self, batch: Mapping[str, Any]) -> Tensor:

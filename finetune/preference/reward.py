@@ -94,7 +94,13 @@ class RewardLoss(nn.Module):
         losses = -F.logsigmoid(difference)
         return losses + self.center * scores.sum(1) ** 2 if self.center else losses
 
-    def forward(self, scale: float = 1.0, **batch: Any) -> Tensor:
+    def forward(self, scale: float = 1.0, *, found: str = "loss", **batch: Any) -> Tensor:
+        """`scale` times the loss, or where `found` is "sums", those.
+
+        Both go through the module's call, at whose ends ZeRO-3 gives its gathered weights back.
+        """
+        if found == "sums":
+            return self.sums(batch)
         losses = self.losses(self.scores(batch), batch["margins"])
         return scale * torch.sum(losses * batch["real"])
 
@@ -141,7 +147,9 @@ class RewardTraining(PreferenceTask[RewardConfig]):
         """Loss, share of pairs in the right order, and mean difference of scores."""
         if self.eval_data is None:
             raise RuntimeError("the evaluation rows are not loaded")
-        *sums, count = self.evaluation_sums(loss_module, loss_module.sums, self.eval_data)
+        *sums, count = self.evaluation_sums(
+            loss_module, lambda batch: loss_module(found="sums", **batch), self.eval_data
+        )
         return dict(zip(self.config.evaluated, [total / count for total in sums]))
 
     def export(self, model: Any, state: dict[str, Tensor], folder: Path) -> None:

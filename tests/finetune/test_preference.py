@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from finetune.preference.policy_loss import PreferenceLoss
 from finetune.preference.reference import REFERENCE_FILE, switched_off
 from finetune.preference.reward import RewardTraining
 from finetune.rows.formats import BadRow
-from tests.conftest import shared_file
+from tests.conftest import REPO_ROOT, shared_file
 from tests.finetune.runs import metrics, write_rows
 from tests.finetune.tasks import CASES, last_metrics, make_pairs, parse, run, task_flags
 
@@ -96,6 +97,35 @@ def test_formats(name):
         rest = {k: v for k, v in item.items() if k != key}
         with pytest.raises(BadRow, match=r"^f:1: no key"):
             PreferenceReader(data_format=name).row(rest, "f:1")
+
+
+def test_the_guide_shows_every_format():
+    """docs/preferences.md has a row of each, under its name; both languages have the same code."""
+    text = (REPO_ROOT / "docs" / "preferences.md").read_text("utf-8")
+    shown = re.findall(r"^(\*\*\w+\*\*.*?)```json\n(.*?)\n```", text, re.DOTALL | re.MULTILINE)
+    found = []
+    for names, rows in shown:
+        formats = [preference_format(json.loads(row)) for row in rows.splitlines()]
+        assert formats == re.findall(r"\*\*(\w+)\*\*", names)
+        found += formats
+    assert set(found) == PREFERENCE_FORMATS.keys() and len(found) == len(PREFERENCE_FORMATS)
+
+
+def test_the_guide_counts_the_lines():
+    """An algorithm is short, and docs/preferences.md says how short."""
+    text = (REPO_ROOT / "docs" / "preferences.md").read_text("utf-8")
+    counts = {}
+    for name in ("losses", "policy_loss", "dpo", "reward"):
+        source = (REPO_ROOT / "finetune" / "preference" / f"{name}.py").read_text("utf-8")
+        counts[name] = len(source.splitlines())
+    assert max(counts.values()) < 200
+    for sentence in (
+        f"The losses are {counts['losses']} lines",
+        f"{counts['policy_loss']} (`policy_loss.py`)",
+        f"{counts['dpo']} (`dpo.py`)",
+        f"{counts['reward']} (`reward.py`)",
+    ):
+        assert sentence in " ".join(text.split()), sentence
 
 
 def test_pairs():
@@ -449,6 +479,29 @@ def test_freeze_ratio(bases, tmp_path):
     assert changed and not any(".layers.0." in name for name in changed)
     assert any(".layers.1." in name for name in changed)
     assert any("embedding" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    "task, method, words",
+    [
+        ("dpo", "lora", ["--ds_file", "ds_zero3_no_offload.json"]),
+        ("dpo", "ptuning-v2", ["--precision", "bf16"]),
+        ("reward", "lora", ["--precision", "bf16", "--gradient_checkpointing", "True"]),
+        pytest.param("dpo", "all", ["--precision", "bf16"], marks=pytest.mark.slow),
+        pytest.param("reward", "all", ["--precision", "bf16"], marks=pytest.mark.slow),
+        pytest.param("dpo", "lora", ["--gradient_checkpointing", "True"], marks=pytest.mark.slow),
+    ],
+)
+def test_weights_that_are_split_or_in_halves(bases, ds_files, tmp_path, task, method, words):
+    """The loss falls, and in fp32 it is the plain run's."""
+    more = ["--num_train_epochs", 3]
+    flags = task_flags(task, CASES[task], bases["glm2"], tmp_path / "a", *more, method=method)
+    run([*flags, *[ds_files.get(word, word) for word in words]])
+    losses = metrics(tmp_path / "a" / "out")
+    assert losses[-1] < losses[0]
+    if "bf16" not in words:
+        run(task_flags(task, CASES[task], bases["glm2"], tmp_path / "b", *more, method=method))
+        assert losses == pytest.approx(metrics(tmp_path / "b" / "out"), rel=1e-4)
 
 
 @pytest.mark.parametrize("task", ["reward", "dpo"])
