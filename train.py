@@ -1,22 +1,86 @@
-"""Fine-tune a ChatGLM, or train a predictor of its answers' lengths. `python train.py --help` lists
-every flag; README.md shows the commands.
+"""Train a ChatGLM, or a predictor of its answers' lengths: TASKS. `python train.py --help` lists
+every flag, `python train.py --task NAME --help` another task's; README.md shows the commands.
 """
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from chatglm.commands import run_command
-from finetune.config import RunConfig, TrainConfig, parse_config
+from finetune.config import RowsConfig, RunConfig, TrainConfig, parse_config
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """What --task NAME runs: two functions, which import what they need only when called.
+
+    Attributes:
+        config: returns the class of its configuration.
+        train: trains, of a configuration; returns the last checkpoint's folder.
+    """
+
+    config: Callable[[], type[RunConfig]]
+    train: Callable[[Any], Path]
+
+
+def finetune(config: TrainConfig) -> Path:
+    from finetune.engine import train
+
+    return train(config)
+
+
+def pretrain_config() -> type[RunConfig]:
+    from finetune.pretraining.config import PretrainConfig
+
+    return PretrainConfig
+
+
+def pretrain(config: Any) -> Path:
+    from finetune.pretraining.task import pretrain as train
+
+    return train(config)
+
+
+def reward_config() -> type[RunConfig]:
+    from finetune.preference.config import RewardConfig
+
+    return RewardConfig
+
+
+def reward(config: Any) -> Path:
+    from finetune.preference.reward import train_reward
+
+    return train_reward(config)
+
+
+def dpo_config() -> type[RunConfig]:
+    from finetune.preference.config import DpoConfig
+
+    return DpoConfig
+
+
+def dpo(config: Any) -> Path:
+    from finetune.preference.dpo import train_dpo
+
+    return train_dpo(config)
 
 
 def predictor_config() -> type[RunConfig]:
-    """The configuration of --task predictor, imported only for it."""
     from predictor.config import PredictorConfig  # numpy: not for the others' --help
 
     return PredictorConfig
 
 
+def predictor(config: Any) -> Path:
+    from predictor.training import train_predictor
+
+    return train_predictor(config)
+
+
 def main(argv: list[str] | None = None) -> int:
-    config = parse_config(argv, {"predictor": predictor_config})
+    config = parse_config(argv, {name: entry.config for name, entry in TASKS.items()})
     return run_command("train.py", lambda: run_task(config))
 
 
@@ -26,7 +90,7 @@ def run_task(config: RunConfig) -> int | None:
     Raises:
         ValueError: also where the loss is not finite.
     """
-    if isinstance(config, TrainConfig) and config.estimate_memory:
+    if isinstance(config, RowsConfig) and config.estimate_memory:
         from finetune.memory.command import estimate_run
 
         estimate_run(config)
@@ -36,21 +100,21 @@ def run_task(config: RunConfig) -> int | None:
     from finetune.stopping import StoppedBySignal
 
     try:
-        if isinstance(config, TrainConfig):
-            from finetune.engine import train
-
-            train(config)
-        else:
-            from predictor.config import PredictorConfig
-            from predictor.training import train_predictor
-
-            assert isinstance(config, PredictorConfig)
-            train_predictor(config)
+        TASKS[config.task].train(config)
     except StoppedBySignal as stopped:  # its line is said
         return stopped.exit_code
     except TrainingFailed as error:
         raise ValueError(error) from None
     return None
+
+
+TASKS: dict[str, TaskEntry] = {
+    "finetune": TaskEntry(lambda: TrainConfig, finetune),
+    "pretrain": TaskEntry(pretrain_config, pretrain),
+    "reward": TaskEntry(reward_config, reward),
+    "dpo": TaskEntry(dpo_config, dpo),
+    "predictor": TaskEntry(predictor_config, predictor),
+}
 
 
 if __name__ == "__main__":

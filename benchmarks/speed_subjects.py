@@ -366,8 +366,8 @@ def make_task(config: "TrainConfig", spec: Spec, folder: Path, data: "Dataset") 
     from finetune.distributed import DTYPES, resolve_precision
     from finetune.loss import LossModule
     from finetune.methods import make_method
+    from finetune.row_task import layout_of
     from finetune.rows.batches import collate, count_labels
-    from finetune.task import layout_of
 
     method = make_method(config)
     dtype = DTYPES[resolve_precision(config.precision)]

@@ -6,8 +6,8 @@ Each saves for the backward pass only what is expensive to recompute, computes i
 the tensors' dtype, and skips the gradients of frozen weights.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -327,6 +327,62 @@ def softmax_gradient_(
     return total
 
 
+class LogProbsFunction(torch.autograd.Function):
+    """(N,) fp32 log-probabilities of targets (N,) under softmax(hidden (N, H) @ weight.T + bias).
+
+    Targets below 0 have 0. The logits exist in pieces of LOGITS_BYTES: the backward pass computes
+    them again from the hidden states and saves one number a row, the logarithm of its sum.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
+        result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        mass = torch.empty_like(result)
+        wanted = targets.clamp(min=0)[:, None]
+        for rows in logit_pieces(hidden, weight):
+            logits = F.linear(hidden[rows], weight, bias).float()
+            largest = logits.amax(-1, keepdim=True)
+            chosen = logits.sub_(largest).gather(-1, wanted[rows])
+            total = logits.exp_().sum(-1, keepdim=True).log_()
+            result[rows] = (chosen - total)[:, 0]
+            mass[rows] = (total + largest)[:, 0]
+            del logits
+        ctx.save_for_backward(hidden, weight, bias, targets, mass)
+        return result.masked_fill_(targets < 0, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, mass = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad = grad.masked_fill(targets < 0, 0.0)
+        wanted = targets.clamp(min=0)[:, None]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight) if need_weight else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
+        for rows in logit_pieces(hidden, weight):
+            # d log p(target) / d logits = (one at the target) - p
+            wide = F.linear(hidden[rows], weight, bias).float()
+            wide.sub_(mass[rows, None]).exp_().mul_(-grad[rows, None])
+            wide.scatter_add_(-1, wanted[rows], grad[rows, None])
+            piece = wide.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(piece, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight.addmm_(piece.t(), hidden[rows])
+            if grad_bias is not None:
+                grad_bias += piece.sum(0)
+        return grad_hidden, grad_weight, grad_bias, None
+
+
+def logit_pieces(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """The rows of hidden (N, H) whose logits are computed at a time."""
+    rows = max(1, LOGITS_BYTES // (weight.shape[0] * hidden.element_size()))
+    for start in range(0, len(hidden), rows):
+        yield slice(start, min(start + rows, len(hidden)))
+
+
 class OutputLayer(nn.Linear):
     """Hidden states to logits; with `targets`, to the loss, which needs no whole logits.
 
@@ -340,11 +396,15 @@ class OutputLayer(nn.Linear):
         targets: Tensor | None = None,
         scale: float = 1.0,
         smoothing: float = 0.0,
+        log_probs: bool = False,
     ) -> Tensor:
         """hidden (..., H) -> logits (..., V).
 
-        With targets: hidden (N, H), targets (N,) -> scale * summed cross entropy, fp32.
+        With targets: hidden (N, H), targets (N,) -> scale * summed cross entropy, fp32; with
+        log_probs their log-probabilities (N,), fp32.
         """
         if targets is None:
             return super().forward(hidden)
+        if log_probs:
+            return cast(Tensor, LogProbsFunction.apply(hidden, self.weight, self.bias, targets))
         return CrossEntropyFunction.apply(hidden, self.weight, self.bias, targets, scale, smoothing)

@@ -220,7 +220,10 @@ OLD_FLAGS: dict[str, OldFlag] = {
         RLHF, reason="biases are not trained with LoRA; none was its default"
     ),
     "eval_accumulation_steps": OldFlag(RLHF, reason="logits are not kept in an evaluation"),
-    "do_pred": OldFlag(RLHF, reason="python -m finetune.predict answers a file"),
+    "do_pred": OldFlag(
+        RLHF,
+        reason="python -m finetune.predict answers a file, python -m finetune.score scores answers",
+    ),
     "test_filename": OldFlag(RLHF, reason="python -m finetune.predict answers a file"),
     "output_filename": OldFlag(RLHF, reason="python -m finetune.predict answers a file"),
     "checkpoint": OldFlag(
@@ -241,10 +244,11 @@ OLD_FLAGS: dict[str, OldFlag] = {
         RLHF, reason="answers in training are greedy; finetune.evaluate samples"
     ),
     "repetition_penalty": OldFlag(RLHF, reason="answers in training are greedy, without a penalty"),
-    "freeze_ratio": OldFlag(RLHF, reason="there are no reward models here"),
-    "reference_model_name_or_path": OldFlag(RLHF, reason="there is no DPO here"),
-    "beta": OldFlag(RLHF, reason="there is no DPO here"),
-    "max_length_prompt": OldFlag(RLHF, reason="there is no DPO here; see --max_src_len"),
+    "reference_model_name_or_path": OldFlag(
+        RLHF, reason="the reference of --task dpo is the model that the run starts from"
+    ),
+    "beta": OldFlag(RLHF, reason="--task dpo has it"),
+    "max_length_prompt": OldFlag(RLHF, "max_src_len"),
     "sft_model_path": OldFlag(RLHF, reason="there is no PPO here"),
     "reward_model_path": OldFlag(RLHF, reason="there is no PPO here"),
     "reward_checkpoint": OldFlag(RLHF, reason="there is no PPO here"),

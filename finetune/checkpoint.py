@@ -31,7 +31,7 @@ from chatglm.files import read_json
 from chatglm.loading import PREFIX, read_tensors, stop_ids
 from chatglm.runs import MANIFEST, check_not_run, committed_checkpoints, step_of
 from chatglm.saving import check_disk, disk_errors, flush, flush_tree, set_modes
-from finetune.config import RunConfig, TrainConfig
+from finetune.config import RowsConfig, RunConfig
 from finetune.contents import path_contents
 from finetune.distributed import agree, rank, say, whole_size, without_prints, world_size
 from finetune.ds_file import read_ds_file
@@ -538,7 +538,7 @@ class Checkpointer:
     def next_start(self, folder: Path) -> str:
         """The flags, and the merge before them, of a new run that starts from a checkpoint."""
         if self.task.method.saves == "adapter":
-            if isinstance(self.config, TrainConfig):
+            if isinstance(self.config, RowsConfig):
                 return f"--adapter {folder}"
             base = self.config.model_name_or_path
             return (

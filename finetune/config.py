@@ -30,12 +30,14 @@ from finetune.flag_groups import (
     ModelFlags,
     OutputFlags,
     RowFlags,
+    WeightFlags,
     check_not_negative,
     check_share,
 )
-from finetune.flags import add_flag, fixed_flag, flag, flag_type
+from finetune.flags import add_flag, fixed_flag, flag_type
 from finetune.flags import parse_bool as parse_bool  # for the other commands' flags
 from finetune.flags import parse_positive as parse_positive
+from finetune.rows.formats import COLUMN_NAMES
 from finetune.start_adapter import add_adapter_flags
 
 CONFIG_LIMIT = 2**16  # bytes of a --config
@@ -48,9 +50,9 @@ gradient_accumulation_steps num_train_epochs max_steps learning_rate weight_deca
 batching share_prefix gradient_checkpointing gradient_checkpointing_layers label_smoothing
 neftune_noise_alpha precision num_workers data_cache data_cache_gb seed ds_file adapter lora_dim
 lora_alpha lora_dropout lora_module_name use_rslora use_dora init_lora_weights loraplus_lr_ratio
-quantization_bit freeze_module_name pre_seq_len prefix_projection ptuning_version prefix_dropout
-output_dir overwrite_output_dir show_loss_step save_model_step save_total_limit eval_step
-per_device_eval_batch_size eval_metrics eval_f1 eval_max_new_tokens metric_for_best
+quantization_bit freeze_module_name freeze_ratio pre_seq_len prefix_projection ptuning_version
+prefix_dropout output_dir overwrite_output_dir show_loss_step save_model_step save_total_limit
+eval_step per_device_eval_batch_size eval_metrics eval_f1 eval_max_new_tokens metric_for_best
 early_stopping_patience early_stopping_min_delta resume_from_checkpoint verify report_to
 tensorboard estimate_memory local_rank
 """
@@ -160,47 +162,27 @@ class RunConfig(ModelFlags, DataFlags, LoopFlags, MethodFlags, EvalFlags, Output
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunConfig, RowFlags, AnswerFlags):
-    """All flags of train.py, validated. Lengths are in tokens, steps are optimizer steps."""
+class RowsConfig(RunConfig, RowFlags, WeightFlags):
+    """The flags of a task that trains a language model on rows of text."""
 
-    title: ClassVar[str] = "Fine-tune ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B"
-    effects: ClassVar[dict[str, Effect]] = TRAINING
-
-    label_smoothing: float = fixed_flag(
-        0.0, "share of the wanted probability spread over all words, in training"
-    )
-    neftune_noise_alpha: float = fixed_flag(
-        0.0, "NEFTune: noise on the embeddings in training; 5 to 15 are usual, 0 is none"
-    )
-    adapter: str | None = fixed_flag(
-        None,
-        "a LoRA adapter of the base model to train on, this toolkit's or another's; rank, alpha "
-        "and modules are its own",
-    )
-    quantization_bit: int | None = fixed_flag(
-        None,
-        "QLoRA: frozen linear layers in 4 (nf4) or 8 (int8) bits; needs bitsandbytes; "
-        "lora, ptuning",
-        choices=(4, 8),
-    )
-    estimate_memory: bool = flag(
-        False, "print the memory this run needs, by part, and stop: no weights, no GPU"
-    )
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """The names that --columns knows."""
+        return COLUMN_NAMES
 
     def __post_init__(self) -> None:
         """Check all flags; raises ValueError naming the first that is wrong."""
         if self.max_src_len is None:
             half = max(1, self.max_len // 2)
             self.fill_in("max_src_len", 256 if self.max_len > 256 else half)
-        group = GROUPS.get(self.metric_for_best, ())
-        if len(group) == 1:  # the name of a group of one metric, f1 or bleu
-            self.fill_in("metric_for_best", group[0])
         self.check_groups()
-        self.check_rows()
+        self.check_rows(self.column_names)
         self.check_lengths()
-        check_share("label_smoothing", self.label_smoothing)
-        check_not_negative("neftune_noise_alpha", self.neftune_noise_alpha)
         self.check_quantization()
+        self.check_task()
+
+    def check_task(self) -> None:
+        """Raises ValueError for a flag of this task alone that is wrong."""
 
     def check_lengths(self) -> None:
         """Raises ValueError where --streaming or --max_src_len does not fit other flags."""
@@ -224,13 +206,50 @@ class TrainConfig(RunConfig, RowFlags, AnswerFlags):
             )
 
     @property
+    def only_memory(self) -> bool:
+        return self.estimate_memory
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences of --max_len tokens a row is at most; for the estimate of memory."""
+        return 1
+
+    @property
+    def label_share(self) -> float:
+        """Labelled tokens, of all; for the estimate of memory."""
+        return 0.25
+
+
+@dataclass(frozen=True)
+class TrainConfig(RowsConfig, AnswerFlags):
+    """All flags of train.py, validated. Lengths are in tokens, steps are optimizer steps."""
+
+    title: ClassVar[str] = "Fine-tune ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B"
+    effects: ClassVar[dict[str, Effect]] = TRAINING
+
+    label_smoothing: float = fixed_flag(
+        0.0, "share of the wanted probability spread over all words, in training"
+    )
+    neftune_noise_alpha: float = fixed_flag(
+        0.0, "NEFTune: noise on the embeddings in training; 5 to 15 are usual, 0 is none"
+    )
+
+    def __post_init__(self) -> None:
+        """Check all flags; raises ValueError naming the first that is wrong."""
+        group = GROUPS.get(self.metric_for_best, ())
+        if len(group) == 1:  # the name of a group of one metric, f1 or bleu
+            self.fill_in("metric_for_best", group[0])
+        super().__post_init__()
+
+    def check_task(self) -> None:
+        """Raises ValueError for shares and noises outside of their ranges."""
+        check_share("label_smoothing", self.label_smoothing)
+        check_not_negative("neftune_noise_alpha", self.neftune_noise_alpha)
+
+    @property
     def evaluated(self) -> tuple[str, ...]:
         """All metrics that an evaluation computes."""
         return ("loss", *self.answer_metrics)
-
-    @property
-    def only_memory(self) -> bool:
-        return self.estimate_memory
 
     @property
     def has_noise(self) -> bool:

@@ -12,7 +12,7 @@ from chatglm.files import read_json
 from chatglm.folders import check_folder
 from chatglm.hub import model_short_name
 from chatglm.runs import MANIFEST
-from finetune.config import RunConfig, TrainConfig
+from finetune.config import RowsConfig, RunConfig
 from finetune.ds_file import read_ds_file
 from finetune.files import sha256
 from finetune.rows.sources import parse_sources
@@ -32,11 +32,12 @@ def path_contents(
         ValueError: --adapter was trained on another base.
     """
     contents = {"ds_file": hash_json(read_ds_file(config.ds_file)[1]), "train_path": data}
-    if isinstance(config, TrainConfig):
-        contents["train_path"] = f"{data} {describe_sources(config.train_path)}"
+    if isinstance(config, RowsConfig):
+        documents = getattr(config, "txt_documents", "")
+        contents["train_path"] = f"{data} {describe_sources(config.train_path, documents)}"
         if config.replay_path:
             # The hash of their rows is a part of `data`.
-            contents["replay_path"] = describe_sources(config.replay_path)
+            contents["replay_path"] = describe_sources(config.replay_path, documents)
         if config.adapter:
             contents["adapter"] = adapter_content(config.adapter, fingerprint)
     for name in ("model_name_or_path", "encoder_path"):
@@ -81,9 +82,9 @@ def hash_tokenizer(folder: Path) -> str | None:
     return None
 
 
-def describe_sources(text: str) -> str:
+def describe_sources(text: str, documents: str = "") -> str:
     """JSON of each part of --train_path: weight, number of files, and name where it is a hub's."""
     parts = []
-    for source in parse_sources(text):
+    for source in parse_sources(text, documents=documents):
         parts.append((source.weight, len(source.files), source.name if source.is_hub else ""))
     return json.dumps(parts)

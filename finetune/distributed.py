@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from chatglm.hub import parse_hub_name, resolve_folder
-from finetune.config import RunConfig, TrainConfig
+from finetune.config import RowsConfig, RunConfig
 from finetune.ds_file import fill_sizes, read_ds_file, stage_for
 
 if TYPE_CHECKING:
@@ -388,7 +388,7 @@ def check_zero3(config: RunConfig, file_name: str) -> None:
             f"--use_dora reads whole base weights, which ZeRO-3 takes apart ({file_name}): "
             f"use ZeRO-2, ds_zero2.json"
         )
-    if isinstance(config, TrainConfig) and config.quantization_bit:
+    if isinstance(config, RowsConfig) and config.quantization_bit:
         raise ValueError(
             f"--quantization_bit: ZeRO-3 cannot take quantised weights apart ({file_name}): "
             f"use ZeRO-2, ds_zero2.json"

@@ -150,6 +150,7 @@ def train_locked(config: RunConfig, task: Task, output_dir: Path) -> Path:
             output_dir, replace=config.overwrite_output_dir and not config.resume_from_checkpoint
         )
     agree(lambda: check_disk(output_dir, checkpointer.needed))
+    task.before_training(engine.module, output_dir)
     resumed: dict[str, Any] = {}
     if folder:
         resumed = checkpointer.resume(folder)
@@ -265,13 +266,16 @@ def build_engine(
         hidden_size=hidden_size,
         world=world_size(),
     )
+    partitioned_loading = None
     if ds["zero_optimization"].get("stage") == 3:
         # While this object exists, from_pretrained builds the model partitioned, with the dtype of
         # the frozen weights that it reads here.
         bf16 = {"enabled": precision == "bf16"}
-        partitioned_loading = HfDeepSpeedConfig(ds | {"bf16": bf16})  # noqa: F841
+        partitioned_loading = HfDeepSpeedConfig(ds | {"bf16": bf16})
     seed_step(config.seed, 0, stream=0)  # new weights are equal on every rank
     model = task.build_model(DTYPES[precision])
+    # DeepSpeed keeps the traceback of an extension that it cannot build, and so this frame.
+    del partitioned_loading
     if adapters and precision == "bf16":
         convert_trained_to_fp32(model)
     use_lean_lora(model)

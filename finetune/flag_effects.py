@@ -75,6 +75,10 @@ TRAINING: dict[str, Effect] = {
         lambda c: c.train_type in ("lora", "ptuning"),
     ),
     "freeze_module_name": Effect(
+        "--train_type freeze without --freeze_ratio; got {c.train_type}",
+        lambda c: c.train_type == "freeze" and not c.freeze_ratio,
+    ),
+    "freeze_ratio": Effect(
         "--train_type freeze; got {c.train_type}", lambda c: c.train_type == "freeze"
     ),
     **dict.fromkeys(("pre_seq_len", "prefix_projection", "ptuning_version"), PTUNING),

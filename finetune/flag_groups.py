@@ -7,6 +7,7 @@ of torch.
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from chatglm.checksums import LEVELS
 from chatglm.conversations import GLM3_LABELS
@@ -36,16 +37,26 @@ def check_not_negative(name: str, value: float) -> None:
         raise ValueError(f"--{name} must be a number not below 0; got {value}")
 
 
+# The names of train.TASKS.
+TASK_NAMES = ("finetune", "pretrain", "reward", "dpo", "predictor")
+
+
+def task_flag(name: str) -> Any:
+    """The field --task of the configuration of that task."""
+    return fixed_flag(
+        name,
+        "what is trained: answers to questions (finetune), whole texts (pretrain), a model that "
+        "scores answers (reward), a preference for the better of two answers (dpo), or a "
+        "predictor of the length of answers; --task NAME --help shows that one's flags",
+        choices=TASK_NAMES,
+    )
+
+
 @dataclass(frozen=True)
 class ModelFlags:
     """What is trained, and from which folder."""
 
-    task: str = fixed_flag(
-        "finetune",
-        "what is trained: the model, or a predictor of the length of its answers; "
-        "--task predictor --help shows that one's flags",
-        choices=("finetune", "predictor"),
-    )
+    task: str = task_flag("finetune")
     model_name_or_path: str = fixed_flag("", "folder of the base model (required)")
     mode: str | None = fixed_flag(
         None, "model family; found in the folder when not given", choices=tuple(FAMILIES)
@@ -131,9 +142,13 @@ class RowFlags:
     )
     prompt_text: str = fixed_flag("", "instruction put before rows of the old form {text, answer}")
 
-    def check_rows(self) -> None:
-        """Raises ValueError for wrong --columns, or a --replay_ratio outside of (0, 1)."""
-        parse_columns(self.columns)
+    def check_rows(self, names: tuple[str, ...]) -> None:
+        """Raises ValueError for wrong --columns, or a --replay_ratio outside of (0, 1).
+
+        Args:
+            names: those that --columns knows.
+        """
+        parse_columns(self.columns, names)
         if not 0 < self.replay_ratio < 1:
             raise ValueError(f"--replay_ratio must be between 0 and 1; got {self.replay_ratio}")
 
@@ -236,6 +251,11 @@ class MethodFlags:
     freeze_module_name: str = fixed_flag(
         "layers.27.", "comma list of parts of the parameter names that stay trainable"
     )
+    freeze_ratio: float = fixed_flag(
+        0.0,
+        "freeze: the first so much of the layers stays as it is and all else trains, in place of "
+        "--freeze_module_name",
+    )
     pre_seq_len: int = fixed_flag(16, "P-Tuning: number of virtual tokens", positive=True)
     prefix_projection: bool = fixed_flag(
         True,
@@ -252,6 +272,7 @@ class MethodFlags:
         """Raises ValueError for flags of methods that are wrong or do not fit each other."""
         check_share("lora_dropout", self.lora_dropout)
         check_share("prefix_dropout", self.prefix_dropout)
+        check_share("freeze_ratio", self.freeze_ratio)
         if not LORA_STARTS.fullmatch(self.init_lora_weights):
             raise ValueError(
                 f"--init_lora_weights must be default, gaussian, orthogonal, olora, pissa or "
@@ -266,7 +287,7 @@ class MethodFlags:
 
     @property
     def has_noise(self) -> bool:
-        """Whether dropout acts: then the rows of a pass do not share a prefix (finetune.task)."""
+        """Whether dropout acts: the rows of a pass then share no prefix (finetune.row_task)."""
         if self.train_type == "lora":
             return bool(self.lora_dropout)
         if self.train_type == "ptuning" and self.resolved_ptuning_version == "v2":
@@ -307,6 +328,26 @@ class EvalFlags:
     def check_early_stopping(self) -> None:
         """Raises ValueError for a delta below 0."""
         check_not_negative("early_stopping_min_delta", self.early_stopping_min_delta)
+
+
+@dataclass(frozen=True)
+class WeightFlags:
+    """What the weights start from and are kept in, and whether only their memory is estimated."""
+
+    adapter: str | None = fixed_flag(
+        None,
+        "a LoRA adapter of the base model to train on, this toolkit's or another's; rank, alpha "
+        "and modules are its own",
+    )
+    quantization_bit: int | None = fixed_flag(
+        None,
+        "QLoRA: frozen linear layers in 4 (nf4) or 8 (int8) bits; needs bitsandbytes; "
+        "lora, ptuning",
+        choices=(4, 8),
+    )
+    estimate_memory: bool = flag(
+        False, "print the memory this run needs, by part, and stop: no weights, no GPU"
+    )
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,7 @@ def nll_sum(
     """
     inner = without_peft(model)
     if labels is None:
-        if lengths is None or shared is None or keep is None:
-            raise ValueError("a ragged row needs its lengths, shared and keep")
-        hidden = packed_states(inner, input_ids, lengths, shared, keep)
+        hidden = ragged_states(model, input_ids, lengths, shared, keep)
     else:
         body = inner.base_model
         hidden = body(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -66,6 +64,41 @@ def nll_sum(
         ignore_index=IGNORED,
         label_smoothing=smoothing,
     )
+
+
+def ragged_states(
+    model: nn.Module,
+    input_ids: Tensor,
+    lengths: list[int] | None,
+    shared: list[int] | None,
+    keep: Tensor | None,
+) -> Tensor:
+    """(N, H) last hidden states at `keep` of a ragged row; the arguments are nll_sum's."""
+    if lengths is None or shared is None or keep is None:
+        raise ValueError("a ragged row needs its lengths, shared and keep")
+    return packed_states(without_peft(model), input_ids, lengths, shared, keep)
+
+
+def token_log_probs(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    lengths: list[int],
+    shared: list[int],
+    keep: Tensor,
+    targets: Tensor,
+) -> Tensor:
+    """(N,) fp32: the log-probability of each target of a ragged row; 0 where it is IGNORED.
+
+    The arguments are nll_sum's.
+    """
+    hidden = ragged_states(model, input_ids, lengths, shared, keep)
+    output_layer = without_peft(model).get_output_embeddings()
+    if isinstance(output_layer, OutputLayer):
+        return output_layer(hidden, targets, log_probs=True)
+    log_probs = torch.log_softmax(output_layer(hidden).float(), dim=-1)
+    found = log_probs.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    return found.masked_fill(targets == IGNORED, 0.0)
 
 
 def without_peft(model: nn.Module) -> Any:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
+LAYER = re.compile(r"\b(layers?)\.(\d+)\.")  # in a parameter's name
+
 
 class TrainableModel(Protocol):
     """What the methods use of a model, a torch.nn.Module."""
@@ -56,9 +58,13 @@ def quantization(bits: int | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Freeze:
-    """Train only the parameters whose names contain one of the given parts."""
+    """Train only the parameters whose names contain one of the given parts.
+
+    With `freeze_ratio`, all but the first int(freeze_ratio * layers) layers.
+    """
 
     freeze_module_name: str
+    freeze_ratio: float = 0.0
     saves: ClassVar[str] = "model"
 
     def model_options(self) -> dict[str, Any]:
@@ -66,8 +72,13 @@ class Freeze:
 
     def make_trainable(self, model: TrainableModel) -> Any:
         """Raises ValueError, with the parameters' names, when a part matches no parameter."""
-        parts = module_names(self.freeze_module_name)
         names = [name for name, _ in model.named_parameters()]
+        if self.freeze_ratio:
+            frozen = first_layers(names, self.freeze_ratio)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(layer_number(name) not in frozen)
+            return model
+        parts = module_names(self.freeze_module_name)
         text = "\n".join(names)
         unmatched = [part for part in parts if part not in text]
         if unmatched or not parts:
@@ -81,13 +92,32 @@ class Freeze:
         return model
 
 
+def layer_number(name: str) -> int | None:
+    """The number of the layer that a parameter belongs to; None for one outside of the layers."""
+    match = LAYER.search(name)
+    return int(match.group(2)) if match else None
+
+
+def first_layers(names: list[str], ratio: float) -> set[int | None]:
+    """The numbers of the first int(ratio * layers) layers of a model's parameters.
+
+    Raises:
+        ValueError: that is none of its layers.
+    """
+    layers = len({layer_number(name) for name in names} - {None})
+    frozen = int(ratio * layers)
+    if not frozen:
+        raise ValueError(f"--freeze_ratio {ratio:g} of {layers} layers is no whole layer")
+    return set(range(frozen))
+
+
 def summarise_names(names: list[str]) -> str:
     """The names of parameters, those of the layers as "layers.0. to layers.27."."""
     stack = ""
     numbers = []
     others = []
     for name in names:
-        match = re.search(r"\b(layers?)\.(\d+)\.", name)
+        match = LAYER.search(name)
         if match:
             stack = stack or match.group(1)
             numbers.append(int(match.group(2)))

@@ -59,7 +59,7 @@ def memory_there() -> tuple[str, float]:
 
 def training_advice(config: "RunConfig", there: tuple[str, float] | None = None) -> str:
     """The advice for a run of train.py that ran out of memory. `there`: as memory_there()."""
-    from finetune.config import TrainConfig
+    from finetune.config import RowsConfig
     from finetune.distributed import resolve_precision, world_size
     from finetune.memory.command import cheapest_change, make_run
     from finetune.memory.formula import estimate
@@ -70,7 +70,7 @@ def training_advice(config: "RunConfig", there: tuple[str, float] | None = None)
         "--gradient_checkpointing True, a lower --per_device_train_batch_size "
         "or a lower --max_len takes less"
     )
-    if not isinstance(config, TrainConfig):  # the formula covers fine-tuning only
+    if not isinstance(config, RowsConfig):  # the formula covers fine-tuning only
         return f"{has}; {smaller.replace('--max_len', '--max_src_len')}"
     try:
         config = replace(config, precision=resolve_precision(config.precision))

@@ -22,7 +22,8 @@ from finetune.files import LastingStream, LineFile, overwrite, write_aside
 RUN = "run.json"
 METRICS_FILE = "metrics.jsonl"
 FORMAT_VERSION = 2  # 1 had the steps of metrics.jsonl in run.json too
-LOWER_IS_BETTER = ("loss", "mae")  # of the metrics; of all others a higher one is better
+# Of the metrics; of all others a higher one is better.
+LOWER_IS_BETTER = ("loss", "mae", "perplexity", "bits_per_byte")
 RECORD_SECONDS = 60  # between two writings of run.json where nothing else asks for one
 ROOT = Path(__file__).resolve().parent.parent
 

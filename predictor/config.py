@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from finetune.config import RunConfig
 from finetune.flag_effects import TRAINING, Effect
+from finetune.flag_groups import task_flag
 from finetune.flags import fixed_flag, flag
 from finetune.methods import METHODS
 from predictor.backbones import BACKBONES
@@ -130,7 +131,7 @@ class PredictorConfig(RunConfig):
     title: ClassVar[str] = "Train a predictor of the length of a served model's answers"
     effects: ClassVar[dict[str, Effect]] = TRAINING | EFFECTS
 
-    task: str = fixed_flag("predictor", "what is trained", choices=("finetune", "predictor"))
+    task: str = task_flag("predictor")
     model_name_or_path: str = fixed_flag(
         "",
         "folder of the served model: its tokenizer counts lengths; with --backbone chatglm it is "

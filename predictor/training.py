@@ -18,7 +18,7 @@ from finetune.epochs import EpochRows
 from finetune.files import sha256
 from finetune.methods import make_method
 from finetune.out_of_memory import explained, training_advice
-from finetune.task import row_multiple, shares_prefix
+from finetune.row_task import row_multiple, shares_prefix
 from predictor.backbones import ChatGLMBackbone, EncoderBackbone
 from predictor.config import PredictorConfig
 from predictor.decoder import Decoder, write_card
@@ -246,6 +246,9 @@ class LengthTraining:
         loss = float(total) / weights.sum()
         probabilities, ranks = decoder.decode(outputs[prompt])
         return {"loss": loss} | metrics_of(probabilities, decoder.edges, ranks, tokens, finished)
+
+    def before_training(self, loss_module: nn.Module, output_dir: Path) -> None:
+        """Nothing: a run needs only its weights."""
 
     def before_save(self, loss_module: nn.Module, *, evaluated: bool) -> None:
         """Calibrate, on every rank, unless an evaluation has: a checkpoint is a full predictor."""

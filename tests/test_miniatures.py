@@ -113,6 +113,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/page_paint.py": "test_page_paint",
     "benchmarks/predictor.py": "test_predictor_benchmark",
     "benchmarks/pipeline.py": "test_pipeline",
+    "benchmarks/preferences.py": "test_preferences",
     "benchmarks/prefix_sharing.py": "test_prefix_sharing",
     "benchmarks/replicas.py": "test_replicas",
     "benchmarks/real_input.py": "test_real_input",
@@ -354,6 +355,15 @@ def test_replicas(tmp_path):
     assert "1 kills: 0 answers lost or changed, 0 with tokens doubled" in done.stdout
     found = json.loads((tmp_path / "out.json").read_text())
     assert set(found["tokens_per_s"]) == {"1 x 1", "2 x 1"} and found["kills"][0]["lost"] == 0
+
+
+def test_preferences(tmp_path):
+    words = ["--runs", "pretrain,reward,kto", "--steps", 2, "--picture", tmp_path / "p.png"]
+    words += ["--work", tmp_path / "work", "--json", tmp_path / "out.json"]
+    done = run("benchmarks/preferences.py", *words)
+    assert "| reward | 2 |" in done.stdout and (tmp_path / "p.png").stat().st_size > 1000
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert [len(found["curves"]) for found in figures.values()] == [1, 2, 3]
 
 
 def test_prefix_sharing(tmp_path):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import train
 from finetune.config import build_parser, parse_config
-from predictor.config import PredictorConfig
 from tests.conftest import REPO_ROOT
 
 DOCUMENTS = sorted(
@@ -21,7 +21,7 @@ CHINESE = {"README_zh.md": "README.md"} | {
     for path in sorted((REPO_ROOT / "docs" / "zh").glob("*.md"))
 }
 PARTS = ("docs/zh/serving.md",)  # Chinese versions of a part of the English document
-PARSERS = [build_parser(), build_parser(PredictorConfig)]
+PARSERS = [build_parser(entry.config()) for entry in train.TASKS.values()]
 TRAIN_FLAGS = {
     option for parser in PARSERS for action in parser._actions for option in action.option_strings
 }

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chatglm.commands import Parser, run_command
-from finetune.config import TrainConfig, add_flag, changed_flags
+from finetune.config import RowsConfig, TrainConfig, add_flag, changed_flags
 from finetune.ds_file import BETWEEN_RANKS, fill_sizes, read_ds_file
 from finetune.files import write_json
 from finetune.flag_effects import ESTIMATING, ONE_RUN, TRAINING, check_given, refuse_without_effect
@@ -29,7 +29,7 @@ from finetune.memory.cards import CARDS, GIB, MIB
 from finetune.memory.formula import Estimate, estimate
 from finetune.memory.run import Run, Zero
 from finetune.memory.shapes import PUBLISHED, TABLED, read_shape, shape_source, short_name
-from finetune.methods import module_names
+from finetune.methods import first_layers, layer_number, module_names
 
 LIMIT = 2**20  # the search for a batch or a length stops here
 
@@ -173,6 +173,7 @@ FLAGS = (
     "lora_dropout",
     "lora_module_name",
     "freeze_module_name",
+    "freeze_ratio",
     "pre_seq_len",
     "prefix_projection",
     "ptuning_version",
@@ -182,7 +183,7 @@ METHOD_TITLES = {"lora": "LoRA", "freeze": "freeze", "ptuning": "P-Tuning", "all
 
 
 def make_run(
-    config: TrainConfig, *, mode: Mode = "ours", gpus: int = 1, card: str = "A40", **more: Any
+    config: RowsConfig, *, mode: Mode = "ours", gpus: int = 1, card: str = "A40", **more: Any
 ) -> Run:
     """The run that train.py's flags describe; `more` are other fields of Run.
 
@@ -198,6 +199,10 @@ def make_run(
     if modules == ("all-linear",):
         modules = tuple(short_name(name) for name in shape.linears)
     checkpointing = str(config.gradient_checkpointing)
+    names = tuple(module_names(config.freeze_module_name))
+    if config.freeze_ratio:
+        names = later_parameters(list(shape.parameters), config.freeze_ratio)
+    more = {"sequences": config.sequences, "label_share": config.label_share} | more
     run = Run(
         shape,
         config.train_type,
@@ -213,7 +218,7 @@ def make_run(
         lora_dim=config.lora_dim,
         lora_modules=modules,
         lora_dropout=config.lora_dropout,
-        freeze_names=tuple(module_names(config.freeze_module_name)),
+        freeze_names=names,
         pre_seq_len=config.pre_seq_len,
         projection=config.prefix_projection,
         version=config.resolved_ptuning_version,
@@ -222,6 +227,12 @@ def make_run(
     # A name that matches nothing raises here.
     run.trained  # noqa: B018
     return run
+
+
+def later_parameters(names: list[str], ratio: float) -> tuple[str, ...]:
+    """The names of the parameters that --freeze_ratio trains."""
+    frozen = first_layers(names, ratio)
+    return tuple(name for name in names if layer_number(name) not in frozen)
 
 
 def precision_on(precision: str, mode: str, card: str) -> str:
@@ -289,10 +300,11 @@ def describe_run(model: str, run: Run) -> str:
     """The model and the settings of a run, in one line."""
     stage, offload = zero_words(run)
     kind = "selective" if run.selective else "on"
+    pair = f"{run.sequences} x " if run.sequences > 1 else ""
     checkpointing = kind if run.checkpointing else "off"
     return (
         f"{model}, {run.train_type}, {run.mode}, {run.precision}, ZeRO-{stage}{offload}, "
-        f"{run.gpus} GPU(s), {run.batch} row(s) of {run.length} tokens, "
+        f"{run.gpus} GPU(s), {run.batch} row(s) of {pair}{run.length} tokens, "
         f"gradient checkpointing {checkpointing}"
     )
 
@@ -319,7 +331,7 @@ def show_largest(value: int) -> str:
     return f"over {LIMIT // 2}" if value >= LIMIT // 2 else str(value)
 
 
-def estimate_run(config: TrainConfig) -> None:
+def estimate_run(config: RowsConfig) -> None:
     """Print the estimate of train.py --estimate_memory.
 
     It is for this machine's GPU, else for an A40, and for the launcher's world size.

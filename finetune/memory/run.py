@@ -42,6 +42,7 @@ class Run:
             is the published runs': padded rows, full logits.
         selective: checkpointing that keeps the results of matrix products and of attention.
         zero: None for plain torch, one process.
+        sequences: of at most `length` tokens that a row of the batch is: 2 of a pair of answers.
         label_share: labelled tokens, of the real ones; "ours" computes logits there only.
         real_tokens: of a step on one device; None for all rows at the longest.
         code: of the model; None for the original's in "plain" and for packed rows' in "ours".
@@ -66,19 +67,20 @@ class Run:
     pre_seq_len: int = 16
     projection: bool = True
     version: str = "v2"
+    sequences: int = 1
     label_share: float = 0.25
     real_tokens: int | None = None
     code: Code | None = None
     cpu: bool = False
 
     def __post_init__(self):
-        counts = ("batch", "length", "gpus", "accumulation", "lora_dim", "pre_seq_len")
+        counts = ("batch", "sequences", "length", "gpus", "accumulation", "lora_dim", "pre_seq_len")
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.label_share <= 1:
             raise ValueError(f"--label_share must be above 0 and at most 1, got {self.label_share}")
-        most = self.batch * self.length
+        most = self.batch * self.sequences * self.length
         if self.real_tokens is not None and not 1 <= self.real_tokens <= most:
             raise ValueError(
                 f"--real_tokens must be from 1 to batch x length = {most}, got {self.real_tokens}"
@@ -211,7 +213,8 @@ class Run:
     @property
     def tokens(self) -> int:
         """Token positions of one forward pass: padded rows in `plain`, real tokens in `ours`."""
-        return (self.real_tokens if self.ours else None) or self.batch * self.length
+        whole = self.batch * self.sequences * self.length
+        return (self.real_tokens if self.ours else None) or whole
 
     @property
     def virtual_tokens(self) -> int:
@@ -221,7 +224,8 @@ class Run:
     @property
     def positions(self) -> int:
         """Positions that layers compute: the tokens, and P-Tuning v1's, which are embeddings."""
-        embedded = self.virtual_tokens * self.batch if self.version == "v1" else 0
+        rows = self.batch * self.sequences
+        embedded = self.virtual_tokens * rows if self.version == "v1" else 0
         return self.tokens + embedded
 
     @cached_property

@@ -23,7 +23,12 @@ from chatglm.conversations import IGNORED
 HEADER = 4096  # bytes before the arrays; safetensors allows a header that ends in spaces
 FLUSH = 1 << 18  # tokens that are held back before they are written
 BLOCK = 1 << 24  # bytes that are summed at a time
-CODES = {"q": ("I64", np.int64), "i": ("I32", np.int32), "B": ("U8", np.uint8)}
+CODES = {
+    "q": ("I64", np.int64),
+    "i": ("I32", np.int32),
+    "f": ("F32", np.float32),
+    "B": ("U8", np.uint8),
+}
 NUMBERED = re.compile(r"(.*?)(0|[1-9]\d{0,17})(\D*)", re.DOTALL)  # ":12", "[5]", ":data[7]"
 
 # What is kept of the rows; the ids lead, then the widest, so that every array is aligned.
@@ -34,10 +39,12 @@ COLUMNS = {
     "labelled": "q",  # rows whose labels are not simply their ids after `n_masked`
     "learnt_starts": "q",  # where their bits begin in `learnt`, and where the last ones end
     "changed_starts": "q",
+    "scored": "q",  # rows that have a score
     "n_masked": "i",
     "form": "i",  # of the row's place, by number in `forms`
     "changed_at": "i",  # tokens of a labelled row whose label is another id
     "changed_to": "i",
+    "scores": "f",
     "learnt": "B",  # a bit a token of a labelled row: its label is its id
     "truncated": "B",
     "facts": "B",  # JSON: forms, and what the writer has to say
@@ -49,12 +56,14 @@ class EncodedRow(NamedTuple):
 
     labels: as long as the ids, IGNORED where there is no loss; None where they are the ids after
     the first `n_masked`.
+    score: of the answer, where rows are answers that are compared.
     """
 
     input_ids: list[int]
     n_masked: int
     truncated: bool
     labels: list[int] | None = None
+    score: float | None = None
 
     @property
     def learns(self) -> bool:
@@ -101,6 +110,13 @@ class RowArrays:
         start, stop = columns["changed_starts"][number : number + 2].tolist()
         labels[columns["changed_at"][start:stop]] = columns["changed_to"][start:stop]
         return labels
+
+    @cached_property
+    def scores(self) -> np.ndarray:
+        """(rows,) fp32, the score of each; 0 where it has none."""
+        scores = np.zeros(len(self), np.float32)
+        scores[self.columns["scored"]] = self.columns["scores"]
+        return scores
 
     def place(self, row: int) -> str:
         """ "file:line", for messages."""
@@ -173,6 +189,11 @@ class Dataset:
         part, number = self.find(row)
         return part.place(number)
 
+    def score(self, row: int) -> float:
+        """The score of an answer; 0 where it has none."""
+        part, number = self.find(row)
+        return float(part.scores[number])
+
     @cached_property
     def row_lengths(self) -> np.ndarray:
         """(rows,) int32, tokens of each row."""
@@ -219,7 +240,7 @@ class RowWriter:
 
     def __init__(self, file: BinaryIO | None = None):
         self.file, self.crc, self.tokens = file, 0, 0
-        self.columns: dict[str, array[int]] = {}
+        self.columns: dict[str, array[Any]] = {}
         for name, code in COLUMNS.items():
             self.columns[name] = array(code)
         for name in ("starts", "learnt_starts", "changed_starts"):
@@ -235,6 +256,9 @@ class RowWriter:
         columns["ids"].extend(row.input_ids)
         self.tokens += len(row.input_ids)
         columns["starts"].append(self.tokens)
+        if row.score is not None:
+            columns["scored"].append(len(columns["n_masked"]))
+            columns["scores"].append(row.score)
         columns["n_masked"].append(row.n_masked)
         columns["truncated"].append(row.truncated)
         found = NUMBERED.fullmatch(place.tail)
@@ -257,7 +281,7 @@ class RowWriter:
         columns["changed_to"].extend(labels[changed].tolist())
         columns["changed_starts"].append(len(columns["changed_at"]))
 
-    def write(self, content: "array[int]") -> None:
+    def write(self, content: "array[Any]") -> None:
         """Raises ValueError without a file."""
         if self.file is None:
             raise ValueError("the rows are in memory: there is no file to write")

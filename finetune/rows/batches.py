@@ -4,14 +4,13 @@ The order of rows is a pure function of (seed, epoch), so a resumed run needs on
 """
 
 from collections.abc import Sequence
-from typing import TypedDict, final
+from typing import Protocol, TypedDict, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from chatglm.conversations import IGNORED
-from finetune.rows.arrays import Dataset
 
 SHORTEST_TRUNK = 8  # tokens; a shorter common beginning is not worth an attention call
 
@@ -99,8 +98,25 @@ def step_rows(
     return [(rows + [-1] * room)[:room] for rows in assigned[rank::world]]
 
 
+class LabelledRows(Protocol):
+    """Encoded rows by number: a Dataset, or what is laid out as one."""
+
+    @property
+    def row_lengths(self) -> np.ndarray:
+        """(rows,) tokens of each."""
+
+    def ids(self, row: int) -> np.ndarray:
+        """(tokens,) int32."""
+
+    def n_masked(self, row: int) -> int:
+        """How many of a row's first ids carry no loss."""
+
+    def labels(self, row: int) -> np.ndarray | None:
+        """(tokens,) int32, IGNORED where there is no loss; None: the ids after n_masked."""
+
+
 def collate(
-    data: Dataset,
+    data: LabelledRows,
     rows: list[int],
     *,
     ragged: bool = True,

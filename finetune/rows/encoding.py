@@ -182,6 +182,8 @@ class Preparation:
         """
         kinds = [Path(file.name.removesuffix(".gz")).suffix for file in source.files]
         options = [asdict(self.reader), self.on_bad_row, self.limit, self.first_answer]
+        if source.documents:
+            options.append(source.documents)
         content = json.dumps(
             [self.encoder.settings(), options, kinds, hashes], sort_keys=True, default=str
         )

@@ -7,6 +7,7 @@ docs/data.md shows a row of each format.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from chatglm.conversations import Turn, check_turns, rounds_of, tool_call, with_tools
 from chatglm.families import FAMILIES
@@ -29,6 +30,10 @@ class Row:
     def is_document(self) -> bool:
         """Whether it is a text without a question."""
         return not self.prompt and not self.turns
+
+    def content(self) -> tuple[Any, ...]:
+        """All that is read of the row, without its place."""
+        return self.prompt, self.answers, self.turns
 
     def with_first_answer(self) -> "Row":
         return replace(self, answers=self.answers[:1])
@@ -477,16 +482,17 @@ def check_present(row: dict, key: str) -> None:
         raise ValueError(f'"{key}" must be text, got {_shown(row[key])}')
 
 
-def parse_columns(text: str) -> dict[str, str]:
+def parse_columns(text: str, known: tuple[str, ...] = COLUMN_NAMES) -> dict[str, str]:
     """ "prompt=question,response=answer" -> {"prompt": "question", "response": "answer"}.
 
-    The keys are this project's names, the values the file's columns. Raises ValueError.
+    The keys are this project's names, some of `known`; the values are the file's columns. Raises
+    ValueError.
     """
     columns: dict[str, str] = {}
     for pair in filter(None, map(str.strip, text.split(","))):
         name, equals, column = map(str.strip, pair.partition("="))
-        if not (equals and column) or name not in COLUMN_NAMES or name in columns:
-            names = ", ".join(COLUMN_NAMES)
+        if not (equals and column) or name not in known or name in columns:
+            names = ", ".join(known)
             raise ValueError(
                 f"--columns wants NAME=COLUMN,... with each NAME once, of {names}; got {pair!r}"
             )

@@ -39,20 +39,26 @@ class Source:
     Attributes:
         weight: how often an epoch reads each of its rows. At 0.3 an epoch reads three rows of ten,
             and the next epoch others.
+        documents: what of a .txt file is a row, as read_documents; "" where none is read.
     """
 
     name: str
     files: tuple[Path, ...]
     weight: float = 1.0
+    documents: str = ""
 
     @property
     def is_hub(self) -> bool:
         return self.name.startswith(HUBS)
 
 
-def parse_sources(text: str, flag: str = "--train_path", *, weights: bool = True) -> list[Source]:
+def parse_sources(
+    text: str, flag: str = "--train_path", *, weights: bool = True, documents: str = ""
+) -> list[Source]:
     """ "a.json,b.jsonl:0.3,folder,part-*.jsonl,hf://owner/name:2" -> sources.
 
+    Args:
+        documents: as Source's.
     Raises:
         FileNotFoundError: nothing has that name, or a folder is empty.
         ValueError: there is no name at all, a weight is not above 0, or there is one although
@@ -65,14 +71,14 @@ def parse_sources(text: str, flag: str = "--train_path", *, weights: bool = True
         raise ValueError(f"{flag}: no file in {text!r}")
     sources = []
     for name in names:
-        source = parse_source(name, flag)
+        source = parse_source(name, flag, documents)
         sources.append(source)
         if source.weight != 1 and not weights:
             raise ValueError(f"{flag} takes no weights, got {source.name}:{source.weight:g}")
     return sources
 
 
-def parse_source(name: str, flag: str) -> Source:
+def parse_source(name: str, flag: str, documents: str = "") -> Source:
     """One entry of a comma list, "NAME" or "NAME:WEIGHT"; raises as `parse_sources`."""
     if not Path(name).exists():
         path, colon, weight = name.rpartition(":")
@@ -83,11 +89,11 @@ def parse_source(name: str, flag: str) -> Source:
         if number is not None:
             if not 0 < number < float("inf"):
                 raise ValueError(f"{flag}: a weight must be above 0, got {name}")
-            return Source(path, find_files(path, flag), number)
-    return Source(name, find_files(name, flag))
+            return Source(path, find_files(path, flag, documents), number, documents)
+    return Source(name, find_files(name, flag, documents), documents=documents)
 
 
-def find_files(name: str, flag: str) -> tuple[Path, ...]:
+def find_files(name: str, flag: str, documents: str = "") -> tuple[Path, ...]:
     """The files of a name, sorted: the file itself, all of a folder, or all that match a pattern.
 
     A hub's data set has no files. Raises FileNotFoundError where there are none.
@@ -98,9 +104,10 @@ def find_files(name: str, flag: str) -> tuple[Path, ...]:
     if path.is_file():
         return (path,)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if is_data_file(file))
+        suffixes = (*SUFFIXES, ".txt") if documents else SUFFIXES
+        files = sorted(file for file in path.rglob("*") if is_data_file(file, suffixes))
         if not files:
-            raise FileNotFoundError(f"{flag}: no {', '.join(SUFFIXES)} (or .gz) in {path}")
+            raise FileNotFoundError(f"{flag}: no {', '.join(suffixes)} (or .gz) in {path}")
         return tuple(files)
     if any(mark in name for mark in "*?["):
         matches = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
@@ -110,11 +117,11 @@ def find_files(name: str, flag: str) -> tuple[Path, ...]:
     raise FileNotFoundError(f"{flag}: no such file: {name}")
 
 
-def is_data_file(path: Path) -> bool:
-    """A file with one of SUFFIXES, perhaps before .gz, and not hidden."""
+def is_data_file(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
+    """A file with one of `suffixes`, perhaps before .gz, and not hidden."""
     if not path.is_file() or path.name.startswith("."):
         return False
-    return path.name.removesuffix(".gz").endswith(SUFFIXES)
+    return path.name.removesuffix(".gz").endswith(suffixes)
 
 
 # ---- files to JSON values
@@ -128,7 +135,7 @@ def read_parts(source: Source) -> Iterator[tuple[str, Iterator[tuple[str, object
     if source.is_hub:
         yield source.name, read_hub(source.name)
     for path in source.files:
-        yield str(path), read_file_items(path)
+        yield str(path), read_file_items(path, source.documents)
 
 
 def read_items(source: Source) -> Iterator[tuple[str, object]]:
@@ -137,10 +144,11 @@ def read_items(source: Source) -> Iterator[tuple[str, object]]:
         yield from items
 
 
-def read_file_items(path: str | Path) -> Iterator[tuple[str, object]]:
+def read_file_items(path: str | Path, documents: str = "") -> Iterator[tuple[str, object]]:
     """(place, value) of every row of a file.
 
-    Files are JSON, csv or tsv with a header, or parquet; all but parquet also as .gz.
+    Files are JSON, csv or tsv with a header, or parquet, and text where `documents` says what of
+    it is a row (read_documents); all but parquet also as .gz.
     """
     path = Path(path)
     if not path.is_file():
@@ -150,6 +158,8 @@ def read_file_items(path: str | Path) -> Iterator[tuple[str, object]]:
         yield from read_parquet(path)
     elif kind in DELIMITERS:
         yield from read_table(path, DELIMITERS[kind])
+    elif kind == ".txt" and documents:
+        yield from read_documents(path, documents)
     else:
         yield from read_json_items(path)
 
@@ -369,6 +379,38 @@ def read_table(path: Path, delimiter: str) -> Iterator[tuple[str, object]]:
             yield place, row
 
 
+def read_documents(path: Path, documents: str) -> Iterator[tuple[str, object]]:
+    """(place, {"text": ...}) of every document of a text file; one not in UTF-8 comes as BadRow.
+
+    Args:
+        documents: "file", "blank_line" or "line": what a document is. Blank ones are none.
+    """
+    if documents == "file":
+        text = read_whole(path)
+        if text.strip():
+            yield f"{path}:1", {"text": text}
+        return
+    lines: list[bytes] = []
+    first = 1
+    for number, line in read_lines(path):
+        if line.strip():
+            first = first if lines else number
+            lines.append(line)
+        if lines and (documents == "line" or not line.strip()):
+            yield text_of_lines(lines, f"{path}:{first}")
+            lines = []
+    if lines:
+        yield text_of_lines(lines, f"{path}:{first}")
+
+
+def text_of_lines(lines: list[bytes], place: str) -> tuple[str, object]:
+    """(place, {"text": ...}) of a document's lines, or BadRow where they are not UTF-8."""
+    try:
+        return place, {"text": b"".join(lines).decode("utf-8").strip("\r\n")}
+    except UnicodeDecodeError:
+        return place, BadRow(f"{place}: not UTF-8; save it as UTF-8")
+
+
 def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
     """(place, value) of every row; raises ValueError without pyarrow."""
     if is_lfs_pointer(path):
@@ -515,7 +557,7 @@ def hash_rows(rows: Iterable[Row]) -> str:
     digest = hashlib.sha256(b"[")
     separator = b""
     for row in rows:
-        digest.update(separator + repr((row.prompt, row.answers, row.turns)).encode())
+        digest.update(separator + repr(row.content()).encode())
         separator = b", "
     digest.update(b"]")
     return digest.hexdigest()

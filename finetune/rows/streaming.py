@@ -136,6 +136,7 @@ class Stream:
         skip_bad: replace a row that does not parse by another one of its block, else raise BadRow.
         skip_long: the same for a row that would be truncated.
         replay_ratio: share of the stream that comes from `replay`.
+        group: how many encoded rows in turn are one of the stream's, such as the two of a pair.
         workers: threads that read so many steps ahead, in any order.
     """
 
@@ -151,6 +152,7 @@ class Stream:
         skip_long: bool = False,
         replay: tuple[Source, ...] = (),
         replay_ratio: float = 0.0,
+        group: int = 1,
         workers: int = 1,
     ):
         for source in (*sources, *replay):
@@ -164,6 +166,7 @@ class Stream:
         self.size = block
         self.skip_bad = skip_bad
         self.skip_long = skip_long
+        self.group = group
         self.workers = workers
         self.lock = threading.Lock()
         self.lines: Iterator[Line] | None = None
@@ -214,8 +217,8 @@ class Stream:
             while len(self.blocks) > self.kept:
                 self.blocks.pop(min(self.blocks))
 
-    def row(self, number: int) -> tuple[str, EncodedRow]:
-        """(place, encoded row) of a number; for a dropped row the next usable one of its block.
+    def rows_of(self, number: int) -> tuple[str, list[EncodedRow]]:
+        """(place, encoded rows) of a number; for dropped ones the next usable ones of its block.
 
         Raises:
             BadRow: the row is malformed, without skip_bad; or its block has no usable row.
@@ -233,9 +236,11 @@ class Stream:
                 refusal = error
                 self.dropped.add(place)
                 continue
-            usable = [row for row in encoded if self.is_usable(row)]
+            groups = [encoded[i : i + self.group] for i in range(0, len(encoded), self.group)]
+            usable = [rows for rows in groups if all(map(self.is_usable, rows))]
             if usable:
-                # A conversation may make several rows (ChatGLM-6B): the block's number picks one.
+                # A conversation may make several rows (ChatGLM-6B), scored answers several pairs:
+                # the block's number picks one.
                 return place, usable[number // self.size % len(usable)]
             self.dropped.add(place)
             limits = f"--max_len {self.encoder.max_len} / --max_src_len {self.encoder.max_src_len}"
@@ -252,7 +257,11 @@ class Stream:
         As many blocks stay in memory as this step and those that workers read ahead need.
         """
         self.kept = max(self.kept, 2 + (self.workers + 1) * (stop - start) // self.size)
-        return dataset_of([self.row(number) for number in range(start, stop)])
+        made = []
+        for number in range(start, stop):
+            place, rows = self.rows_of(number)
+            made += [(place, row) for row in rows]
+        return dataset_of(made)
 
     def data_hash(self) -> str:
         """The SHA-256 of the fingerprints of all files."""

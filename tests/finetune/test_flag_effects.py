@@ -87,6 +87,7 @@ CASES = {
     "loraplus_lr_ratio": ("4", PTUNING, ""),
     "quantization_bit": ("4", "--train_type all", PTUNING),
     "freeze_module_name": ("x", "", "--train_type freeze"),
+    "freeze_ratio": ("0.5", "", "--train_type freeze"),
     "pre_seq_len": ("4", "", PTUNING),
     "prefix_projection": ("False", "", PTUNING),
     "ptuning_version": ("v1", "", PTUNING),

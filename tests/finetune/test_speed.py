@@ -15,10 +15,10 @@ from finetune.lora import use_lean_lora
 from finetune.loss import LossModule, nll_sum
 from finetune.methods import make_method
 from finetune.recompute import save_products
+from finetune.row_task import layout_of
 from finetune.rows.batches import IGNORED, collate, count_labels
 from finetune.rows.encoding import encode_rows
 from finetune.rows.formats import parse_row
-from finetune.task import layout_of
 from tests.finetune.runs import METHODS, make_rows, metrics
 from tests.finetune.test_checkpoint import same_losses, stop_after
 from tests.finetune.test_training import plain_run

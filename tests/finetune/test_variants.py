@@ -23,10 +23,11 @@ from finetune.evaluation.predict import load_ready
 from finetune.loss import LossModule, nll_sum, sequence_lengths
 from finetune.methods import make_method
 from finetune.recompute import recompute
+from finetune.row_task import shares_prefix
 from finetune.rows.batches import collate
 from finetune.rows.encoding import encode_rows
 from finetune.rows.formats import parse_row
-from finetune.task import FineTuning, shares_prefix
+from finetune.task import FineTuning
 from tests.finetune.runs import make_rows, metrics
 from tests.finetune.test_checkpoint import same_losses, stop_after
 from tests.finetune.test_training import logits_of, plain_run

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from finetune.config import parse_config
 from finetune.epochs import draw_rows
+from finetune.row_task import draw_counts
 from finetune.rows.encoding import Preparation
 from finetune.rows.formats import BadRow, Row
 from finetune.rows.sources import (
@@ -29,7 +30,7 @@ from finetune.rows.sources import (
     read_rows,
     replay_count,
 )
-from finetune.task import FineTuning, draw_counts
+from finetune.task import FineTuning
 from tests.conftest import shared_file
 from tests.finetune.runs import ROOT, child_env, make_rows, metrics, write_rows
 

@@ -1,0 +1,1 @@
+"""Tasks that learn which of two answers is the better one."""

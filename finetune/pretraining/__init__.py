@@ -1,0 +1,1 @@
+"""train.py --task pretrain: a model goes on learning from whole texts."""
