@@ -31,6 +31,7 @@ class LinearCost:
         step_s: of any decode step: the weights are read once. row_s: more for each sequence,
             token_s: for each token of context.
         call_s, prompt_token_s: of a prefill, and for each of its tokens, padding included.
+        plan_s: between two steps of the engine: scheduler, policy, admissions, moves.
     """
 
     kv_capacity_tokens: int = 100_000
@@ -39,6 +40,7 @@ class LinearCost:
     token_s: float = 2e-8
     call_s: float = 2e-3
     prompt_token_s: float = 6.5e-5
+    plan_s: float = 0.0
 
     def prefill_s(self, tokens: int, batch: int = 1) -> float:
         return self.call_s + self.prompt_token_s * tokens if tokens > 0 else 0.0
@@ -196,6 +198,8 @@ class SimulatedEngine:
         self._ended_waiting: dict[int, SimulatedSequence] = {}
         # The additional time of a process's first call.
         self._startup_s = getattr(cost, "startup_s", 0.0)
+        # The time between two steps: scheduler, policy and the plan's execution.
+        self.plan_s = getattr(cost, "plan_s", 0.0)
         self.busy_s = self.row_s = self.reserved_token_s = self.used_token_s = 0.0
         self.prefill_tokens = self.step_rows = 0
 
@@ -232,6 +236,9 @@ class SimulatedEngine:
         if plan.admit and self._startup_s:
             progress.postpone(self._startup_s)
             self._startup_s = 0.0
+        if self.plan_s:
+            progress.postpone(self.plan_s)
+            self.busy_s += self.plan_s
         return progress.result(reread)
 
     def _reread(

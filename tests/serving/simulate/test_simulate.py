@@ -4,7 +4,7 @@ import gzip
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -531,3 +531,14 @@ def test_rereads_are_reported_charged_and_seen_by_the_policy():
     reads = 89 // 16 + 29 // 16  # an answer that has ended is not read
     assert charged_s == pytest.approx(free_s + 0.5 * reads)
     assert done[0] == pytest.approx(before[0] + 0.5 * reads)
+
+
+def test_a_plan_is_charged_once_a_step():
+    """A request alone: one step to its end; its first token and its end are that much later."""
+    limits = Limits(4, 1000, 500)
+    slow = SimulatedEngine(replace(COST, plan_s=0.25), limits)
+    _, plain, _ = serve(SIMULATED["sjf"], [ask(0, 50, 20, predicted=40)], limits)
+    _, charged, engine = serve(SIMULATED["sjf"], [ask(0, 50, 20, predicted=40)], limits, slow)
+    for name in ("first_token_s", "finish_s"):
+        assert charged.columns[name][0] == pytest.approx(plain.columns[name][0] + 0.25)
+    assert engine.busy_s == pytest.approx(charged.columns["finish_s"][0])
