@@ -52,10 +52,12 @@ RECENT = 9  # of those timings, whose median is the machine's speed now
 
 
 class SteadyTimer:
-    """CPU seconds of this process, as if the machine were as fast as when the timer was made.
+    """CPU seconds of this process, as if the machine were always as fast as it once was.
 
     Args:
         reference: a fixed piece of work, whose own time is left out.
+    Attributes:
+        usual_s: what the reference took then: when the timer was made, unless it is set.
     """
 
     def __init__(self, reference: Callable[[], object]) -> None:
@@ -255,6 +257,7 @@ class FidelityBench:
         passes = passes + self.engine.passes
         plans, busy_s = plans + self.engine.plans, busy_s + self.busy_s
         return {
+            "reference_s": self.engine.steady.usual_s,
             "capacity": capacity,
             "plan_s": (busy_s - sum([one.seconds for one in passes])) / plans,
             "between_passes": 1 - sum([one.seconds for one in passes]) / busy_s,
@@ -370,6 +373,7 @@ def run_cells(flags: FidelityFlags) -> tuple[dict[str, Any], list[dict[str, Any]
             if not lines:
                 lines.append({"settings": settings, **bench.calibrate()})
                 append(flags.cells, lines[0])
+            bench.engine.steady.usual_s = lines[0]["reference_s"]
             lines.append(bench.run({"policy": policy, "load": load}, lines[0]))
             append(flags.cells, lines[-1])
     if not lines:
