@@ -13,8 +13,9 @@ The costs that the simulator charges are fitted to passes of two calibration run
 them in one place: in a pass (LinearCost: rows, context, prompt tokens), or between passes (plan_s:
 scheduler, policy, admissions, moves to a larger length class, an arrival's interruption).
 
-A cell is one policy at one load, as a share of capacity, which is measured first. Cells are lines
-of --cells, written as they end: the same command goes on where it was stopped.
+A cell is one policy at one load, as a share of capacity, which is measured first. What the engine
+did is kept in the lines of --cells, written as they end: the same command goes on where it was
+stopped. Costs are fitted and requests simulated when the table is printed.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,6 +49,7 @@ from serving.simulate.statistics import Collector
 from serving.simulate.workload import PredictorModel
 
 EVERY = 8  # passes between two timings of the reference
+LONGEST_PROMPT = 90  # tokens
 RECENT = 9  # of those timings, whose median is the machine's speed now
 
 
@@ -105,7 +107,7 @@ class TimerClock:
 
 
 @dataclass(frozen=True)
-class TimedPass:
+class TimedPass:  # the order of its fields is that of the lines of --cells
     """One pass: its decoding rows, their cached tokens, those that attention reads (each length
     class up to its longest row), its length classes, its prompt tokens, and what it took."""
 
@@ -189,6 +191,26 @@ def quickstart_model() -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
 
+def limits_of(flags: FidelityFlags) -> Limits:
+    longest = flags.longest + LONGEST_PROMPT
+    return Limits(flags.max_batch, flags.max_batch * longest, longest, 256)
+
+
+def poisson_requests(flags: FidelityFlags, count: int, rate: float, seed: int) -> list[Request]:
+    """Poisson arrivals at a rate, all at once where it is inf; log-normal answers, predicted."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.lognormal(np.log(flags.answer_tokens), 0.9, count)
+    answers = np.clip(np.round(drawn), 1, flags.longest).astype(int)
+    prompts = rng.integers(12, LONGEST_PROMPT, count).tolist()
+    arrivals = np.cumsum(rng.exponential(1 / rate, count)).tolist()
+    which, predictions = PredictorModel.normal(0.8, flags.longest).predict(answers, rng)
+    requests = []
+    for number, tokens in enumerate(answers.tolist()):
+        predicted = predictions[which[number]]
+        requests.append(Request(number, prompts[number], arrivals[number], 1e6, predicted, tokens))
+    return requests
+
+
 class FidelityBench:
     """The engine, and the requests of the cells."""
 
@@ -209,29 +231,10 @@ class FidelityBench:
             return model(input_ids=ids, use_cache=False)
 
         timer = SteadyTimer(reference)
-        longest = flags.longest + 90
-        limits = Limits(flags.max_batch, flags.max_batch * longest, longest, 256)
+        limits = limits_of(flags)
         cost = LinearCost(limits.kv_tokens)
         self.engine = TimedEngine(model, limits, cost, [1], timer=timer)
         self.engine.steady = timer
-        self.predictor = PredictorModel.normal(0.8, flags.longest)
-
-    def requests(self, count: int, rate: float, seed: int) -> list[Request]:
-        """Poisson arrivals at a rate, all at once where it is inf; log-normal answers."""
-        rng = np.random.default_rng(seed)
-        flags = self.flags
-        drawn = rng.lognormal(np.log(flags.answer_tokens), 0.9, count)
-        answers = np.clip(np.round(drawn), 1, flags.longest).astype(int)
-        prompts = rng.integers(12, 90, count).tolist()
-        arrivals = np.cumsum(rng.exponential(1 / rate, count)).tolist()
-        which, predictions = self.predictor.predict(answers, rng)
-        requests = []
-        for number, tokens in enumerate(answers.tolist()):
-            predicted = predictions[which[number]]
-            requests.append(
-                Request(number, prompts[number], arrivals[number], 1e6, predicted, tokens)
-            )
-        return requests
 
     def serve(self, policy: Policy, requests: list[Request]) -> Collector:
         """On the engine, which notes its passes."""
@@ -247,42 +250,50 @@ class FidelityBench:
         return collector
 
     def calibrate(self) -> dict[str, Any]:
-        """Capacity, and the simulator's costs."""
+        """Capacity, and what the simulator's costs are fitted to."""
         flags, fcfs = self.flags, POLICIES["fcfs"]
-        self.serve(fcfs, self.requests(flags.max_batch, float("inf"), 1000))  # warms up
-        self.serve(fcfs, self.requests(flags.requests, float("inf"), 1001))
+        at_once = float("inf")
+        self.serve(fcfs, poisson_requests(flags, flags.max_batch, at_once, 1000))  # warms up
+        self.serve(fcfs, poisson_requests(flags, flags.requests, at_once, 1001))
         capacity = flags.requests / self.busy_s
         passes, plans, busy_s = self.engine.passes, self.engine.plans, self.busy_s
-        self.serve(fcfs, self.requests(flags.requests, 0.6 * capacity, 1002))
+        self.serve(fcfs, poisson_requests(flags, flags.requests, 0.6 * capacity, 1002))
         passes = passes + self.engine.passes
         plans, busy_s = plans + self.engine.plans, busy_s + self.busy_s
         return {
             "reference_s": self.engine.steady.usual_s,
             "capacity": capacity,
-            "plan_s": (busy_s - sum([one.seconds for one in passes])) / plans,
-            "between_passes": 1 - sum([one.seconds for one in passes]) / busy_s,
+            "plans": plans,
+            "busy_s": busy_s,
             "moves": self.engine.runner.arena.migrations,
-            **fit_passes(passes),
+            "passes": [list(asdict(one).values()) for one in passes],
         }
 
     def run(self, cell: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
-        """A cell's line: the engine's and the simulator's latencies."""
-        policy = POLICIES[cell["policy"]]
-        rate = cell["load"] * made["capacity"]
-        requests = self.requests(self.flags.requests, rate, round(100 * cell["load"]))
-        if not policy.predicts:
-            requests = [replace(request, prediction=None) for request in requests]
-        limits = self.engine.limits
-        cost = LinearCost(limits.kv_tokens, **made["cost"], plan_s=made["plan_s"])
-        self.engine.cost = cost
-        line = dict(cell)
-        line["engine"] = latencies(self.serve(policy, requests))
-        engines = {"simulated": cost, "uncharged": replace(cost, plan_s=0.0)}
-        for name, charged in engines.items():
-            engine = SimulatedEngine(charged, limits, padded=False)
-            events = run_scheduler(policy, engine, VirtualClock(), Replay(requests))
-            line[name] = latencies(Collector().consume(events))
-        return line
+        """A cell's line: the engine's latencies."""
+        self.engine.cost = fitted_cost(made, self.engine.limits)
+        requests = cell_requests(self.flags, cell, made["capacity"])
+        return cell | {"engine": latencies(self.serve(POLICIES[cell["policy"]], requests))}
+
+
+def cell_requests(flags: FidelityFlags, cell: dict[str, Any], capacity: float) -> list[Request]:
+    """The requests of a cell: the same for all policies at one load."""
+    load = cell["load"]
+    requests = poisson_requests(flags, flags.requests, load * capacity, round(100 * load))
+    if not POLICIES[cell["policy"]].predicts:
+        requests = [replace(request, prediction=None) for request in requests]
+    return requests
+
+
+def add_simulated(flags: FidelityFlags, made: dict[str, Any], line: dict[str, Any]) -> None:
+    """Add the simulator's latencies to a cell's line, with and without plan_s."""
+    limits = limits_of(flags)
+    cost = fitted_cost(made, limits)
+    requests = cell_requests(flags, line, made["capacity"])
+    for name, charged in {"simulated": cost, "uncharged": replace(cost, plan_s=0.0)}.items():
+        engine = SimulatedEngine(charged, limits, padded=False)
+        events = run_scheduler(POLICIES[line["policy"]], engine, VirtualClock(), Replay(requests))
+        line[name] = latencies(Collector().consume(events))
 
 
 def latencies(collector: Collector) -> dict[str, float]:
@@ -291,7 +302,7 @@ def latencies(collector: Collector) -> dict[str, float]:
 
 
 def fit_passes(passes: list[TimedPass]) -> dict[str, Any]:
-    """Non-negative least squares of the passes' seconds.
+    """Non-negative least squares of the passes' seconds, of which the sum is then right.
 
     `cost` is LinearCost's; `errors` the mean relative error of a pass by that, and where what
     attention reads and the number of length classes are known too.
@@ -308,6 +319,7 @@ def fit_passes(passes: list[TimedPass]) -> dict[str, Any]:
     fitted, errors = [], []
     for matrix in (small, large):
         found, _ = nnls(matrix * weights[:, None], seconds * weights)
+        found *= seconds.sum() / (matrix @ found).sum()
         fitted.append(found)
         errors.append(float(np.mean(np.abs(matrix @ found / seconds - 1))))
     step_s, row_s, token_s, prompt_token_s, call_s = fitted[0].tolist()
@@ -317,12 +329,24 @@ def fit_passes(passes: list[TimedPass]) -> dict[str, Any]:
     return {"cost": cost, "errors": errors, "classes_share": share}
 
 
-def print_table(made: dict[str, Any], lines: list[dict[str, Any]]) -> None:
-    cost = ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in made["cost"].items())
-    errors, classes = made["errors"], made["classes_share"]
+def fitted_cost(made: dict[str, Any], limits: Limits) -> LinearCost:
+    """The costs that a calibration shows."""
+    passes = [TimedPass(*values) for values in made["passes"]]
+    between_s = made["busy_s"] - sum([one.seconds for one in passes])
+    plan_s = between_s / made["plans"]
+    return LinearCost(limits.kv_tokens, **fit_passes(passes)["cost"], plan_s=plan_s)
+
+
+def print_table(flags: FidelityFlags, made: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+    passes = [TimedPass(*values) for values in made["passes"]]
+    fitted = fit_passes(passes)
+    cost = ", ".join([f"{name} {1e3 * value:.3g} ms" for name, value in fitted["cost"].items()])
+    errors, classes = fitted["errors"], fitted["classes_share"]
+    between_s = made["busy_s"] - sum([one.seconds for one in passes])
     print(
-        f"capacity {made['capacity']:.3g} answers/s; {cost}; a plan {1e3 * made['plan_s']:.3g} ms, "
-        f"{100 * made['between_passes']:.1f} % of the time between passes, {made['moves']} moves; "
+        f"capacity {made['capacity']:.3g} answers/s; {cost}; a plan "
+        f"{1e3 * between_s / made['plans']:.3g} ms, {100 * between_s / made['busy_s']:.1f} % of "
+        f"the time between passes, {made['moves']} moves; "
         f"a pass is off by {100 * errors[0]:.0f} % on average, with length classes "
         f"{100 * errors[1]:.0f} %, which are {100 * classes:.1f} % of the time"
     )
@@ -330,6 +354,7 @@ def print_table(made: dict[str, Any], lines: list[dict[str, Any]]) -> None:
     print("|---|---|---|---|---|---|---|")
     offs = []
     for line in lines:
+        add_simulated(flags, made, line)
         off = off_by(line, "simulated", "latency_mean_s")
         offs.append(abs(off))
         print(
@@ -413,7 +438,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--policies: no policy {name!r}; there are {', '.join(POLICIES)}")
 
     def show() -> int:
-        print_table(*run_cells(flags))
+        print_table(flags, *run_cells(flags))
         return 0
 
     return run_command("simulator_fidelity", show)

@@ -5,6 +5,7 @@ import gzip
 import importlib.util
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -384,12 +385,14 @@ def test_simulator_fidelity(tmp_path):
     done = run("benchmarks/simulator_fidelity.py", *words, "--policies", "fcfs,gittins")
     assert "2 cells: off by" in done.stdout and cells.read_text().startswith(before)
     made, *lines = [json.loads(line) for line in cells.read_text().splitlines()]
-    assert made["capacity"] > 0 and 0 < made["between_passes"] < 1 and made["plan_s"] > 0
+    spent = sum(one[-1] for one in made["passes"])
+    assert made["capacity"] > 0 and 0 < spent < made["busy_s"] and made["plans"] > 6
     assert [line["policy"] for line in lines] == ["fcfs", "gittins"]
     for line in lines:
-        engine, simulated = line["engine"], line["simulated"]
+        engine = line["engine"]
         assert 0 < engine["ttft_mean_s"] < engine["latency_mean_s"] <= engine["latency_p99_s"]
-        assert line["uncharged"]["latency_mean_s"] < simulated["latency_mean_s"]
+    rows = re.findall(r"^\| `\w+` \| 0.8 \| [\d.]+ \| ([\d.]+) \|", done.stdout, re.M)
+    assert len(rows) == 2 and min(map(float, rows)) > 0
     done = run_any("benchmarks/simulator_fidelity.py", *words[:-1], 17)
     assert done.returncode == 1 and "made with other settings" in done.stderr
 
