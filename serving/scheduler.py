@@ -122,6 +122,8 @@ class Queue:
         self._levels: dict[int, Level] = {}  # the same, by priority
         # Entries that iteration has yielded and restore_unadmitted has not put back.
         self._yielded: list[HeapEntry] = []
+        # Records were yielded, pushed or removed since the last call of restore_unadmitted.
+        self.is_touched = False
         # A second heap, by priority and arrival.
         self._by_arrival: list[tuple[int, float, int, Record]] = []
         self.now_s = 0.0
@@ -144,6 +146,7 @@ class Queue:
         return self._members.get(request_id)
 
     def push(self, record: Record) -> None:
+        self.is_touched = True
         record.waiting = True
         record.version += 1
         record.key, record.until_s = self._order(record)
@@ -159,6 +162,7 @@ class Queue:
         heapq.heappush(self._heap, entry)
 
     def remove(self, record: Record) -> None:
+        self.is_touched = True
         record.waiting = False
         request = record.request
         del self._members[request.id]
@@ -174,6 +178,7 @@ class Queue:
 
     def __iter__(self) -> Iterator[Record]:
         """In order of keys, lazily; what was yielded stays in the queue until it is removed."""
+        self.is_touched = True
         for *_, record in self._yielded:
             yield record
         while (entry := self._pop()) is not None:
@@ -182,6 +187,7 @@ class Queue:
 
     def restore_unadmitted(self) -> None:
         """Put back the entries that a policy has read and not admitted."""
+        self.is_touched = False
         if self._yielded:
             for entry in self._yielded:
                 if entry[-1].waiting:
@@ -219,7 +225,7 @@ def run_scheduler(
     arrivals: Arrivals,
     monitor: Callable[[Event], None] | None = None,
 ) -> Iterator[Event]:
-    """Serve all arrivals; yields every event as it happens, in order of time.
+    """Serve all arrivals; yields every event in order of time, those of a plan or step together.
 
     Args:
         monitor: called with every event before it is yielded.
@@ -227,9 +233,13 @@ def run_scheduler(
         RuntimeError: the policy exceeded a limit, admitted a record that does not wait, neither
             grew nor preempted an overrun, or makes no progress.
     """
-    for event in _Run(policy, engine, clock, arrivals).events():
-        if monitor is not None:
-            monitor(event)
+    events = _Run(policy, engine, clock, arrivals).events()
+    return events if monitor is None else _monitored(events, monitor)
+
+
+def _monitored(events: Iterator[Event], monitor: Callable[[Event], None]) -> Iterator[Event]:
+    for event in events:
+        monitor(event)
         yield event
 
 
@@ -241,6 +251,7 @@ class _Run:
         overran: those of them that fill their reservation.
         free: KV tokens that are not reserved.
         pace_s: recent seconds between two tokens of a running answer.
+        news: events that are not yielded yet.
     """
 
     __slots__ = (
@@ -253,6 +264,7 @@ class _Run:
         "overran",
         "free",
         "pace_s",
+        "news",
     )
 
     def __init__(self, policy: Policy, engine: Engine, clock: Clock, arrivals: Arrivals):
@@ -263,6 +275,7 @@ class _Run:
         self.overran: tuple[Record, ...] = ()
         self.free = engine.limits.kv_tokens
         self.pace_s = 0.0
+        self.news: list[Event] = []
 
     def _order(self, record: Record) -> tuple[float, float]:
         engine = self.engine
@@ -270,9 +283,16 @@ class _Run:
 
     def events(self) -> Iterator[Event]:
         queue, running, arrivals, clock = self.queue, self.running, self.arrivals, self.clock
+        news, step = self.news, self.engine.step
         while True:
+            if news:
+                yield from news
+                news.clear()
             now = queue.now_s = clock.now_s()
-            yield from self._receive(now)
+            self._receive(now)
+            if news:
+                yield from news
+                news.clear()
             if not running and not len(queue):
                 if arrivals.closed:
                     return
@@ -280,35 +300,39 @@ class _Run:
                 continue
 
             plan = self._make_plan(now)
-            yield from self._apply_plan(plan, now)
-            queue.restore_unadmitted()
+            if plan.preempt or plan.admit or plan.reserve_tokens:
+                self._apply_plan(plan, now)
+                yield from news
+                news.clear()
+            if queue.is_touched:
+                queue.restore_unadmitted()
             wake_s = plan.wake_s
-            if plan.wake_on_arrival:
-                wake_s = min(wake_s, arrivals.next_s())
+            if plan.wake_on_arrival and (next_s := arrivals.next_s()) < wake_s:
+                wake_s = next_s
             if not running and not plan.preempt:
                 self._wait(wake_s, now)
                 continue
-            result = self.engine.step(plan, wake_s - now)
+            result = step(plan, wake_s - now)
             clock.advance(result.elapsed_s)
-            yield from self._record_result(result, now)
+            self._record_result(result, now)
 
-    def _receive(self, now_s: float) -> Iterator[Event]:
+    def _receive(self, now_s: float) -> None:
         """Queue the requests that have arrived, drop those that were cancelled."""
-        arrivals, queue, limits = self.arrivals, self.queue, self.engine.limits
+        arrivals, queue, news = self.arrivals, self.queue, self.news
         # Asked before due(): by then every request that it names has arrived.
         withdrawn = arrivals.withdrawn()
         for request in arrivals.due(now_s):
-            if reason := limits.refusal(request):
-                yield Event(now_s, "refused", request.id, reason)
+            if reason := self.engine.limits.refusal(request):
+                news.append(Event(now_s, "refused", request.id, reason))
                 continue
             record = Record(request, self.policy.length(request), generated=request.generated)
             queue.push(record)
-            yield Event(now_s, "arrived", request.id, record)
+            news.append(Event(now_s, "arrived", request.id, record))
         for request_id in withdrawn:
             if (waiting := queue.get(request_id)) is not None:
                 queue.remove(waiting)
                 completion = completion_of(waiting, now_s, waiting.generated, cut=True)
-                yield Event(now_s, "withdrawn", request_id, completion)
+                news.append(Event(now_s, "withdrawn", request_id, completion))
 
     def _make_plan(self, now_s: float) -> Plan:
         """The policy's plan, checked; `free` becomes what the plan leaves."""
@@ -329,17 +353,17 @@ class _Run:
             self.free = _check_plan(plan, self.running, self.overran, self.free, engine.limits)
         return plan
 
-    def _apply_plan(self, plan: Plan, now_s: float) -> Iterator[Event]:
+    def _apply_plan(self, plan: Plan, now_s: float) -> None:
         """Preempt, admit and reserve in the scheduler's own records."""
-        queue, running = self.queue, self.running
+        queue, running, news = self.queue, self.running, self.news
         for record in plan.preempt:
             record.generated = self.engine.generated(record)
             record.preemptions += 1
             record.reserved_tokens = 0
             del running[record.request.id]
             queue.push(record)
-            yield Event(now_s, "preempted", record.request.id, record)
-        padded = _padded_tokens(plan)
+            news.append(Event(now_s, "preempted", record.request.id, record))
+        padded = _padded_tokens(plan) if plan.together else 0
         for record in plan.admit:
             queue.remove(record)
             running[record.request.id] = record
@@ -348,12 +372,12 @@ class _Run:
             if record.first_admitted_s < 0:
                 record.first_admitted_s = now_s
             reserve(record, plan.reserve_tokens[record.request.id])
-            yield Event(now_s, "admitted", record.request.id, record)
+            news.append(Event(now_s, "admitted", record.request.id, record))
         for request_id, tokens in plan.reserve_tokens.items():
             holder = running.get(request_id)
             if holder is not None and tokens > holder.reserved_tokens:
                 reserve(holder, tokens)
-                yield Event(now_s, "grew", request_id, holder)
+                news.append(Event(now_s, "grew", request_id, holder))
 
     def _wait(self, wake_s: float, now_s: float) -> None:
         """Wait for the next arrival or the policy's own time, with nothing running."""
@@ -365,9 +389,9 @@ class _Run:
             )
         self.clock.wait_until(wake_s)
 
-    def _record_result(self, result: StepResult, start_s: float) -> Iterator[Event]:
+    def _record_result(self, result: StepResult, start_s: float) -> None:
         """Record what the engine's step, begun at start_s, has done."""
-        running = self.running
+        running, news = self.running, self.news
         if result.emitted_tokens and result.elapsed_s:
             between_s = result.elapsed_s * len(running) / result.emitted_tokens
             self.pace_s = updated_pace(self.pace_s, result.elapsed_s, between_s)
@@ -375,23 +399,23 @@ class _Run:
             record = running[request_id]
             if record.first_token_s < 0:
                 record.first_token_s = start_s + after_s
-                yield Event(start_s + after_s, "started", request_id, record)
+                news.append(Event(start_s + after_s, "started", request_id, record))
         now_s = self.clock.now_s()
         for request_id, prediction in result.reread:
             record = running[request_id]
             record.prediction = prediction
-            yield Event(now_s, "reread", request_id, record)
+            news.append(Event(now_s, "reread", request_id, record))
         for request_id, tokens, cut in result.finished:
             record = running.pop(request_id)
             self.free += record.reserved_tokens
             completion = completion_of(record, now_s, tokens, cut)
-            yield Event(now_s, "finished", request_id, completion)
+            news.append(Event(now_s, "finished", request_id, completion))
         self.overran = ()
         if result.overran:
             self.overran = tuple([running[request_id] for request_id in result.overran])
             for record in self.overran:
                 record.overruns += 1
-                yield Event(now_s, "overran", record.request.id, record)
+                news.append(Event(now_s, "overran", record.request.id, record))
 
 
 def reserve(record: Record, tokens: int) -> None:
@@ -408,8 +432,9 @@ def updated_pace(pace_s: float, elapsed_s: float, latest_s: float) -> float:
     """
     if not pace_s:
         return latest_s
-    weight = min(elapsed_s / PACE_MEMORY_S, 1.0)
-    return pace_s + weight * (latest_s - pace_s)
+    if elapsed_s > PACE_MEMORY_S:
+        return pace_s + 1.0 * (latest_s - pace_s)
+    return pace_s + elapsed_s / PACE_MEMORY_S * (latest_s - pace_s)
 
 
 def completion_of(record: Record, now_s: float, tokens: int, cut: bool) -> Completion:
@@ -440,11 +465,16 @@ def _check_plan(
     limits: Limits,
 ) -> int:
     """KV tokens that the plan leaves free. Raises RuntimeError where it exceeds a limit."""
-    admitted = {record.request.id for record in plan.admit}
-    preempted, free = _check_preemptions(plan, running, free)
+    admitted: set[int] = set()
+    preempted: set[int] = set()
+    if plan.preempt:
+        preempted, free = _check_preemptions(plan, running, free)
+    if plan.admit:
+        admitted = {record.request.id for record in plan.admit}
+        _check_admissions(plan, admitted)
     free = _check_reservations(plan, running, admitted, preempted, free)
-    _check_admissions(plan, admitted)
-    _check_overruns(plan, overran, preempted)
+    if overran:
+        _check_overruns(plan, overran, preempted)
     rows = len(running) - len(preempted) + len(admitted)
     if free < 0 or rows > limits.max_batch:
         raise RuntimeError(f"the plan is {-free} KV tokens or {rows} sequences large; {limits}")
@@ -472,8 +502,8 @@ def _check_reservations(
     for request_id, tokens in plan.reserve_tokens.items():
         if request_id in admitted:
             free -= tokens
-        elif request_id in running and request_id not in preempted:
-            reserved = running[request_id].reserved_tokens
+        elif request_id not in preempted and (record := running.get(request_id)) is not None:
+            reserved = record.reserved_tokens
             free -= tokens - reserved
             if tokens < reserved:
                 raise RuntimeError(

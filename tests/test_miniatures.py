@@ -5,6 +5,7 @@ import gzip
 import importlib.util
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/real_input.py": "test_real_input",
     "benchmarks/reread_cost.py": "test_reread_cost",
     "benchmarks/serving_engine.py": "test_serving_engine",
+    "benchmarks/simulator_fidelity.py": "test_simulator_fidelity",
     "benchmarks/smollm2.py": "test_smollm2",
     "benchmarks/tool_calling.py": "test_tool_calling",
     "benchmarks/train_speed.py": "test_b1_train_speed",
@@ -380,6 +382,29 @@ def test_reread_cost(tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())
     assert len(found["pairs"]) == 3 and found["readings"] == 4 * 4, done.stdout
     assert "re-reading adds" in done.stdout and found["step_ms"] > 0
+
+
+def test_simulator_fidelity(tmp_path):
+    """The second call goes on with the first's cells; other settings are refused."""
+    cells = tmp_path / "cells.jsonl"
+    words = ("--cells", cells, "--loads", "0.8", "--requests", 6, "--max_batch", 4)
+    words += ("--answer_tokens", 6, "--longest", 16)
+    done = run("benchmarks/simulator_fidelity.py", *words, "--policies", "fcfs")
+    assert "1 cells: off by" in done.stdout
+    before = cells.read_text()
+    done = run("benchmarks/simulator_fidelity.py", *words, "--policies", "fcfs,gittins")
+    assert "2 cells: off by" in done.stdout and cells.read_text().startswith(before)
+    made, *lines = [json.loads(line) for line in cells.read_text().splitlines()]
+    spent = sum(one[-1] for one in made["passes"])
+    assert made["capacity"] > 0 and 0 < spent < made["busy_s"] and made["plans"] > 6
+    assert [line["policy"] for line in lines] == ["fcfs", "gittins"]
+    for line in lines:
+        engine = line["engine"]
+        assert 0 < engine["ttft_mean_s"] < engine["latency_mean_s"] <= engine["latency_p99_s"]
+    rows = re.findall(r"^\| `\w+` \| 0.8 \| [\d.]+ \| ([\d.]+) \|", done.stdout, re.M)
+    assert len(rows) == 2 and min(map(float, rows)) > 0
+    done = run_any("benchmarks/simulator_fidelity.py", *words[:-1], 17)
+    assert done.returncode == 1 and "made with other settings" in done.stderr
 
 
 def test_smollm2(tmp_path):

@@ -14,7 +14,7 @@ are computed at the same time in different stages. On one device there is one la
 
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Ids
 
 import torch
@@ -47,6 +47,7 @@ class ContinuousEngine(TextEngine):
         rereader: predicts the length of an answer anew from its hidden states, at the end of its
             prompt and every `rereader.every` tokens (StepResult.reread); None for never.
         tap: where the hidden states go of an engine without a rereader.
+        timer: seconds, by which a step's time and budget are counted.
     Raises:
         ValueError: not such a model; or it is not the rereader's or the tap's.
     """
@@ -61,6 +62,7 @@ class ContinuousEngine(TextEngine):
         runner: ModelRunner | None = None,
         rereader: StateRereader | None = None,
         tap: StateTap | None = None,
+        timer: Callable[[], float] = time.perf_counter,
     ):
         self.runner = runner or ModelRunner(model.eval(), limits.kv_tokens)
         self.prefixes: PrefixCache | None = None
@@ -69,6 +71,7 @@ class ContinuousEngine(TextEngine):
             self.prefixes = PrefixCache(memory, prefix_cache_tokens, self.runner.virtual)
         super().__init__(self.runner.model, limits, cost, stop_ids)
         self.adapters = self.runner.adapters
+        self.timer = timer
         self.rows: dict[int, Sequence] = {}
         # Lanes whose passes are computed now, the first submitted first.
         self._in_flight: deque[Lane] = deque()
@@ -97,7 +100,7 @@ class ContinuousEngine(TextEngine):
     @torch.inference_mode()
     def step(self, plan: Plan, budget_s: float = FOREVER) -> StepResult:
         """As Engine.step."""
-        begin = time.perf_counter()
+        begin = self.timer()
         started: list[tuple[int, float]] = []
         ended: list[Sequence] = []
         emitted = self._apply_plan(plan, begin, started)
@@ -109,7 +112,7 @@ class ContinuousEngine(TextEngine):
             overran = self._overrun_ids()
             if ended or overran or not self.rows:
                 break
-            if (steps or emitted) and time.perf_counter() - begin >= budget_s:
+            if (steps or emitted) and self.timer() - begin >= budget_s:
                 break
             if self._woken and plan.wake_on_arrival and steps:
                 break
@@ -121,7 +124,7 @@ class ContinuousEngine(TextEngine):
         if plan.wake_on_arrival:
             self._woken = False
         reread = () if self.rereads is None else self.rereads.read(self.rows)
-        elapsed_s = time.perf_counter() - begin
+        elapsed_s = self.timer() - begin
         finished = tuple(self.take_finished(row.answer) for row in ended)
         return StepResult(elapsed_s, emitted, tuple(started), finished, tuple(overran), reread)
 
@@ -232,7 +235,7 @@ class ContinuousEngine(TextEngine):
                 del rows[place]
                 logits = torch.cat([logits[:place], logits[place + 1 :]])
         emitted = self._add_tokens(rows, logits) if rows else 0
-        now = time.perf_counter() - begin
+        now = self.timer() - begin
         for row in prefilled:
             if row.new_tokens > 0:
                 started.append((row.id, now))

@@ -126,7 +126,7 @@ class Deadline:
         if view.overran:
             make_room(
                 draft,
-                lambda r, generated: self.reserve(r, generated, limits),
+                lambda r: self.reserve(r, view.generated(r), limits),
                 lambda: self.victims(view),
             )
         blocked, wake_s = None, FOREVER

@@ -62,12 +62,12 @@ class PlanDraft:
 
 
 def make_room(
-    draft: PlanDraft, wanted: Callable[[Record, int], int], victims: Callable[[], list[Record]]
+    draft: PlanDraft, wanted: Callable[[Record], int], victims: Callable[[], list[Record]]
 ) -> None:
     """Grow or preempt all records that overran.
 
     Args:
-        wanted: (record, tokens generated) -> KV tokens to reserve for it. Where they are lacking,
+        wanted: record -> KV tokens to reserve for it. Where they are lacking,
             victims are preempted in turn; where there are none left, the record itself.
         victims: running records, the first to preempt first; called at most once.
     """
@@ -75,7 +75,7 @@ def make_room(
     for record in draft.view.overran:
         if record.request.id in draft.preempted_ids:
             continue
-        tokens = wanted(record, draft.view.generated(record))
+        tokens = wanted(record)
         while not draft.try_grow(record, tokens):
             if queue is None:
                 queue = iter(victims())
@@ -92,12 +92,13 @@ def prompts_left(view: View, pass_s: float) -> float:
     admitted, or the last first token of another, at prefill_tokens a pass of pass_s seconds.
     """
     left, since_s, last_started_s = 0.0, FOREVER, 0.0
-    for record in view.running.values():
-        if record.first_token_s < 0:
+    for record in view.running.values():  # the hottest loop of a simulation: no calls in it
+        first_token_s = record.first_token_s
+        if first_token_s < 0:
             left += record.context_tokens
             since_s = min(since_s, record.admitted_s)
-        else:
-            last_started_s = max(last_started_s, record.first_token_s)
+        elif first_token_s > last_started_s:
+            last_started_s = first_token_s
     if not left:
         return 0.0
     passes = max(view.now_s - max(since_s, last_started_s), 0.0) / pass_s
@@ -123,7 +124,7 @@ def plan_in_turn(
     """
     draft, limits = PlanDraft(view), view.limits
     if view.overran:
-        make_room(draft, reserve, victims)
+        make_room(draft, lambda r: reserve(r, view.generated(r)), victims)
     wake_s = FOREVER
     if not draft.preempt and len(view.waiting):
         spare = int(watermark * limits.kv_tokens)

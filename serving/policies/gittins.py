@@ -39,15 +39,16 @@ def log_index(left: "LengthPrediction", before_s: float, token_s: float, rate: f
 
     exponents = rate * token_s * left.edges
     growth = np.exp(exponents)
-    steps = np.diff(exponents)
+    steps = exponents[1:] - exponents[:-1]
     # The mean of exp over each bin, in which lengths are spread evenly; near 1 its middle's.
     middles = np.exp((exponents[1:] + exponents[:-1]) / 2)
-    inside = np.where(steps > 1e-5, np.diff(growth) / np.maximum(steps, 1e-12), middles)
+    rises = growth[1:] - growth[:-1]
+    inside = np.where(steps > 1e-5, rises / np.maximum(steps, 1e-12), middles)
     mass = left.probabilities
-    done = np.cumsum(mass * inside)
+    done = (mass * inside).cumsum()
     # exp(g before_s) stands in all terms but the 1, so all are divided by it.
-    spent = done + (1 - np.cumsum(mass)) * growth[1:] - math.exp(-rate * before_s)
-    return math.log(max(float(np.max(done / np.maximum(spent, 1e-300))), 1e-300))
+    spent = done + (1 - mass.cumsum()) * growth[1:] - math.exp(-rate * before_s)
+    return math.log(max(float((done / np.maximum(spent, 1e-300)).max()), 1e-300))
 
 
 def backlog_s(backlog: Backlog, limits: Limits, cost: CostEstimator) -> float:

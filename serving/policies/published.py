@@ -54,7 +54,7 @@ class Fcfs:
         if view.overran:
             make_room(
                 draft,
-                lambda r, _: min(r.reserved_tokens + self.block_tokens, limits.max_tokens),
+                lambda r: min(r.reserved_tokens + self.block_tokens, limits.max_tokens),
                 lambda: self.victims(view),
             )
         if not draft.preempt and draft.rows < limits.max_batch:
@@ -120,7 +120,7 @@ class Sjf:
         if view.overran:
             make_room(
                 draft,
-                lambda r, generated: self.reserve(r, generated, view.limits),
+                lambda r: self.reserve(r, view.generated(r), view.limits),
                 lambda: self.victims(view),
             )
         if not draft.preempt:

@@ -31,6 +31,7 @@ class LinearCost:
         step_s: of any decode step: the weights are read once. row_s: more for each sequence,
             token_s: for each token of context.
         call_s, prompt_token_s: of a prefill, and for each of its tokens, padding included.
+        plan_s: between two steps of the engine: scheduler, policy, admissions, moves.
     """
 
     kv_capacity_tokens: int = 100_000
@@ -39,6 +40,7 @@ class LinearCost:
     token_s: float = 2e-8
     call_s: float = 2e-3
     prompt_token_s: float = 6.5e-5
+    plan_s: float = 0.0
 
     def prefill_s(self, tokens: int, batch: int = 1) -> float:
         return self.call_s + self.prompt_token_s * tokens if tokens > 0 else 0.0
@@ -149,10 +151,12 @@ class StepProgress:
         self.started = [(i, after_s + seconds) for i, after_s in self.started]
 
     def result(self, reread: tuple[tuple[int, LengthPrediction], ...] = ()) -> StepResult:
-        done = tuple(
-            [(row.id, row.generated_before + row.target, row.cut) for row in self.finished]
-        )
-        full = tuple([row.id for row in self.overran])
+        done: tuple[tuple[int, int, bool], ...] = ()
+        if self.finished:
+            done = tuple(
+                [(row.id, row.generated_before + row.target, row.cut) for row in self.finished]
+            )
+        full = tuple([row.id for row in self.overran]) if self.overran else ()
         started = tuple(self.started)
         return StepResult(self.elapsed, self.emitted, started, done, full, reread)
 
@@ -194,6 +198,8 @@ class SimulatedEngine:
         self._ended_waiting: dict[int, SimulatedSequence] = {}
         # The additional time of a process's first call.
         self._startup_s = getattr(cost, "startup_s", 0.0)
+        # The time between two steps: scheduler, policy and the plan's execution.
+        self.plan_s = getattr(cost, "plan_s", 0.0)
         self.busy_s = self.row_s = self.reserved_token_s = self.used_token_s = 0.0
         self.prefill_tokens = self.step_rows = 0
 
@@ -230,6 +236,9 @@ class SimulatedEngine:
         if plan.admit and self._startup_s:
             progress.postpone(self._startup_s)
             self._startup_s = 0.0
+        if self.plan_s:
+            progress.postpone(self.plan_s)
+            self.busy_s += self.plan_s
         return progress.result(reread)
 
     def _reread(
@@ -287,29 +296,34 @@ class SimulatedEngine:
         chunk = plan.prefill_tokens or self.limits.prefill_tokens
         last_step = self.steps + (plan.horizon_steps or NO_STEP_LIMIT)
         self._collect_ended(progress)
-        while self._should_continue(progress, budget_s) and self.steps < last_step:
+        # Until a row stops or the budget is spent; a step that has taken no time continues in any
+        # case.
+        while (
+            self.rows
+            and self.steps < last_step
+            and not progress.finished
+            and not progress.overran
+            and (progress.elapsed < budget_s or not progress.elapsed)
+        ):
             k = self._next_event(last_step, chunk) - self.steps
-            seconds = self._seconds(k, chunk)
+            if self._prefills:
+                seconds = self._seconds(k, chunk)
+            else:
+                seconds = self.cost.decode_s(self._decoding, self._context, k)
             if progress.elapsed + seconds > budget_s and k > 1:
                 remaining = budget_s - progress.elapsed
                 k, seconds = smallest_step_count(
                     lambda n: self._seconds(n, chunk), k, seconds, remaining
                 )
             progress.elapsed += seconds
-            progress.emitted += k * (
-                self._decoding - (len(self._ended_waiting) if self.padded else 0)
-            )
+            making = self._decoding
+            if self._ended_waiting and self.padded:
+                making -= len(self._ended_waiting)
+            progress.emitted += k * making
             self._advance(k, seconds)
             if self._prefills:
                 self._prefill(k * chunk, progress)
             self._collect_ended(progress)
-
-    def _should_continue(self, progress: StepProgress, budget_s: float) -> bool:
-        """Whether no row has stopped and the budget is not spent; a step that has taken no time
-        continues in any case."""
-        if progress.finished or progress.overran or not self.rows:
-            return False
-        return not progress.elapsed or progress.elapsed < budget_s
 
     def _next_event(self, last_step: int, chunk: int) -> int:
         """The step, at most last_step, at which a row ends or fills its reservation, or at which
@@ -317,10 +331,14 @@ class SimulatedEngine:
         ends = self._ends
         while ends and not (ends[0][3].alive and ends[0][0] == ends[0][3].ends_at):
             heapq.heappop(ends)
-        until = min(ends[0][0], last_step) if ends else last_step
+        until = last_step
+        if ends and ends[0][0] < until:
+            until = ends[0][0]
         if self._prefills:
             head = self._prefills[0]
-            until = min(until, self.steps + max(1, -(-(head.context - head.prefilled) // chunk)))
+            done = self.steps + max(1, -(-(head.context - head.prefilled) // chunk))
+            if done < until:
+                until = done
         return until
 
     def _seconds(self, k: int, chunk: int) -> float:
@@ -379,7 +397,10 @@ class SimulatedEngine:
 
     def _schedule_end(self, row: SimulatedSequence):
         """Note the step at which the row has made its last token or fills its reservation."""
-        ends_at = row.joined - 1 + min(row.target, row.reserve - row.base)
+        tokens = row.reserve - row.base
+        if row.target < tokens:
+            tokens = row.target
+        ends_at = row.joined - 1 + tokens
         if ends_at != row.ends_at:
             row.ends_at = ends_at
             self._serial += 1  # ties between a row and its own past are broken by it

@@ -62,11 +62,7 @@ class Collector:
     counts: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, event: Event) -> None:
-        kind = event.kind
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        if kind == "finished":
-            assert isinstance(event.what, Completion)
-            self.add(event.what)
+        self.consume((event,))
 
     def add(self, done: Completion) -> None:
         request, columns = done.request, self.columns
@@ -81,8 +77,12 @@ class Collector:
         columns["cut"].append(done.cut)
 
     def consume(self, events: Iterable[Event]) -> "Collector":
-        for event in events:
-            self(event)
+        counts = self.counts
+        for _, kind, _, what in events:
+            counts[kind] = counts.get(kind, 0) + 1
+            if kind == "finished":
+                assert isinstance(what, Completion)
+                self.add(what)
         return self
 
     def summary(self, engine: EngineTotals | None = None) -> dict[str, float]:
