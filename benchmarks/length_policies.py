@@ -297,7 +297,10 @@ Columns = dict[str, dict[str, list[float]]]  # policy -> metric -> one value a s
 
 
 def group_cells(cells: Iterable[dict[str, Any]], seeds: int) -> dict[tuple[str, float], Columns]:
-    """{(workload, load): columns} of so many seeds; the newest line of a policy counts."""
+    """{(workload, load): columns} of so many seeds; the newest line of a policy counts.
+
+    A seed that lacks policies which another has is left out, so that all columns are paired.
+    """
     newest: dict[tuple[str, float, int], dict[str, dict[str, float]]] = {}
     for cell in cells:
         key = cell["workload"], cell["load"], cell["seed"]
@@ -305,7 +308,13 @@ def group_cells(cells: Iterable[dict[str, Any]], seeds: int) -> dict[tuple[str, 
             continue
         newest.setdefault(key, {}).update(cell["policies"])
     groups: dict[tuple[str, float], Columns] = {}
+    most: dict[tuple[str, float], int] = {}
+    for workload, load, seed in newest:
+        count = len(newest[workload, load, seed])
+        most[workload, load] = max(most.get((workload, load), 0), count)
     for workload, load, seed in sorted(newest):
+        if len(newest[workload, load, seed]) < most[workload, load]:
+            continue
         group = groups.setdefault((workload, load), {})
         for name, metrics in newest[workload, load, seed].items():
             columns = group.setdefault(name, {})
