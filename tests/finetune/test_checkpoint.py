@@ -113,7 +113,7 @@ def test_killed_at_every_point_of_a_save(flags, train, tmp_path, monkeypatch, wh
 
     The resumed run ends as an uninterrupted one, without leftovers.
     """
-    from finetune import checkpoint, task
+    from finetune import checkpoint, row_task
 
     words = flags(tmp_path / "out", *LONG, "--save_total_limit", 1)
     count = []
@@ -143,9 +143,10 @@ def test_killed_at_every_point_of_a_save(flags, train, tmp_path, monkeypatch, wh
         elif place == "config":
             patch.setattr(checkpoint, "write_checksums", dying(checkpoint.write_checksums))
         elif place in ("export", "flush"):
-            module, name = {"export": (task, "export_model"), "flush": (checkpoint, "flush_tree")}[
-                place
-            ]
+            module, name = {
+                "export": (row_task, "export_model"),
+                "flush": (checkpoint, "flush_tree"),
+            }[place]
             patch.setattr(module, name, dying(getattr(module, name), before=place == "export"))
         elif place == "prune":
             patch.setattr(

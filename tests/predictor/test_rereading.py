@@ -93,10 +93,9 @@ def test_readings_in_turn_are_what_an_engine_reads_one_after_the_other():
         [wanted] = rereader.read(at[one], last[one], mean[one], [before[number]])
         if at[row] == 0:
             before[number] = wanted
-        for prediction in (found[row], wanted):  # their cells may be cut differently
-            assert prediction.cumulative[-1] == pytest.approx(1)
-        same = np.interp(found[row].edges, wanted.edges, wanted.cumulative)
-        assert found[row].cumulative == pytest.approx(same, abs=1e-6)
+        # Some cells may be cut in two.
+        same = np.interp(wanted.edges, found[row].edges, found[row].cumulative)
+        assert same == pytest.approx(wanted.cumulative, abs=1e-6)
 
 
 @pytest.mark.parametrize("at", [0, EVERY, 448, CAP, 700, LIMIT, LIMIT + 5])
