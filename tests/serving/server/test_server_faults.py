@@ -792,7 +792,7 @@ def test_s10_a_static_engines_thread_ends_with_its_failed_step(by):
 def test_s10_a_monitor_is_closed_last(tiny_folders, tmp_path, caplog):
     """Not while a step that outlives the wait for it may still write."""
     with running(
-        tiny_folders["glm2"], "--log", tmp_path / "log.jsonl", prepare=slow_steps(1.0)
+        tiny_folders["glm2"], "--log", tmp_path / "log.jsonl", prepare=slow_steps(4.0)
     ) as server:
         asked = Together(server, {})
         wait_for(lambda: server.service.backend.engine.rows)
