@@ -85,8 +85,9 @@ def alone(model, prompt, most: int, stops=STOPS) -> list[int]:
                 eos_token_id=stops or [99],
                 pad_token_id=0,
             )
-        KNOWN[key] = out[0, len(prompt) :].tolist()
-    return KNOWN[key]
+        # The model too: while it is kept, no other one has its id.
+        KNOWN[key] = model, out[0, len(prompt) :].tolist()
+    return KNOWN[key][1]
 
 
 class Chaos:
