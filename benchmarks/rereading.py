@@ -38,7 +38,7 @@ from predictor.reread_scores import (  # noqa: E402
     score_places,
     survived_priors,
 )
-from predictor.rereading import LeftGrid, Posteriors, Priors, pool_logarithms  # noqa: E402
+from predictor.rereading import LeftGrid, Posteriors, Priors, joined_posteriors, pool_logarithms  # noqa: E402
 from predictor.rereading_fit import (  # noqa: E402
     POOL_WEIGHTS,
     FitSettings,
@@ -279,8 +279,7 @@ def smoothed(data: Collection, main: UnseenClasses) -> Posteriors:
     """
     mine, grid = data.readings, data.settings.grid
     last: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    width = 0
-    found: dict[int, Posteriors] = {}
+    found: list[tuple[np.ndarray, Posteriors]] = []
     for place in np.unique(mine.at).tolist():
         rows = np.flatnonzero(mine.at == place)
         before = data.priors.take_rows(rows)
@@ -291,16 +290,8 @@ def smoothed(data: Collection, main: UnseenClasses) -> Posteriors:
         part = pool_step(grid, main.classes[rows], mine.take_rows(rows), before, data.fold[rows])
         for answer, masses in zip(mine.answer[rows].tolist(), part.masses):
             last[answer] = (part.edges[0], masses)
-        found[place] = part
-        width = max(width, part.edges.shape[1])
-    edges = np.zeros((len(mine), width))
-    masses = np.zeros((len(mine), width - 1))
-    for place, part in found.items():
-        rows = np.flatnonzero(mine.at == place)
-        count = part.edges.shape[1]
-        edges[rows, :count], edges[rows, count:] = part.edges, part.edges[:, -1:]
-        masses[rows, : count - 1] = part.masses
-    return Posteriors(edges, masses)
+        found.append((rows, part))
+    return joined_posteriors(found)
 
 
 def pool_step(
@@ -346,7 +337,9 @@ def draw(places: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
             ("posterior", "read again", "o-C3"),
             ("prior", "the prompt's prediction, given survival", "x--C0"),
         ):
-            values = [scores[name][metric] for scores in places.values()]
+            values = []
+            for scores in places.values():
+                values.append(scores[name][metric])
             panel.plot(at, values, line, label=title)
         panel.set(xlabel="tokens written", ylabel=label, ylim=(min(0, panel.get_ylim()[0]), None))
         panel.legend(fontsize=8)

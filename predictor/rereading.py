@@ -258,15 +258,19 @@ class Posteriors:
         return found
 
 
-def joined_posteriors(is_second: np.ndarray, first: Posteriors, second: Posteriors) -> Posteriors:
-    """(N,) the rows of two, by (N,) bool; the narrower one gets cells of no width at its end."""
-    width = max(first.edges.shape[1], second.edges.shape[1])
-    edges = np.zeros((len(is_second), width))
-    masses = np.zeros((len(is_second), width - 1))
-    for rows, part in ((~is_second, first), (is_second, second)):
-        count = part.edges.shape[1]
-        edges[rows, :count], edges[rows, count:] = part.edges, part.edges[:, -1:]
-        masses[rows, : count - 1] = part.masses
+def joined_posteriors(parts: Sequence[tuple[np.ndarray, Posteriors]]) -> Posteriors:
+    """(N,) posteriors of parts, each with the numbers of its rows (n,), which together are 0 to N.
+
+    Narrower parts get cells of no width at their end.
+    """
+    count = sum(len(rows) for rows, _ in parts)
+    width = max(part.edges.shape[1] for _, part in parts)
+    edges = np.zeros((count, width))
+    masses = np.zeros((count, width - 1))
+    for rows, part in parts:
+        own = part.edges.shape[1]
+        edges[rows, :own], edges[rows, own:] = part.edges, part.edges[:, -1:]
+        masses[rows, : own - 1] = part.masses
     return Posteriors(edges, masses)
 
 
@@ -325,11 +329,13 @@ class RereadDecoder:
 
         Args: as of `later_priors`.
         """
-        later = at > 0
-        first = self.posteriors(at[~later], classes[~later], priors.take_rows(~later))
-        rest = self.later_priors(answer, at, classes, priors).take_rows(later)
-        second = self.posteriors(at[later], classes[later], rest)
-        return joined_posteriors(later, first, second)
+        later_priors = self.later_priors(answer, at, classes, priors)
+        parts = []
+        for is_part, before in ((at == 0, priors), (at > 0, later_priors)):
+            rows = np.flatnonzero(is_part)
+            part = self.posteriors(at[rows], classes[rows], before.take_rows(rows))
+            parts.append((rows, part))
+        return joined_posteriors(parts)
 
     def to_dict(self) -> dict:
         """What `from_dict` reads, as JSON takes it."""

@@ -23,6 +23,7 @@ from predictor.rereading import (
     Priors,
     RereadDecoder,
     StateNetwork,
+    joined_posteriors,
     pool_logarithms,
 )
 
@@ -139,7 +140,7 @@ class UnseenClasses:
             priors: of all readings, by predictors that had not seen their prompts.
             alone: each reading without any prior.
         """
-        parts, order = [], []
+        parts = []
         for k in np.unique(self.fold):
             rest, held = np.flatnonzero(self.fold != k), np.flatnonzero(self.fold == k)
             decoder = fit_decoder(
@@ -151,13 +152,11 @@ class UnseenClasses:
             )
             answer, at, classes = readings.answer[held], readings.at[held], self.classes[held]
             if alone:
-                parts.append(decoder.posteriors(at, classes, None))
+                part = decoder.posteriors(at, classes, None)
             else:
-                parts.append(decoder.in_turn(answer, at, classes, priors.take_rows(held)))
-            order.append(held)
-        back = np.concatenate(order).argsort()
-        edges = np.concatenate([part.edges for part in parts])[back]
-        return Posteriors(edges, np.concatenate([part.masses for part in parts])[back])
+                part = decoder.in_turn(answer, at, classes, priors.take_rows(held))
+            parts.append((held, part))
+        return joined_posteriors(parts)
 
 
 def fit_rereader(
