@@ -38,7 +38,13 @@ from predictor.reread_scores import (  # noqa: E402
     score_places,
     survived_priors,
 )
-from predictor.rereading import LeftGrid, Posteriors, Priors, joined_posteriors, pool_logarithms  # noqa: E402
+from predictor.rereading import (  # noqa: E402
+    LeftGrid,
+    Posteriors,
+    Priors,
+    joined_posteriors,
+    pool_logarithms,
+)
 from predictor.rereading_fit import (  # noqa: E402
     POOL_WEIGHTS,
     FitSettings,
@@ -285,7 +291,9 @@ def smoothed(data: Collection, main: UnseenClasses) -> Posteriors:
         before = data.priors.take_rows(rows)
         if place:
             edges = last[mine.answer[rows[0]]][0]
-            masses = [last[answer][1] for answer in mine.answer[rows].tolist()]
+            masses = []
+            for answer in mine.answer[rows].tolist():
+                masses.append(last[answer][1])
             before = Priors(edges, np.array(masses))
         part = pool_step(grid, main.classes[rows], mine.take_rows(rows), before, data.fold[rows])
         for answer, masses in zip(mine.answer[rows].tolist(), part.masses):
