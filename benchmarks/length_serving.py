@@ -11,20 +11,21 @@ a repetition and get the same requests. Cells are lines of --cells, written as t
 command goes on where it was stopped, and ends by itself after --minutes. The table is printed of
 the cells there are.
 
-Answers are sampled as the lengths were collected, each with its line's own seed. Capacity: answers
-a second when all requests wait at once, first come first served. The predictor runs in a process
-of its own, predicts when a prompt arrives, and its time counts; so does re-reading, in the engine.
+Answers are sampled as the lengths were collected, each with its line's own seed. The engine
+computes every pass, under a clock of CPU seconds: arrivals come by it, idle time is skipped, and
+the speed that other programs take is divided out (benchmarks/steady.py). Capacity: answers a second
+when all requests wait at once, first come first served; policies know the costs of passes that were
+fitted there. Prompts are predicted in turn, beside the engine as if on a core of its own, and a
+request is seen only when its prediction is made; re-reading takes the engine's own time.
 A policy's name with +read: the same engine reads its answers again while they are written.
 """
 
 import argparse
 import json
-import multiprocessing
 import sys
-import threading
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,20 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from benchmarks.rows import read_lines
-from benchmarks.serving_real import run_predictor
+from benchmarks.steady import (
+    SteadyTimer,
+    TimedEngine,
+    TimerClock,
+    calibrate,
+    fitted_cost,
+    short_forward,
+)
 from chatglm.commands import Parser
 from finetune.config import PRECISIONS, parse_positive
-from predictor.prediction import LengthPrediction
 from scripts.collect_lengths import row_seed
 from serving.policies.continuous import POLICIES
 from serving.request import Limits, Request
-from serving.scheduler import run_scheduler
+from serving.scheduler import Replay, run_scheduler
 from serving.simulate.engine import LinearCost
 from serving.simulate.statistics import Collector, interval
 from serving.simulate.workload import gamma_arrivals, poisson_arrivals
@@ -103,7 +110,6 @@ class LengthServingFlags:
     max_batch: int
     slo_scale: float
     precision: str
-    threads: int
     minutes: float
 
     def cell_list(self) -> list[Cell]:
@@ -120,18 +126,17 @@ class LengthServingFlags:
 
 
 class ServedModel:
-    """The model with its engine, the predictor's process and the answers that are known.
+    """The model with its engines, its predictor and the answers that are known.
 
     Attributes:
-        capacity: answers a second, all waiting at once.
-        alone_token_s, alone_prompt_s: seconds of a token and of a prompt's token, one answer alone.
+        machine: of steady.calibrate: the capacity, and what costs are fitted to.
     """
 
     def __init__(self, flags: LengthServingFlags) -> None:
         from chatglm import load_tokenizer
         from chatglm.families import family_of
         from finetune.evaluation.predict import load_ready
-        from serving.engines.continuous_engine import ContinuousEngine
+        from predictor.runtime import LengthPredictor
 
         rows = read_lines(flags.lengths)
         self.sampling = sampling_of(rows[0])
@@ -148,96 +153,91 @@ class ServedModel:
         longest = self.sampling["max_new_tokens"] + 2
         longest += max(len(answer.ids) for answer in self.known)
         limits = Limits(flags.max_batch, flags.max_batch * longest, longest, 256)
-        self.engine = ContinuousEngine(model, limits, LinearCost())
-        self.reading_engine: ContinuousEngine | None = None
+        self.timer = SteadyTimer(short_forward(model))
+        self.engine = TimedEngine(model, limits, LinearCost(limits.kv_tokens), timer=self.timer)
+        self.reading_engine: TimedEngine | None = None
         if flags.rereader is not None:
             from predictor.rereading import Rereader
 
             rereader = Rereader.from_pretrained(flags.rereader, flags.model)
-            self.reading_engine = ContinuousEngine(model, limits, LinearCost(), rereader=rereader)
-        context = multiprocessing.get_context("spawn")  # a fork would take torch's threads along
-        self._pipe, theirs = context.Pipe()
-        arguments = (theirs, flags.predictor)
-        context.Process(target=run_predictor, args=arguments, daemon=True).start()
-        self.alone_prompt_s, self.alone_token_s = self._measure_alone()
-        cost = LinearCost(limits.kv_tokens, self.alone_token_s, 0, 0, 0, self.alone_prompt_s)
+            cost = LinearCost(limits.kv_tokens)
+            self.reading_engine = TimedEngine(
+                model, limits, cost, rereader=rereader, timer=self.timer
+            )
+        self.predictor = LengthPredictor.from_pretrained(flags.predictor)
+        self.machine: dict[str, Any] = {}
+
+    def calibrate(self, count: int) -> dict[str, Any]:
+        """As steady.calibrate."""
+
+        def serve_drawn(number: int, rate: float, seed: int) -> tuple[float, float]:
+            rng = np.random.default_rng(seed)
+            drawn = rng.integers(0, len(self.known), number).tolist()
+            arrivals = np.cumsum(rng.exponential(1 / rate, number)).tolist()
+            requests = []
+            for which, at_s in zip(drawn, arrivals, strict=True):
+                request = Request(len(requests), len(self.known[which].ids), at_s, 1e9)
+                requests.append((request, which))
+            finish_s = np.sort(self.run("fcfs", requests).columns["finish_s"])
+            # Until the batch begins to empty: the last answers run in a smaller one.
+            full = max(number - self.engine.limits.max_batch, number // 2)
+            return self.busy_s, full / float(finish_s[full - 1])
+
+        return calibrate(self.engine, count, serve_drawn)
+
+    def use_machine(self, machine: dict[str, Any]) -> None:
+        """Go by a calibration, this run's or an earlier one's of the same cells."""
+        self.machine = machine
+        self.timer.usual_s = machine["reference_s"]
         for engine in filter(None, (self.engine, self.reading_engine)):
-            engine.cost = cost
-        self.capacity = 0.0
-
-    def _measure_alone(self) -> tuple[float, float]:
-        """Seconds of a prompt's token and of an answer's, from answers that run alone."""
-        prompt_s = prompt_tokens = token_s = tokens = 0.0
-        for number in range(6):
-            known = self.known[number]
-            request = Request(number, len(known.ids), 0.0, 1e9)
-            columns = self.run("fcfs", [(request, number)]).columns
-            if number < 2:
-                continue  # the first calls take longer
-            prompt_s += columns["first_token_s"][0] - columns["admitted_s"][0]
-            prompt_tokens += len(known.ids)
-            token_s += columns["finish_s"][0] - columns["first_token_s"][0]
-            tokens += columns["output"][0] - 1
-        return prompt_s / prompt_tokens, token_s / max(tokens, 1)
-
-    def measure_capacity(self, count: int) -> None:
-        """Set `capacity`, from `count` requests that wait at once."""
-        requests = []
-        drawn = np.random.default_rng(1).integers(0, len(self.known), count)
-        for number, which in enumerate(drawn.tolist()):
-            requests.append((Request(number, len(self.known[which].ids), 0.0, 1e9), which))
-        columns = self.run("fcfs", requests).columns
-        finish_s = np.sort(columns["finish_s"])
-        # Until the batch begins to empty: the last answers run in a smaller one.
-        full = max(count - self.engine.limits.max_batch, count // 2)
-        self.capacity = full / float(finish_s[full - 1])
+            engine.cost = fitted_cost(machine, engine.limits)
 
     def requests(self, cell: Cell, count: int, slo_scale: float) -> list[tuple[Request, int]]:
         """(request, which of `known`) by arrival: the same for all policies of a repetition."""
         rng = np.random.default_rng([cell.repetition, round(100 * cell.load)])
         which = rng.integers(0, len(self.known), count)
-        arrivals = ARRIVALS[cell.arrivals](count, cell.load * self.capacity, rng)
-        typical = np.mean([answer.tokens for answer in self.known]) * self.alone_token_s
+        arrivals = ARRIVALS[cell.arrivals](count, cell.load * self.machine["capacity"], rng)
+        typical = round(float(np.mean([answer.tokens for answer in self.known])))
         classes = rng.choice([0.5, 1.0, 2.0], count)
+        cost = self.engine.cost
         requests = []
         for number, at_s in enumerate(arrivals.tolist()):
             ids = self.known[which[number]].ids
-            slo_s = slo_scale * classes[number] * (typical + len(ids) * self.alone_prompt_s)
-            requests.append((Request(number, len(ids), at_s, float(slo_s)), int(which[number])))
+            alone_s = cost.prefill_s(len(ids)) + cost.decode_s(1, len(ids) + 1, typical)
+            slo_s = float(slo_scale * classes[number] * alone_s)
+            requests.append((Request(number, len(ids), at_s, slo_s), int(which[number])))
         return requests
 
     def run(self, name: str, requests: list[tuple[Request, int]]) -> Collector:
         """Serve them; a Collector of what happened."""
-        from serving.engines import Inbox, Sampling, WallClock
+        from serving.engines import Sampling
 
         policy = POLICIES[name.removesuffix(READ)]
         engine = self.reading_engine if name.endswith(READ) else self.engine
         assert engine is not None  # main() asks for --rereader with +read
-        clock = WallClock()
-        inbox = Inbox(clock, engine)
-        calls = []
+        if policy.predicts:
+            requests = self.predicted(requests)
         for request, which in requests:
-            text = self.known[which].prompt if policy.predicts else None
-            calls.append((request.arrival_s, text))
-        self._pipe.send((clock.zero_s, calls))
-
-        def feed() -> None:
-            for request, which in requests:
-                prediction: LengthPrediction | None = self._pipe.recv()
-                known = self.known[which]
-                live = Request(
-                    request.id, len(known.ids), request.arrival_s, request.slo_s, prediction
-                )
-                sampling = Sampling(seed=known.seed, **self.sampling)
-                engine.submit(live, known.ids, sampling)
-                inbox.put(live)
-            inbox.close()
-
-        feeder = threading.Thread(target=feed, daemon=True)
-        feeder.start()
-        collector = Collector().consume(run_scheduler(policy, engine, clock, inbox))
-        feeder.join()
+            known = self.known[which]
+            engine.submit(request, known.ids, Sampling(seed=known.seed, **self.sampling))
+        engine.clear()
+        clock = TimerClock(self.timer)
+        arrivals = Replay([request for request, _ in requests])
+        collector = Collector().consume(run_scheduler(policy, engine, clock, arrivals))
+        self.busy_s = clock.now_s() - clock.idle_s
         return collector
+
+    def predicted(self, requests: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
+        """The requests with their predictions, made in turn: each waits for those before it."""
+        found = []
+        free_s = 0.0
+        for request, which in requests:
+            begin_s = self.timer()
+            prediction = self.predictor.predict(self.known[which].prompt)[0]
+            free_s = max(free_s, request.arrival_s) + self.timer() - begin_s
+            waited_s = free_s - request.arrival_s
+            found.append((replace(request, prediction=prediction, predict_s=waited_s), which))
+        return found
 
 
 def sampling_of(row: dict) -> dict:
@@ -259,22 +259,18 @@ def run_cells(flags: LengthServingFlags) -> list[dict]:
     }
     depends_on |= {"lengths": str(flags.lengths), "requests": flags.requests}
     depends_on |= {"max_batch": flags.max_batch, "slo_scale": flags.slo_scale}
-    depends_on |= {"precision": flags.precision, "threads": flags.threads}
+    depends_on |= {"precision": flags.precision}
     kept = KeptCells(flags.cells, depends_on)
     missing = [cell for cell in flags.cell_list() if cell not in kept.done]
     if not missing:
         return kept.rows
     begin = time.perf_counter()
     served = ServedModel(flags)
-    if kept.capacity is None:
-        served.measure_capacity(flags.requests)
-        kept.add({"capacity": served.capacity})
-    served.capacity = kept.capacity or served.capacity
-    print(
-        f"capacity {served.capacity:.2f} answers/s; alone a token takes "
-        f"{1e3 * served.alone_token_s:.1f} ms, a prompt's {1e3 * served.alone_prompt_s:.2f} ms",
-        file=sys.stderr,
-    )
+    if kept.machine is None:
+        kept.add(served.calibrate(flags.requests))
+    assert kept.machine is not None
+    served.use_machine(kept.machine)
+    print(f"capacity {kept.machine['capacity']:.3g} answers/s", file=sys.stderr)
     for number, cell in enumerate(missing, 1):
         if time.perf_counter() - begin > 60 * flags.minutes:
             break
@@ -292,10 +288,11 @@ def run_cells(flags: LengthServingFlags) -> list[dict]:
 
 
 class KeptCells:
-    """The lines of --cells: what they depend on, the capacity, then a line for each cell.
+    """The lines of --cells: what they depend on, the calibration, then a line for each cell.
 
     Attributes:
-        rows: of the cells. done: the cells that are there. capacity: None before it is measured.
+        rows: of the cells. done: the cells that are there.
+        machine: the calibration; None before it is there.
     Raises:
         ValueError: the file is of other settings.
     """
@@ -304,7 +301,7 @@ class KeptCells:
         self.path = path
         self.rows: list[dict] = []
         self.done: set[Cell] = set()
-        self.capacity: float | None = None
+        self.machine: dict[str, Any] | None = None
         if not path.exists():
             self._write(depends_on)
             return
@@ -324,7 +321,7 @@ class KeptCells:
 
     def _take(self, line: dict) -> None:
         if "capacity" in line:
-            self.capacity = line["capacity"]
+            self.machine = line
             return
         self.rows.append(line)
         self.done.add(Cell(line["policy"], line["arrivals"], line["load"], line["repetition"]))
@@ -385,7 +382,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_batch", type=parse_positive, default=16, help="answers made at once [16]")
     add("--slo_scale", type=float, default=5.0, help="objective: so many times a typical answer")
     add("--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]")
-    add("--threads", type=parse_positive, default=1)
     add("--minutes", type=float, default=1e9, help="begin no cell after so many [no limit]")
     return parser
 
@@ -403,7 +399,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             parser.error(f"--arrivals: wanted poisson or bursty; got {name!r}")
     import torch
 
-    torch.set_num_threads(flags.threads)
+    torch.set_num_threads(1)
     rows = run_cells(flags)
     print_tables(rows)
     return rows

@@ -22,9 +22,7 @@ import argparse
 import json
 import sys
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,125 +32,29 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
 
 from benchmarks.rows import read_lines
+from benchmarks.steady import (
+    SteadyTimer,
+    TimedEngine,
+    TimedPass,
+    TimerClock,
+    calibrate,
+    fit_passes,
+    fitted_cost,
+    short_forward,
+)
 from chatglm.commands import Parser, run_command
 from finetune.config import PRECISIONS, parse_positive
 from serving.engines.answers import Sampling
-from serving.engines.continuous_engine import ContinuousEngine
 from serving.policies.continuous import POLICIES
-from serving.request import FOREVER, Limits, Plan, Policy, Request, StepResult
+from serving.request import Limits, Policy, Request
 from serving.scheduler import Replay, VirtualClock, run_scheduler
 from serving.simulate.engine import LinearCost, SimulatedEngine
 from serving.simulate.statistics import Collector
 from serving.simulate.workload import PredictorModel
 
-EVERY = 8  # passes between two timings of the reference
 LONGEST_PROMPT = 90  # tokens
-RECENT = 9  # of those timings, whose median is the machine's speed now
-
-
-class SteadyTimer:
-    """CPU seconds of this process, as if the machine were always as fast as it once was.
-
-    Args:
-        reference: a fixed piece of work, whose own time is left out.
-    Attributes:
-        usual_s: what the reference took then: when the timer was made, unless it is set.
-    """
-
-    def __init__(self, reference: Callable[[], object]) -> None:
-        self.reference = reference
-        self.now_s = 0.0
-        self.recent: deque[float] = deque(maxlen=RECENT)
-        for _ in range(3 * RECENT):
-            self.recent.append(self._time_reference())
-        self.usual_s = self.typical_s = median(self.recent)
-        self.last_s = time.process_time()
-
-    def _time_reference(self) -> float:
-        begin = time.process_time()
-        self.reference()
-        return time.process_time() - begin
-
-    def __call__(self) -> float:
-        now_s = time.process_time()
-        self.now_s += (now_s - self.last_s) * self.usual_s / self.typical_s
-        self.last_s = now_s
-        return self.now_s
-
-    def observe_speed(self) -> None:
-        """Time the reference, and go by it from now on."""
-        self()
-        self.recent.append(self._time_reference())
-        self.typical_s = median(self.recent)
-        self.last_s = time.process_time()
-
-
-class TimerClock:
-    """A Clock of a timer, which skips idle time."""
-
-    def __init__(self, timer: Callable[[], float]) -> None:
-        self.timer, self.zero_s, self.idle_s = timer, timer(), 0.0
-
-    def now_s(self) -> float:
-        return self.timer() - self.zero_s + self.idle_s
-
-    def advance(self, seconds: float) -> None:
-        """Nothing: the step has taken its time."""
-
-    def wait_until(self, time_s: float) -> None:
-        self.idle_s += max(time_s - self.now_s(), 0.0)
-
-
-@dataclass(frozen=True)
-class TimedPass:  # the order of its fields is that of the lines of --cells
-    """One pass: its decoding rows, their cached tokens, those that attention reads (each length
-    class up to its longest row), its length classes, its prompt tokens, and what it took."""
-
-    rows: int
-    context: int
-    read: int
-    classes: int
-    prompt: int
-    seconds: float
-
-
-class TimedEngine(ContinuousEngine):
-    """Times each pass; `passes` and the number of `plans` since clear()."""
-
-    steady: SteadyTimer
-
-    def clear(self) -> None:
-        self.passes: list[TimedPass] = []
-        self.plans = 0
-
-    def step(self, plan: Plan, budget_s: float = FOREVER) -> StepResult:
-        self.plans += 1
-        return super().step(plan, budget_s)
-
-    def _submit_passes(self, *rest: Any, **named: Any) -> None:
-        self._begin_s = self.timer()
-        super()._submit_passes(*rest, **named)
-
-    def _collect_pass(self, *rest: Any, **named: Any) -> int:
-        planned = self._in_flight[0].in_flight
-        assert planned is not None
-        emitted = super()._collect_pass(*rest, **named)
-        seconds = self.timer() - self._begin_s
-        rows = context = read = prompt = 0
-        for part in planned.plan.decoding:
-            rows += len(part.lengths)
-            context += sum(part.lengths)
-            read += len(part.lengths) * (max(part.lengths) + 1)
-        for chunk in planned.plan.chunks:
-            prompt += chunk.end - chunk.start
-        classes = len(planned.plan.decoding)
-        self.passes.append(TimedPass(rows, context, read, classes, prompt, seconds))
-        if len(self.passes) % EVERY == 0:
-            self.steady.observe_speed()
-        return emitted
 
 
 @dataclass(frozen=True)
@@ -224,17 +126,11 @@ class FidelityBench:
             model = load_ready(flags.model, device="cpu", precision=flags.precision)
         self.flags = flags
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
-        ids = torch.arange(2, 10)[None]
-
-        @torch.inference_mode()
-        def reference() -> object:
-            return model(input_ids=ids, use_cache=False)
-
-        timer = SteadyTimer(reference)
+        timer = SteadyTimer(short_forward(model))
         limits = limits_of(flags)
         cost = LinearCost(limits.kv_tokens)
         self.engine = TimedEngine(model, limits, cost, [1], timer=timer)
-        self.engine.steady = timer
+        self.engine.clear()
 
     def serve(self, policy: Policy, requests: list[Request]) -> Collector:
         """On the engine, which notes its passes."""
@@ -243,31 +139,19 @@ class FidelityBench:
             ids = draw.integers(2, self.vocabulary, request.prompt_tokens).tolist()
             sampling = Sampling(max_new_tokens=request.output_tokens, ignore_stops=True)
             self.engine.submit(request, ids, sampling)
-        self.engine.clear()
         clock = TimerClock(self.engine.timer)
         collector = Collector().consume(run_scheduler(policy, self.engine, clock, Replay(requests)))
         self.busy_s = clock.now_s() - clock.idle_s
         return collector
 
     def calibrate(self) -> dict[str, Any]:
-        """Capacity, and what the simulator's costs are fitted to."""
-        flags, fcfs = self.flags, POLICIES["fcfs"]
-        at_once = float("inf")
-        self.serve(fcfs, poisson_requests(flags, flags.max_batch, at_once, 1000))  # warms up
-        self.serve(fcfs, poisson_requests(flags, flags.requests, at_once, 1001))
-        capacity = flags.requests / self.busy_s
-        passes, plans, busy_s = self.engine.passes, self.engine.plans, self.busy_s
-        self.serve(fcfs, poisson_requests(flags, flags.requests, 0.6 * capacity, 1002))
-        passes = passes + self.engine.passes
-        plans, busy_s = plans + self.engine.plans, busy_s + self.busy_s
-        return {
-            "reference_s": self.engine.steady.usual_s,
-            "capacity": capacity,
-            "plans": plans,
-            "busy_s": busy_s,
-            "moves": self.engine.runner.arena.migrations,
-            "passes": [list(asdict(one).values()) for one in passes],
-        }
+        """As steady.calibrate."""
+
+        def serve_arrivals(count: int, rate: float, seed: int) -> tuple[float, float]:
+            self.serve(POLICIES["fcfs"], poisson_requests(self.flags, count, rate, seed))
+            return self.busy_s, count / self.busy_s
+
+        return calibrate(self.engine, self.flags.requests, serve_arrivals)
 
     def run(self, cell: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
         """A cell's line: the engine's latencies."""
@@ -299,42 +183,6 @@ def add_simulated(flags: FidelityFlags, made: dict[str, Any], line: dict[str, An
 def latencies(collector: Collector) -> dict[str, float]:
     summary = collector.summary()
     return {key: summary[key] for key in ("latency_mean_s", "latency_p99_s", "ttft_mean_s")}
-
-
-def fit_passes(passes: list[TimedPass]) -> dict[str, Any]:
-    """Non-negative least squares of the passes' seconds, of which the sum is then right.
-
-    `cost` is LinearCost's; `errors` the mean relative error of a pass by that, and where what
-    attention reads and the number of length classes are known too.
-    """
-    seconds = np.array([one.seconds for one in passes])
-    columns = []
-    for one in passes:
-        decodes = float(one.rows > 0)
-        columns.append([decodes, one.rows, one.context, one.prompt, 1 - decodes])
-    small = np.array(columns, float)
-    classes = [[one.read - one.context, max(one.classes - 1, 0)] for one in passes]
-    large = np.hstack([small, np.array(classes, float)])
-    weights = 1 / np.sqrt(seconds)
-    fitted, errors = [], []
-    for matrix in (small, large):
-        found, _ = nnls(matrix * weights[:, None], seconds * weights)
-        found *= seconds.sum() / (matrix @ found).sum()
-        fitted.append(found)
-        errors.append(float(np.mean(np.abs(matrix @ found / seconds - 1))))
-    step_s, row_s, token_s, prompt_token_s, call_s = fitted[0].tolist()
-    cost = {"step_s": step_s, "row_s": row_s, "token_s": token_s}
-    cost |= {"call_s": call_s, "prompt_token_s": prompt_token_s}
-    share = float((large[:, 5:] @ fitted[1][5:]).sum() / seconds.sum())
-    return {"cost": cost, "errors": errors, "classes_share": share}
-
-
-def fitted_cost(made: dict[str, Any], limits: Limits) -> LinearCost:
-    """The costs that a calibration shows."""
-    passes = [TimedPass(*values) for values in made["passes"]]
-    between_s = made["busy_s"] - sum([one.seconds for one in passes])
-    plan_s = between_s / made["plans"]
-    return LinearCost(limits.kv_tokens, **fit_passes(passes)["cost"], plan_s=plan_s)
 
 
 def print_table(flags: FidelityFlags, made: dict[str, Any], lines: list[dict[str, Any]]) -> None:
@@ -398,7 +246,7 @@ def run_cells(flags: FidelityFlags) -> tuple[dict[str, Any], list[dict[str, Any]
             if not lines:
                 lines.append({"settings": settings, **bench.calibrate()})
                 append(flags.cells, lines[0])
-            bench.engine.steady.usual_s = lines[0]["reference_s"]
+            bench.engine.timer.usual_s = lines[0]["reference_s"]
             lines.append(bench.run({"policy": policy, "load": load}, lines[0]))
             append(flags.cells, lines[-1])
     if not lines:
