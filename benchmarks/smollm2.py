@@ -157,7 +157,7 @@ def collect(flags: argparse.Namespace, model: Path, prompts: Path) -> None:
     words += ["--precision", flags.precision, "--batch_size", 64]
     if flags.layers:
         words += ["--state_layers", flags.layers]
-    run_program(words)
+    run_program([*words, *flags.collect_flags.split()])
 
 
 def train(flags: argparse.Namespace, backbone: str, own_flags: Sequence[object] = ()) -> Path:
@@ -225,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--rate", type=float, default=0.5, help="of the serving cell, requests a second [0.5]")
     add("--slo_s", type=float, default=60.0, help="of the serving cell [60]")
     add("--train_flags", default="", help="more flags of train.py, for both predictors")
+    add("--collect_flags", default="", help="more flags of collect_lengths.py: --state_entropy")
     add("--states_flags", default="", help="more flags of train.py --backbone states")
     add("--until", choices=STAGES, default="serve", help="the last stage [serve]")
     add("--convert", type=Path, nargs=2, help=argparse.SUPPRESS)
