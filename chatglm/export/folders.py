@@ -139,15 +139,17 @@ def export_glm(
     return written_aside(output, write)
 
 
-def family_to_export(folder: Path, mode: str | None, base: str | Path | None) -> str:
-    """The family of a folder. Raises ValueError where GlmForCausalLM cannot be that family's."""
+def family_to_export(
+    folder: Path, mode: str | None, base: str | Path | None, target: str = "a GlmForCausalLM"
+) -> str:
+    """The family of a folder. Raises ValueError where `target` cannot be that family's."""
     family = resolve_mode(folder, mode, base)
     if family == "causal":
         kind = json_values(folder / "config.json").get("model_type")
-        raise ValueError(f"{folder}: --to glm is for ChatGLM models, this is one of {kind} already")
+        raise ValueError(f"{folder}: exports are of ChatGLM models, this is one of {kind} already")
     if family not in SHARED_LAYOUT:
         raise ValueError(
-            f"{folder}: {FAMILIES[family].title} cannot be a GlmForCausalLM: its positions have "
+            f"{folder}: {FAMILIES[family].title} cannot be {target}: its positions have "
             "two dimensions and its prompt is read in both directions; ChatGLM2, ChatGLM3 and "
             "GLM-4 can"
         )

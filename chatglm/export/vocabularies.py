@@ -68,12 +68,7 @@ def sentencepiece_encoder(path: Path) -> Tokenizer:
     Raises:
         ValueError: the model is of another type, or reads text in a way that is not known here.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    protobuf: Any = sentencepiece_model_pb2  # its classes are made when it is imported
-    model = protobuf.ModelProto()
-    model.ParseFromString(path.read_bytes())
-    check_sentencepiece(path, model)
+    model = read_sentencepiece(path)
     vocabulary: dict[str, int] = {}
     for index, piece in enumerate(model.pieces):
         vocabulary[piece.piece] = index
@@ -93,6 +88,21 @@ def sentencepiece_encoder(path: Path) -> Tokenizer:
         steps.append(decoders.Strip(" ", 1, 0))
     fast.decoder = decoders.Sequence(steps)
     return fast
+
+
+def read_sentencepiece(path: Path) -> Any:
+    """A SentencePiece file's ModelProto.
+
+    Raises:
+        ValueError: the model is of another type, or reads text in a way that is not known here.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    protobuf: Any = sentencepiece_model_pb2  # its classes are made when it is imported
+    model = protobuf.ModelProto()
+    model.ParseFromString(path.read_bytes())
+    check_sentencepiece(path, model)
+    return model
 
 
 def check_sentencepiece(path: Path, model: Any) -> None:

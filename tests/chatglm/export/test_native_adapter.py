@@ -70,7 +70,7 @@ def test_folded_weights_are_those_of_merge_lora(trained, tmp_path):
     with torch.inference_mode():
         adapted, plain = load_model(adapter)(ids).logits, load_model(base)(ids).logits
         logits = load_model(tmp_path / "folded")(ids).logits
-    assert (logits - adapted).abs().max() <= 1e-5 < (plain - adapted).abs().max()
+    assert (logits - adapted).abs().max() <= 3e-5 < (plain - adapted).abs().max()
 
 
 @pytest.mark.slow

@@ -1,0 +1,198 @@
+"""A GGUF file: its tensors and settings, and the answers of llama.cpp beside ours."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.client_env import environment_python
+from chatglm import load_model, load_tokenizer
+from chatglm.export.command import main
+from chatglm.families import family_of
+from tests.chatglm.export.outside import make_release
+from tests.conftest import REPO_ROOT, tiny_model, write_tokenizer
+from tests.finetune.runs import child_env
+
+gguf = pytest.importorskip("gguf", reason="pip install 'glm-foundry[gguf]'")
+
+# Heads times kv_channels is the hidden size, as llama.cpp wants it; rows can be packed by 32.
+SIZES = {"hidden_size": 64, "kv_channels": 16, "num_attention_heads": 4, "ffn_hidden_size": 96}
+SIZES |= {"multi_query_group_num": 2, "padded_vocab_size": 400}
+RELEASES = {
+    "glm2": ("glm2", {}),
+    "glm2-32k": ("glm2", {"rope_ratio": 16}),
+    "glm3-32k": ("glm3", {"rope_ratio": 50}),
+    "glm4": ("glm4", {"rope_ratio": 500, "layernorm_epsilon": 1.5625e-07}),
+    "glm4-tied": ("glm4", {"tie_word_embeddings": True}),
+}
+
+
+def make_folder(place, name):
+    """A tiny model of RELEASES with its tokenizer."""
+    family, changes = RELEASES[name]
+    folder = place / name
+    folder.mkdir(parents=True)
+    write_tokenizer(folder, family)
+    tiny_model(family, **SIZES | changes).save_pretrained(folder)
+    load_tokenizer(folder).save_pretrained(folder)
+    return folder
+
+
+def export(folder, file, *words) -> "gguf.GGUFReader":
+    words = [str(folder), "--to", "gguf", "--output", str(file), *map(str, words)]
+    assert main(words) == 0
+    return gguf.GGUFReader(file)
+
+
+def settings(reader) -> dict:
+    return {name: field.contents() for name, field in reader.fields.items()}
+
+
+def tensors(reader) -> dict[str, np.ndarray]:
+    found = {}
+    for tensor in reader.tensors:
+        found[tensor.name] = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    return found
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_weights_and_settings(tmp_path, name):
+    folder = make_folder(tmp_path, name)
+    reader = export(folder, tmp_path / "model.gguf", "--type", "f32")
+    model, found, said = load_model(folder), tensors(reader), settings(reader)
+    state = model.state_dict()
+    layer = "transformer.encoder.layers.2."
+    pairs = {
+        "token_embd.weight": "transformer.embedding.word_embeddings.weight",
+        "blk.2.attn_qkv.bias": f"{layer}self_attention.query_key_value.bias",
+        "blk.2.attn_qkv.weight": f"{layer}self_attention.query_key_value.weight",
+        "blk.2.ffn_up.weight": f"{layer}mlp.dense_h_to_4h.weight",
+        "blk.2.attn_norm.weight": f"{layer}input_layernorm.weight",
+        "output_norm.weight": "transformer.encoder.final_layernorm.weight",
+    }
+    for theirs, ours in pairs.items():
+        assert np.array_equal(found[theirs], state[ours].numpy()), theirs
+    assert ("output.weight" in found) != (name == "glm4-tied")
+    assert len(found) == len(set(found)) == 3 * 7 + 3 - (name == "glm4-tied")
+    ratio = RELEASES[name][1].get("rope_ratio", 1)
+    scaled = name == "glm2-32k"
+    assert said["chatglm.rope.freq_base"] == 10000 * (1 if scaled else ratio)
+    assert said.get("chatglm.rope.scaling.factor") == (ratio if scaled else None)
+    assert said["chatglm.rope.dimension_count"] == 8
+    tokenizer = load_tokenizer(folder)
+    names = ("eos", "eot", "eom")[: len(tokenizer.stop_ids)]
+    ends = [said[f"tokenizer.ggml.{name}_token_id"] for name in names]
+    assert ends == tokenizer.stop_ids
+    assert len(said["tokenizer.ggml.tokens"]) == len(said["tokenizer.ggml.token_type"]) == 400
+    assert "[gMASK]" in said["tokenizer.chat_template"]
+
+
+@pytest.mark.parametrize("kind, most", [("f16", 3e-4), ("bf16", 3e-3), ("q8_0", 5e-3)])
+def test_types(tmp_path, kind, most):
+    folder = make_folder(tmp_path, "glm3-32k")
+    exact = tensors(export(folder, tmp_path / "exact.gguf", "--type", "f32"))
+    for name, values in tensors(export(folder, tmp_path / "file.gguf", "--type", kind)).items():
+        assert np.abs(values - exact[name]).max() <= most, name
+
+
+def test_q4_0_keeps_vectors_and_the_output_layer(tmp_path):
+    folder = make_folder(tmp_path, "glm4-tied")
+    reader = export(folder, tmp_path / "file.gguf", "--type", "q4_0")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds["token_embd.weight"] == "Q8_0" and kinds["output_norm.weight"] == "F32"
+    assert kinds["blk.0.ffn_up.weight"] == "Q4_0"
+
+
+def test_refusals_leave_nothing(tmp_path, capsys):
+    folder = make_release(tmp_path / "narrow", "glm3")  # 6 heads of 8 are not 40
+    words = ["--to", "gguf", "--output", str(tmp_path / "model.gguf")]
+    assert main([str(folder), *words]) == 1
+    assert "hidden_size = heads x kv_channels, got 40 and 6 x 8" in capsys.readouterr().err
+    (tmp_path / "model.gguf").touch()
+    assert main([str(folder), *words]) == 1
+    assert "is there already: name a new file" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "narrow"]
+
+
+def test_a_weight_that_f16_cannot_hold(tmp_path, capsys):
+    folder = make_folder(tmp_path, "glm3-32k")
+    model = load_model(folder)
+    with torch.no_grad():
+        model.transformer.output_layer.weight[0, 0] = 1e5
+    model.save_pretrained(folder)
+    file = tmp_path / "model.gguf"
+    assert main([str(folder), "--to", "gguf", "--output", str(file)]) == 1
+    assert "output_layer.weight has values that f16 cannot hold" in capsys.readouterr().err
+    assert not file.exists()
+
+
+# ---- beside llama.cpp, in an environment of its own (about 15 minutes to compile, once)
+
+TEXTS = ["你好", "hello world a b c, 今天 天气 很 好", "1 + 2 =\n\n  3", "ñ 😀 x"]
+CHATS = [
+    [{"role": "user", "content": "你好 world"}],
+    [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "今天"},
+    ],
+]
+TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    """{name: (folder, prompts, what llama.cpp found)} of f16 files of models of f16 weights."""
+    place = tmp_path_factory.mktemp("llama")
+    case, made = {}, {}
+    for number, name in enumerate(RELEASES):
+        folder = make_folder(place, name)
+        load_model(folder).half().save_pretrained(folder)
+        file = place / f"{name}.gguf"
+        export(folder, file)
+        draw = np.random.default_rng(number)
+        prompts = [draw.integers(3, 330, size=5 + 3 * row).tolist() for row in range(13)]
+        made[name] = (folder, prompts)
+        case[name] = {"file": str(file), "prompts": prompts, "texts": TEXTS}
+        case[name] |= {"chats": CHATS, "tokens": TOKENS}
+    (place / "case.json").write_text(json.dumps(case))
+    python = environment_python("llama_cpp")
+    script = REPO_ROOT / "tests" / "chatglm" / "export" / "llama_answers.py"
+    words = [python, script, place / "case.json"]
+    done = subprocess.run(
+        words, env=child_env(PYTHONPATH=""), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((place / "case.json.found").read_text())
+    return {name: (*made[name], found[name]) for name in RELEASES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RELEASES)
+def test_answers_are_ours(answered, name):
+    folder, prompts, found = answered[name]
+    model = load_model(folder).float()
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor(prompts[:1])).logits[0]
+        assert np.abs(np.array(found["logits"]) - logits.numpy()).max() < 0.02
+        for prompt, answer in zip(prompts, found["answers"]):
+            whole = torch.tensor([prompt + answer])
+            scores = model(input_ids=whole).logits[0, len(prompt) - 1 : -1]
+            likeliest = scores.max(dim=1).values
+            chosen = scores.gather(1, torch.tensor(answer)[:, None])[:, 0]
+            assert (likeliest - chosen).max() < 0.02  # the same token, or a tie in f16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RELEASES)
+def test_ids_are_ours(answered, name):
+    folder, _, found = answered[name]
+    tokenizer = load_tokenizer(folder)
+    for text, ids in zip(TEXTS, found["ids"]):
+        assert ids == tokenizer.encode_text(text), text
+    family = family_of(tokenizer)
+    for messages, ids in zip(CHATS, found["chats"]):
+        query, history = messages[-1]["content"], messages[:-1]
+        assert ids == family.encode_chat(tokenizer, query, history), messages
