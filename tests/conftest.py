@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.capture_files import keep_capture_files
 from tests.warm import start_server
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +28,7 @@ def shared_file(relative: str) -> Path:
 
 def pytest_configure(config):
     """The server of tests.warm, for this process and the workers that it starts."""
+    keep_capture_files(config)
     config.warm_server = start_server()
 
 

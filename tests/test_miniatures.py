@@ -122,6 +122,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/serving_engine.py": "test_serving_engine",
     "benchmarks/simulator_fidelity.py": "test_simulator_fidelity",
     "benchmarks/smollm2.py": "test_smollm2",
+    "benchmarks/steady.py": "test_simulator_fidelity",
     "benchmarks/tool_calling.py": "test_tool_calling",
     "benchmarks/train_speed.py": "test_b1_train_speed",
     "scripts/quickstart.sh": "test_quickstart",

@@ -80,7 +80,7 @@ def export_gguf(
             layer is q8_0, and rows that are no multiple of BLOCK long are f16.
         mode: the family; found in the folder when None.
         base: the model of an adapter folder; by default the one that it names.
-        keep_adapter: leave the adapter out of the weights, and write it beside, as `adapter_file`.
+        keep_adapter: leave the adapter out of the weights, and write it beside, as `file_beside`.
         verify: how files are compared with their checksums.json, one of checksums.LEVELS.
     Returns:
         What was written, in words.
@@ -96,7 +96,7 @@ def export_gguf(
     if keep_adapter and adapter is None:
         raise ValueError(f"--keep_adapter: {folder} is no adapter")
     output = output.absolute()
-    beside = adapter_file(output)
+    beside = file_beside(output)
     for file in (output, beside) if keep_adapter else (output,):
         if file.exists():
             raise ValueError(f"--output {file} is there already: name a new file")
@@ -128,7 +128,7 @@ def export_gguf(
     return f"{FAMILIES[family].title} in {kind}{kept or export.folded_words()}"
 
 
-def adapter_file(output: Path) -> Path:
+def file_beside(output: Path) -> Path:
     """Where the adapter of a model at `output` is written."""
     return output.with_name(f"{output.stem}-adapter{output.suffix}")
 
