@@ -49,9 +49,9 @@ def python():
 
 @pytest.fixture
 def small():
-    """One that a test may break: 1.5 s a run, 512 MiB, 2 MiB of files."""
+    """One that a test may break: 6 s a run, 512 MiB, 2 MiB of files."""
     sandbox = SandboxLimits(cpu_s=3, memory_mib=512, files_mib=2, open_files=32, threads=8)
-    with started(wall_s=1.5, sandbox=sandbox) as interpreter:
+    with started(wall_s=6, sandbox=sandbox) as interpreter:
         yield interpreter
 
 
