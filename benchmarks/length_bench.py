@@ -74,7 +74,7 @@ def run_cell(args: argparse.Namespace, name: str, rival: str, seed: int) -> None
     seconds = time.perf_counter() - started
     figures = score_predictor(
         predict,
-        lengths.rows(lengths.test),
+        lengths.test.rows(lengths.served_model),
         ceiling=lengths.ceiling,
         timed=args.timed,
     )

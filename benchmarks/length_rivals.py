@@ -203,7 +203,7 @@ def train_lexical(lengths: LengthSet, workshop: Workshop, side: Side, *words: st
     """A predictor that train.py wrote from the runs of `side`."""
     folder = workshop.folder / "predictor"
     if not (folder / "predictor.json").is_file():
-        rows = write_rows(workshop.folder / "train.jsonl", lengths.rows(side))
+        rows = write_rows(workshop.folder / "train.jsonl", side.rows(lengths.served_model))
         run_train(lengths, rows, folder, "--backbone", "lexical", *words)
     return loaded(folder)
 
@@ -253,7 +253,7 @@ def prod_histogram(lengths: LengthSet, workshop: Workshop) -> Predict:
 
 def lexical(lengths: LengthSet, workshop: Workshop) -> Predict:
     """Our lexical tier, of all runs, without a teacher; other models' answers where there are."""
-    rows = [*lengths.rows(lengths.train), *lengths.others]
+    rows = [*lengths.train.rows(lengths.served_model), *lengths.others]
     folder = workshop.folder / "predictor"
     if not (folder / "predictor.json").is_file():
         file = write_rows(workshop.folder / "train.jsonl", rows)
@@ -271,7 +271,7 @@ def lexical_taught(lengths: LengthSet, workshop: Workshop) -> Predict:
     folder = workshop.folder / "predictor"
     if not (folder / "predictor.json").is_file():
         teacher = encoder_checkpoint(lengths, workshop)
-        rows = [*lengths.rows(lengths.train), *lengths.others]
+        rows = [*lengths.train.rows(lengths.served_model), *lengths.others]
         rows += pair_rows(lengths, workshop.places)
         file = write_rows(workshop.folder / "train.jsonl", rows)
         words = ["--backbone", "lexical", "--head", "regression", "--encoder_language", "en"]
@@ -322,7 +322,7 @@ def encoder_checkpoint(lengths: LengthSet, workshop: Workshop) -> Path:
     found = sorted(output.glob("epoch-*/manifest.json"))
     if not found:
         output.mkdir(parents=True, exist_ok=True)
-        rows = write_rows(output / "rows.jsonl", lengths.rows(lengths.train))
+        rows = write_rows(output / "rows.jsonl", lengths.train.rows(lengths.served_model))
         words = ["--encoder_path", str(find_minilm(workshop)), *ENCODER_FLAGS]
         trained = output.with_name("encoder-training")
         shutil.rmtree(trained, ignore_errors=True)

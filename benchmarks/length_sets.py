@@ -29,6 +29,16 @@ class Side:
     prompts: list[str]
     runs: list[list[int]]
 
+    def rows(self, served_model: str) -> list[dict]:
+        """One row a run, as train.py reads them."""
+        rows = []
+        for prompt, lengths in zip(self.prompts, self.runs):
+            for tokens in lengths:
+                rows.append(
+                    {"prompt": prompt, "output_tokens": tokens, "served_model": served_model}
+                )
+        return rows
+
     def median_runs(self) -> "Side":
         """Each prompt's median alone: the label of ProD-M (arXiv 2604.07931)."""
         return Side(self.prompts, [[round(float(np.median(runs)))] for runs in self.runs])
@@ -56,15 +66,6 @@ class LengthSet:
     test: Side
     ceiling: float | None
     others: tuple[dict, ...] = ()
-
-    def rows(self, side: Side) -> list[dict]:
-        """One row a run, as train.py reads them; those of `limit` tokens were cut there."""
-        rows = []
-        for prompt, lengths in zip(side.prompts, side.runs):
-            for tokens in lengths:
-                row = {"prompt": prompt, "output_tokens": tokens, "finished": tokens < self.limit}
-                rows.append(row | {"served_model": self.served_model})
-        return rows
 
 
 @dataclass(frozen=True)
