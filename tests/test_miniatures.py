@@ -100,6 +100,7 @@ ELSEWHERE = {  # file -> the test that runs it
 HERE = {  # file -> the test of this file that runs it
     "benchmarks/adapters.py": "test_adapters",
     "benchmarks/entry_points.py": "test_entry_points",
+    "benchmarks/export_real_size.py": "test_export_real_size",
     "benchmarks/golden_table.py": "test_golden_table",
     "benchmarks/grammar_cost.py": "test_grammar_cost",
     "benchmarks/kill9.py": "test_kill9",
@@ -466,6 +467,22 @@ def test_offline(tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())
     steps = {name: runs[0]["steps"] for name, runs in found.items()}
     assert steps["one"] == steps["two"] > steps["predicted"] == steps["both"], done.stdout
+
+
+@pytest.mark.slow
+def test_export_real_size(tmp_path):
+    pytest.importorskip("gguf", reason="pip install 'glm-foundry[gguf]'")
+    shared_file("data/chatglm2-tokenizer")
+    words = ("--tiny", "--models", "chatglm2-6b", "--work", tmp_path / "work")
+    run("benchmarks/export_real_size.py", *words, "--json", tmp_path / "out.json")
+    steps = json.loads((tmp_path / "out.json").read_text())
+    assert [step["command"] for step in steps] == [
+        "merge_lora.py",
+        "--to glm",
+        "--to gguf --type q4_0",
+    ]
+    assert all(step["output_gb"] > 0 and step["seconds"] > 0 for step in steps)
+    assert not any((tmp_path / "work").iterdir())
 
 
 def test_serving_engine(tmp_path):
