@@ -74,8 +74,9 @@ def run_cell(args: argparse.Namespace, name: str, rival: str, seed: int) -> None
     seconds = time.perf_counter() - started
     figures = score_predictor(
         predict,
-        lengths.test.rows(lengths.served_model),
+        lengths.rows(lengths.test),
         ceiling=lengths.ceiling,
+        cap=lengths.limit,
         timed=args.timed,
     )
     if rival.startswith("encoder"):

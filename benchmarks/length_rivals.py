@@ -203,7 +203,7 @@ def train_lexical(lengths: LengthSet, workshop: Workshop, side: Side, *words: st
     """A predictor that train.py wrote from the runs of `side`."""
     folder = workshop.folder / "predictor"
     if not (folder / "predictor.json").is_file():
-        rows = write_rows(workshop.folder / "train.jsonl", side.rows(lengths.served_model))
+        rows = write_rows(workshop.folder / "train.jsonl", lengths.rows(side))
         run_train(lengths, rows, folder, "--backbone", "lexical", *words)
     return loaded(folder)
 
@@ -212,7 +212,7 @@ def run_train(lengths: LengthSet, rows: Path, output: Path, *words: str) -> None
     """train.py --task predictor; what it prints goes to stderr."""
     command = [sys.executable, str(ROOT / "train.py"), "--task", "predictor"]
     command += ["--train_path", str(rows), "--output_dir", str(output)]
-    command += ["--served_model", lengths.served_model, "--length_limit", str(lengths.limit)]
+    command += ["--served_model", lengths.served_model, "--length_limit", str(lengths.longest)]
     subprocess.run([*command, *words], check=True, stdout=sys.stderr)
 
 
@@ -253,7 +253,7 @@ def prod_histogram(lengths: LengthSet, workshop: Workshop) -> Predict:
 
 def lexical(lengths: LengthSet, workshop: Workshop) -> Predict:
     """Our lexical tier, of all runs, without a teacher; other models' answers where there are."""
-    rows = [*lengths.train.rows(lengths.served_model), *lengths.others]
+    rows = [*lengths.rows(lengths.train), *lengths.others]
     folder = workshop.folder / "predictor"
     if not (folder / "predictor.json").is_file():
         file = write_rows(workshop.folder / "train.jsonl", rows)
@@ -271,7 +271,7 @@ def lexical_taught(lengths: LengthSet, workshop: Workshop) -> Predict:
     folder = workshop.folder / "predictor"
     if not (folder / "predictor.json").is_file():
         teacher = encoder_checkpoint(lengths, workshop)
-        rows = [*lengths.train.rows(lengths.served_model), *lengths.others]
+        rows = [*lengths.rows(lengths.train), *lengths.others]
         rows += pair_rows(lengths, workshop.places)
         file = write_rows(workshop.folder / "train.jsonl", rows)
         words = ["--backbone", "lexical", "--head", "regression", "--encoder_language", "en"]
@@ -322,7 +322,7 @@ def encoder_checkpoint(lengths: LengthSet, workshop: Workshop) -> Path:
     found = sorted(output.glob("epoch-*/manifest.json"))
     if not found:
         output.mkdir(parents=True, exist_ok=True)
-        rows = write_rows(output / "rows.jsonl", lengths.train.rows(lengths.served_model))
+        rows = write_rows(output / "rows.jsonl", lengths.rows(lengths.train))
         words = ["--encoder_path", str(find_minilm(workshop)), *ENCODER_FLAGS]
         trained = output.with_name("encoder-training")
         shutil.rmtree(trained, ignore_errors=True)

@@ -29,16 +29,6 @@ class Side:
     prompts: list[str]
     runs: list[list[int]]
 
-    def rows(self, served_model: str) -> list[dict]:
-        """One row a run, as train.py reads them."""
-        rows = []
-        for prompt, lengths in zip(self.prompts, self.runs):
-            for tokens in lengths:
-                rows.append(
-                    {"prompt": prompt, "output_tokens": tokens, "served_model": served_model}
-                )
-        return rows
-
     def median_runs(self) -> "Side":
         """Each prompt's median alone: the label of ProD-M (arXiv 2604.07931)."""
         return Side(self.prompts, [[round(float(np.median(runs)))] for runs in self.runs])
@@ -57,6 +47,7 @@ class LengthSet:
         ceiling: tau-b of other runs with the run that is scored; None where there are none.
         others: training rows of other models' answers to the training prompts, which a predictor
             that can use them gets.
+        was_cut: answers of `limit` tokens were cut there, which rows then say.
     """
 
     name: str
@@ -66,6 +57,23 @@ class LengthSet:
     test: Side
     ceiling: float | None
     others: tuple[dict, ...] = ()
+    was_cut: bool = False
+
+    def rows(self, side: Side) -> list[dict]:
+        """One row a run, as train.py reads them."""
+        rows = []
+        for prompt, lengths in zip(side.prompts, side.runs):
+            for tokens in lengths:
+                row = {"prompt": prompt, "output_tokens": tokens, "served_model": self.served_model}
+                if self.was_cut and tokens == self.limit:
+                    row["finished"] = False
+                rows.append(row)
+        return rows
+
+    @property
+    def longest(self) -> int:
+        """What a predictor may say: more than `limit` where answers were cut there."""
+        return 2 * self.limit if self.was_cut else self.limit
 
 
 @dataclass(frozen=True)
@@ -209,7 +217,8 @@ def smollm2(places: Places, seed: int) -> LengthSet:
     prompts, runs = runs_of_rows(rows)
     limit = max(max(lengths) for lengths in runs)
     train, test = split_by_fold(prompts, runs, seed, FOLDS["smollm2"])
-    return LengthSet("smollm2", "smollm2", limit, train, test, ceiling_of_runs(test.runs))
+    ceiling = ceiling_of_runs(test.runs)
+    return LengthSet("smollm2", "smollm2", limit, train, test, ceiling, was_cut=True)
 
 
 def unlike(prompts: Iterable[str], tested: list[str]) -> list[str]:

@@ -40,12 +40,19 @@ class LengthEstimates:
     mean: np.ndarray | None
     quantiles: dict[float, np.ndarray]
 
+    def capped(self, cap: int) -> "LengthEstimates":
+        """These, with no length above `cap`."""
+        quantiles = {level: np.minimum(values, cap) for level, values in self.quantiles.items()}
+        mean = None if self.mean is None else np.minimum(self.mean, cap)
+        return LengthEstimates(self.rank, mean, quantiles)
+
 
 def score_predictor(
     predict: Predict,
     rows: Sequence[Mapping[str, Any]],
     *,
     ceiling: float | None = None,
+    cap: int | None = None,
     timed: int = 200,
 ) -> dict[str, float | None]:
     """The columns of LengthBench for one predictor; None where it does not say what one needs.
@@ -63,6 +70,7 @@ def score_predictor(
         rows: {"prompt", "output_tokens"} each, as scripts/collect_lengths.py writes them; rows of
             the same prompt are runs of it, in order.
         ceiling: to use in place of that of the rows.
+        cap: tokens after which answers are cut: predictions of more count as so many.
         timed: prompts that are timed; 0 for none.
     Raises:
         ValueError: rows without a prompt or a length, fewer than two prompts, or a prediction of
@@ -71,6 +79,8 @@ def score_predictor(
     prompts, runs = runs_of_rows(rows)
     tokens = np.array([lengths[0] for lengths in runs], float)
     estimates = estimate_all(predict, prompts)
+    if cap is not None:
+        estimates = estimates.capped(cap)
     figures = figures_of_estimates(estimates, tokens)
     figures["ceiling"] = ceiling if ceiling is not None else ceiling_of_runs(runs)
     figures["share"] = share_of_ceiling(figures["tau"], figures["ceiling"])
