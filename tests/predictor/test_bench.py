@@ -50,6 +50,13 @@ def test_lengths_alone():
     assert figures["tau_per_us"] == pytest.approx(figures["tau"] / (1e3 * figures["p50_ms"]))
 
 
+def test_predictions_count_up_to_the_cap():
+    figures = score_predictor(lengths_of, ROWS, cap=50, timed=0)
+    assert figures["mae"] == pytest.approx((2 + 10 + 15 + 30) / 4)
+    assert figures["tau"] == pytest.approx(4 / 6)  # ranks are not cut
+    assert figures["reserved_mean"] == pytest.approx((12 + 30 + 25 + 50) / 4)
+
+
 def test_quantiles():
     def predict(prompts):
         known = np.array(lengths_of(prompts))
