@@ -27,13 +27,14 @@ def answered(model: Llama, prompt: list[int], tokens: int) -> list[int]:
 def read_file(case: dict) -> dict:
     options = {"lora_path": case["lora"]} if case.get("lora") else {}
     model = Llama(case["file"], n_ctx=512, logits_all=True, verbose=False, n_threads=1, **options)
-    model.reset()
-    model.eval(case["prompts"][0])
-    found: dict = {"logits": model.scores[: model.n_tokens].tolist()}
-    found["answers"] = [answered(model, ids, case["tokens"]) for ids in case["prompts"]]
+    found: dict = {}
+    if case["prompts"]:
+        model.eval(case["prompts"][0])
+        found["logits"] = model.scores[: model.n_tokens].tolist()
+        found["answers"] = [answered(model, ids, case["tokens"]) for ids in case["prompts"]]
     found["ids"] = []
-    for text in case["texts"]:
-        found["ids"].append(model.tokenize(text.encode(), add_bos=False, special=True))
+    for text in case["texts"]:  # control tokens that are typed stay text
+        found["ids"].append(model.tokenize(text.encode(), add_bos=False, special=False))
     template = Jinja2ChatFormatter(
         model.metadata["tokenizer.chat_template"], eos_token="", bos_token=""
     )

@@ -1,11 +1,14 @@
 """A process that has transformers and not this project, and the tiny folders that it opens."""
 
+import gzip
 import json
+import random
+import shutil
 import subprocess
 import sys
 
 from chatglm.tokenization import ChatGLMTokenizer
-from tests.conftest import tiny_model, write_tokenizer
+from tests.conftest import shared_file, tiny_model, write_tokenizer
 
 # name: (family, changes of the configuration)
 RELEASES = {
@@ -17,6 +20,8 @@ RELEASES = {
     "glm4-tied": ("glm4", {"tie_word_embeddings": True, "multi_query_group_num": 2}),
 }
 VOCABULARY = 400
+STRINGS = 12_000
+ODD = " \n\t ab▁éß你好😀\x00ǅ  ,.!<s>|[]sope'12345"
 
 
 def make_release(folder, name):
@@ -48,3 +53,34 @@ def run_outside(code: str, place, *arguments) -> str:
 
 def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+# ---- the real vocabularies, and texts for them
+
+
+def real_folder(place, family):
+    """A folder with the family's real vocabulary, from the shared data."""
+    place.mkdir()
+    if family == "glm4":
+        packed = shared_file("data/relatives-tokenizers/glm4/tokenizer.model.gz")
+        (place / "tokenizer.model").write_bytes(gzip.decompress(packed.read_bytes()))
+    else:
+        shutil.copy(shared_file("data/chatglm2-tokenizer/tokenizer.model"), place)
+    (place / "tokenizer_config.json").write_text(json.dumps({"glm_family": family}))
+    return place
+
+
+def shared_texts() -> list[str]:
+    """Questions and answers of the shared data, and random strings of odd characters."""
+    found = []
+    with gzip.open(
+        shared_file("data/length/instructions.jsonl.gz"), "rt", encoding="utf-8"
+    ) as file:
+        for line in file:
+            row = json.loads(line)
+            found += [row["instruction"], row["output"] or ""]
+    draw = random.Random(0)
+    chosen = draw.sample(found, STRINGS - 2000)
+    for _ in range(2000):
+        chosen.append("".join(draw.choices(ODD, k=draw.randint(0, 30))))
+    return chosen

@@ -11,7 +11,7 @@ from benchmarks.client_env import environment_python
 from chatglm import load_model, load_tokenizer
 from chatglm.export.command import main
 from chatglm.families import family_of
-from tests.chatglm.export.outside import make_release
+from tests.chatglm.export.outside import make_release, real_folder, shared_texts
 from tests.conftest import REPO_ROOT, tiny_model, write_tokenizer
 from tests.finetune.runs import child_env
 
@@ -157,7 +157,13 @@ def answered(tmp_path_factory):
         made[name] = (folder, prompts)
         case[name] = {"file": str(file), "prompts": prompts, "texts": TEXTS}
         case[name] |= {"chats": CHATS, "tokens": TOKENS}
-    (place / "case.json").write_text(json.dumps(case))
+    found = run_llama(place, case)
+    return {name: (*made[name], found[name]) for name in RELEASES}
+
+
+def run_llama(place, case: dict) -> dict:
+    """What llama_answers.py finds."""
+    (place / "case.json").write_text(json.dumps(case), encoding="utf-8")
     python = environment_python("llama_cpp")
     script = REPO_ROOT / "tests" / "chatglm" / "export" / "llama_answers.py"
     words = [python, script, place / "case.json"]
@@ -165,8 +171,7 @@ def answered(tmp_path_factory):
         words, env=child_env(PYTHONPATH=""), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((place / "case.json.found").read_text())
-    return {name: (*made[name], found[name]) for name in RELEASES}
+    return json.loads((place / "case.json.found").read_text())
 
 
 @pytest.mark.slow
@@ -196,3 +201,23 @@ def test_ids_are_ours(answered, name):
     for messages, ids in zip(CHATS, found["chats"]):
         query, history = messages[-1]["content"], messages[:-1]
         assert ids == family.encode_chat(tokenizer, query, history), messages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["glm3", "glm4"])
+def test_ids_of_the_real_vocabularies_are_ours(family, tmp_path):
+    folder = real_folder(tmp_path / family, family)
+    sizes = {"hidden_size": 32, "kv_channels": 16, "num_attention_heads": 2, "ffn_hidden_size": 32}
+    sizes |= {"multi_query_group_num": 1, "num_layers": 1}
+    sizes["padded_vocab_size"] = 65024 if family == "glm3" else 151552
+    tiny_model(family, **sizes).save_pretrained(folder)
+    export(folder, tmp_path / "model.gguf")
+    chosen = shared_texts()[::4]
+    case = {"file": str(tmp_path / "model.gguf"), "prompts": [], "texts": chosen, "chats": CHATS}
+    found = run_llama(tmp_path, {"real": case})["real"]
+    tokenizer = load_tokenizer(folder)
+    for text, ids in zip(chosen, found["ids"]):
+        assert ids == tokenizer.encode_text(text), text
+    for messages, ids in zip(CHATS, found["chats"]):
+        query, history = messages[-1]["content"], messages[:-1]
+        assert ids == family_of(tokenizer).encode_chat(tokenizer, query, history), messages

@@ -9,7 +9,7 @@ from chatglm.export.templates import exported_template
 from chatglm.export.vocabularies import fast_tokenizer
 from chatglm.families import family_of
 from chatglm.histories import history_messages
-from tests.chatglm.export.test_native_vocabulary import real_folder
+from tests.chatglm.export.outside import real_folder
 from tests.conftest import write_tokenizer
 
 WEATHER = {

@@ -1,10 +1,7 @@
 """tokenizer.json against our tokenizers: ids and text, on real vocabularies and on small ones."""
 
-import gzip
 import hashlib
 import json
-import random
-import shutil
 
 import pytest
 import sentencepiece
@@ -16,12 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from chatglm import load_tokenizer
 from chatglm.export.folders import export_glm
 from chatglm.export.vocabularies import fast_tokenizer, ranks_of_tokenizer
-from tests.chatglm.export.outside import run_outside
-from tests.conftest import shared_file, tiny_model, write_tokenizer
+from tests.chatglm.export.outside import real_folder, run_outside, shared_texts
+from tests.conftest import tiny_model, write_tokenizer
 
 FAMILIES = ("glm2", "glm3", "glm4")
-STRINGS = 12_000
-ODD = " \n\t ab▁éß你好😀\x00ǅ  ,.!<s>|[]sope'12345"
 OUTSIDE = """
 import hashlib, json
 from transformers import AutoTokenizer
@@ -35,33 +30,9 @@ print(digest.hexdigest())
 """
 
 
-def real_folder(place, family):
-    """A folder with the family's real vocabulary, from the shared data."""
-    place.mkdir()
-    if family == "glm4":
-        packed = shared_file("data/relatives-tokenizers/glm4/tokenizer.model.gz")
-        (place / "tokenizer.model").write_bytes(gzip.decompress(packed.read_bytes()))
-    else:
-        shutil.copy(shared_file("data/chatglm2-tokenizer/tokenizer.model"), place)
-    (place / "tokenizer_config.json").write_text(json.dumps({"glm_family": family}))
-    return place
-
-
 @pytest.fixture(scope="module")
 def texts():
-    """Questions and answers of the shared data, and random strings of odd characters."""
-    found = []
-    with gzip.open(
-        shared_file("data/length/instructions.jsonl.gz"), "rt", encoding="utf-8"
-    ) as file:
-        for line in file:
-            row = json.loads(line)
-            found += [row["instruction"], row["output"] or ""]
-    draw = random.Random(0)
-    chosen = draw.sample(found, STRINGS - 2000)
-    for _ in range(2000):
-        chosen.append("".join(draw.choices(ODD, k=draw.randint(0, 30))))
-    return chosen
+    return shared_texts()
 
 
 @pytest.mark.slow
