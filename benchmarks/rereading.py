@@ -194,9 +194,10 @@ def of_networks(data: Collection, main: UnseenClasses) -> Variants:
     settings = data.settings
     variants = (
         ("a linear network", replace(settings, state_units=0)),
-        ("one seed", replace(settings, state_seeds=1)),
+        ("two seeds", replace(settings, state_seeds=2)),
         ("without the ranked probability score", replace(settings, crps_weight=0.0)),
-        ("soft labels of one bin", replace(settings, label_width=1.0)),
+        ("hard labels", replace(settings, label_width=0.0)),
+        ("soft labels of two bins", replace(settings, label_width=2.0)),
         ("a tenth of the weight decay", replace(settings, state_decay=settings.state_decay / 10)),
     )
     for name, other in variants:
