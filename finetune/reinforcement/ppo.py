@@ -164,7 +164,7 @@ class PpoTraining(RolloutTask[PpoConfig]):
         answered, learnt = sum_over_ranks(answered, sum(map(count_labels, more)))
         # The loop divides by the tokens of answers.
         scale = self.config.pretrain_coef * answered / learnt
-        batches = []
+        batches: list[Mapping[str, Any]] = []
         for batch, rows in zip(made.batches, more):
             named = {PRETRAIN + name: value for name, value in rows.items()}
             batches.append({**batch, **named, PRETRAIN + "scale": scale})

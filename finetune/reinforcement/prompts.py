@@ -146,7 +146,7 @@ def join_prompts(parts: Sequence[PromptRows]) -> PromptRows:
 
 def with_reply(row: Row, answer: str) -> Row:
     """The row of a question and a sampled answer, the only one that carries loss."""
-    turns = ()
+    turns: tuple[Turn, ...] = ()
     if row.turns:
         earlier = tuple(turn._replace(loss=False) for turn in row.turns[:-1])
         turns = (*earlier, Turn("assistant", answer))

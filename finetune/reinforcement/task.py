@@ -214,7 +214,7 @@ class RolloutTask(RowTask[Config, PromptRows]):
             self.experience, metrics = self.roll_out(loss_module, phase)
         self.done = step + 1
         number = self.prompts_number(step)
-        batches = []
+        batches: list[Mapping[str, Any]] = []
         tokens = 0
         for batch in made.batches:
             rows = batch["rows"]

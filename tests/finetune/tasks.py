@@ -23,13 +23,13 @@ class Case:
         rows: makes rows, of (number of rows, seed).
         flags: beside the shared ones.
         metrics: of its evaluation, besides the loss.
-        rises: what of metrics.jsonl rises in training; "": the loss falls.
+        passes: over the same answers, where the answers are sampled.
     """
 
     rows: Callable[[int, int], list[dict]]
     flags: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
-    rises: str = ""
+    passes: int = 1
 
 
 def make_texts(count: int, seed: int = 0) -> list[dict]:
@@ -90,14 +90,14 @@ def last_metrics(folder: Path) -> dict[str, float]:
 
 
 def learns(out: Path, case: Case) -> bool:
-    """Whether the loss of a run fell, or what should rise did, from its first third to its last."""
-    if not case.rises:
-        losses = metrics(out)
+    """Whether the loss of a run fell; of sampled answers from the first pass over them to the last,
+    on average: those of another rollout are others.
+    """
+    losses = metrics(out)
+    if case.passes == 1:
         return losses[-1] < losses[0]
-    values = metrics(out, case.rises)
-    third = max(1, len(values) // 3)
-    print(case.rises, values)
-    return fmean(values[-third:]) > fmean(values[:third])
+    assert min(metrics(out, "rollout_seconds")) > 0
+    return fmean(losses[case.passes - 1 :: case.passes]) < fmean(losses[:: case.passes])
 
 
 def make_pairs(count: int, seed: int = 0) -> list[dict]:
@@ -126,9 +126,9 @@ def make_prompts(count: int, seed: int = 0) -> list[dict]:
     return rows
 
 
-# Answers of a few tokens, the more rewarded the more they are of a part's first characters.
-ROLLOUT_FLAGS = ("--rewards", "pattern_share", "--reward_pattern", "[水油火节滤]")
-ROLLOUT_FLAGS += ("--max_new_tokens", "6", "--num_generations", "4")
+# Answers of a few tokens, the more rewarded the more they are Chinese.
+ROLLOUT_FLAGS = ("--rewards", "pattern_share", "--reward_pattern", "[一-龥]")
+ROLLOUT_FLAGS += ("--max_new_tokens", "6", "--num_generations", "4", "--rollout_epochs", "2")
 ROLLOUT_METRICS = ("reward", "kl", "answer_tokens")
 PAIR_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 CASES = {
@@ -136,6 +136,6 @@ CASES = {
     "pretrain": Case(make_texts, metrics=("perplexity", "bits_per_byte")),
     "reward": Case(make_pairs, metrics=("accuracy", "margin")),
     "dpo": Case(make_pairs, metrics=PAIR_METRICS),
-    "grpo": Case(make_prompts, ROLLOUT_FLAGS, ROLLOUT_METRICS, rises="reward"),
-    "ppo": Case(make_prompts, ROLLOUT_FLAGS, ROLLOUT_METRICS, rises="reward"),
+    "grpo": Case(make_prompts, ROLLOUT_FLAGS, ROLLOUT_METRICS, passes=2),
+    "ppo": Case(make_prompts, ROLLOUT_FLAGS, ROLLOUT_METRICS, passes=2),
 }

@@ -20,7 +20,11 @@ from tests.finetune.test_flag_effects import GLOBAL
 NEEDED = ["--model_name_or_path", "m", "--train_path", "t"]
 # Flags of tasks that change every run; the others have their effects in a table.
 OWN = {"packing", "objective", "txt_documents", "pairs", "margin", "score_margin", "center"}
-OWN |= {"loss_type", "beta"}
+OWN |= {"loss_type", "beta", "rewards", "reward_clip", "missing_end_penalty", "num_generations"}
+OWN |= {"max_new_tokens", "temperature", "top_p", "top_k", "kl_coef", "clip_range"}
+OWN |= {"clip_range_high", "clip_range_value", "rollout_steps", "rollout_epochs", "rollout_batch"}
+OWN |= {"length_predictor", "advantage_scale", "loss_norm", "vf_coef", "gamma", "gae_lambda"}
+OWN |= {"whiten_rewards", "pretrain_path"}
 TASKS = [name for name in CASES if name != "finetune"]  # its own tests go deeper
 # Every family with one method, and one family with every method; slow: all of them.
 QUICK = [(family, "lora") for family in ("glm", "glm2", "glm3", "glm4")]
@@ -42,12 +46,13 @@ def test_flags(task, capsys):
     config_class = command_line.TASKS[task].config()
     names = {f.name for f in flags_of(config_class)}
     assert names - GLOBAL - OWN <= config_class.effects.keys()
-    assert parse([*NEEDED, "--task", task]).task == task
+    assert parse([*NEEDED, "--task", task, *CASES[task].flags]).task == task
     with pytest.raises(SystemExit):
         parse(["--task", task, "--help"])
     assert config_class.title in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit):
-        parse([*NEEDED, "--task", task, "--train_type", "all", "--lora_dim", "4"])
+        more = [*CASES[task].flags, "--train_type", "all", "--lora_dim", "4"]
+        parse([*NEEDED, "--task", task, *more])
     assert "--lora_dim needs --train_type lora" in capsys.readouterr().err
 
 
