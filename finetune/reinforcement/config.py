@@ -8,7 +8,6 @@ from finetune.config import RowsConfig
 from finetune.flag_effects import TRAINING, Effect
 from finetune.flag_groups import check_not_negative, task_flag
 from finetune.flags import fixed_flag, flag
-from finetune.methods import METHODS
 from finetune.reinforcement.rewards import MODEL, RewardKnobs, parse_rewards
 
 NORMS = ("sequence", "token", "constant")
@@ -124,9 +123,17 @@ class RolloutConfig(RowsConfig):
 
     @property
     def copies(self) -> tuple[int, int]:
-        """(frozen, trained) models beside the one that learns, for the estimate of memory."""
-        whole = METHODS[self.train_type].saves == "model"
-        return int(bool(self.kl_coef) and whole), 0
+        """(frozen, trained) models beside the one that learns; for the estimate of memory."""
+        return int(bool(self.kl_coef) and not self.switches_off), 0
+
+    @property
+    def rollout_rows(self) -> int:
+        prompts = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return min(self.rollout_batch, prompts * self.rollout_steps * self.num_generations)
+
+    @property
+    def scorer(self) -> str:
+        return self.reward_model
 
     def check_task(self) -> None:
         """Raises ValueError for a number out of range, rewards that are not there, or answers

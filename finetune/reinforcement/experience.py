@@ -75,9 +75,10 @@ def save_experience(path: Path, experience: Experience | None, state: Mapping[st
     from safetensors.numpy import save_file
 
     tensors: dict[str, np.ndarray] = {"places": np.zeros((0, 2), np.int64)}
-    header = {"state": json.dumps(state, sort_keys=True)}
+    phase = None if experience is None else experience.phase
+    # One entry: safetensors writes several in any order.
+    header = {"rollouts": json.dumps({"phase": phase, "state": state}, sort_keys=True)}
     if experience is not None:
-        header["phase"] = str(experience.phase)
         samples = list(experience.samples())
         places = []
         for place in sorted(experience.groups):
@@ -102,13 +103,12 @@ def load_experience(path: Path) -> tuple[Experience | None, dict[str, Any]]:
 
     try:
         with safe_open(path, "numpy") as file:
-            header = file.metadata() or {}
+            found = json.loads((file.metadata() or {})["rollouts"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        state = json.loads(header["state"])
-        if "phase" not in header:
-            return None, state
-        return Experience(int(header["phase"]), read_groups(tensors)), state
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        if found["phase"] is None:
+            return None, found["state"]
+        return Experience(int(found["phase"]), read_groups(tensors)), found["state"]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not the rollouts of a checkpoint ({error})") from None
 
 

@@ -152,7 +152,9 @@ def test_two_ranks(bases, ds_files, tmp_path):
     for task in TASKS:
         for method in ("lora", "all"):
             one, two = (tmp_path / f"{task}-{method}" / str(n) / "out" for n in (1, 2))
-            assert metrics(two) == pytest.approx(metrics(one), rel=1e-4), (task, method)
+            # A mean of advantages is near 0: what is compared is their rounding.
+            wanted = pytest.approx(metrics(one), rel=1e-4, abs=1e-6)
+            assert metrics(two) == wanted, (task, method)
             names = ("loss", *CASES[task].metrics)
             for name in names:
                 key = f"eval_{name}"
