@@ -23,9 +23,6 @@ def uses(*names: str) -> Effect:
     )
 
 
-REUSED = Effect(
-    "--rollout_epochs or --rollout_steps above 1", lambda c: c.rollout_steps * c.rollout_epochs > 1
-)
 PTX = Effect("--pretrain_path", lambda c: bool(c.pretrain_path))
 # When a flag has an effect, beside finetune.flag_effects.TRAINING.
 EFFECTS: dict[str, Effect] = {
@@ -33,6 +30,9 @@ EFFECTS: dict[str, Effect] = {
     "reward_length": uses("length"),
     "reward_pattern": uses("pattern", "pattern_share"),
     "reward_model": uses(MODEL),
+}
+GRPO_EFFECTS: dict[str, Effect] = {
+    "unbiased_kl": Effect("--kl_coef above 0", lambda c: c.kl_coef > 0),
 }
 PPO_EFFECTS: dict[str, Effect] = {
     "glm3_labels": Effect(
@@ -183,9 +183,12 @@ class GrpoConfig(RolloutConfig):
     """All flags of train.py --task grpo."""
 
     title: ClassVar[str] = "Train a model by the rewards of its answers, compared with each other"
-    effects: ClassVar[dict[str, Effect]] = TRAINING | EFFECTS
+    effects: ClassVar[dict[str, Effect]] = TRAINING | EFFECTS | GRPO_EFFECTS
 
     task: str = task_flag("grpo")
+    unbiased_kl: bool = fixed_flag(
+        True, "weigh the divergence of a token by the ratio of its probabilities, new to old"
+    )
     advantage_scale: str = fixed_flag(
         "group",
         "what advantages are divided by: the deviation of a prompt's rewards (group), of all "

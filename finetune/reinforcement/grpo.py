@@ -9,6 +9,9 @@ The loss is eq. 3 with the estimator of KL of eq. 4, rho = pi / pi_old and u = l
 
     1/G sum_i 1/|o_i| sum_t ( -min(rho A_i, clip(rho, 1 - eps, 1 + eps) A_i) + beta (e^u - u - 1) )
 
+With `--unbiased_kl` (arXiv 2512.02556, section 3.1) the last term is multiplied by rho: its
+gradient is then that of KL(pi || ref), also for answers of an older policy.
+
 Variants: `--loss_norm token` and `--clip_range_high` are DAPO's (arXiv 2503.14476 eq. 8 and 10);
 `--loss_norm constant` with `--advantage_scale none` is Dr. GRPO (arXiv 2503.20783 section 3.2).
 """
@@ -36,6 +39,7 @@ class Grpo:
     """The advantages and the loss; the fields are the flags of the same names."""
 
     kl_coef: float
+    unbiased_kl: bool
     clip_range: float
     clip_range_high: float | None
     advantage_scale: str
@@ -73,7 +77,10 @@ class Grpo:
         if not self.kl_coef:
             return losses
         drift = batch["reference"] - log_probs
-        return losses + self.kl_coef * (torch.exp(drift) - drift - 1)
+        kl = torch.exp(drift) - drift - 1
+        if self.unbiased_kl:
+            kl = kl * torch.exp(log_probs - batch["old"])
+        return losses + self.kl_coef * kl
 
     def value_losses(self, values: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """None: GRPO has no critic."""
@@ -94,6 +101,7 @@ class GrpoTraining(RolloutTask[GrpoConfig]):
         config = self.config
         return Grpo(
             config.kl_coef,
+            config.unbiased_kl,
             config.clip_range,
             config.clip_range_high,
             config.advantage_scale,

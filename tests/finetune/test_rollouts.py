@@ -171,6 +171,7 @@ def samples(*rewards, tokens=3):
 def grpo(**knobs):
     given = {
         "kl_coef": 0.1,
+        "unbiased_kl": True,
         "clip_range": 0.2,
         "clip_range_high": None,
         "advantage_scale": "group",
@@ -214,6 +215,19 @@ def test_kl_of_grpo_by_hand():
     batch["reference"] = torch.tensor([0.0, 0.7])
     found = grpo(kl_coef=0.5).policy_losses(torch.zeros(2), batch)
     assert found.tolist() == pytest.approx([0, 0.5 * (np.exp(0.7) - 1.7)])
+
+
+def test_the_unbiased_kl_has_the_gradient_of_kl():
+    """Over all tokens, weighted by an older policy: that of sum pi log(pi / ref)."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, generator=draw, requires_grad=True)
+    old, reference = (torch.randn(5, generator=draw).log_softmax(0) for _ in range(2))
+    batch = {"old": old, "reference": reference, "advantages": torch.zeros(5)}
+    pi = logits.log_softmax(0)
+    expected = (old.exp() * grpo(kl_coef=1.0).policy_losses(pi, batch)).sum()
+    (found,) = torch.autograd.grad(expected, logits, retain_graph=True)
+    (wanted,) = torch.autograd.grad((pi.exp() * (pi - reference)).sum(), logits)
+    assert torch.allclose(found, wanted, atol=1e-6)
 
 
 def plain_ppo(log_probs, old, reference, values, old_values, reward, knobs):
