@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from finetune.config import RowsConfig
 from finetune.flag_effects import TRAINING, Effect
-from finetune.flag_groups import check_not_negative, task_flag
+from finetune.flag_groups import check_not_negative, check_share, task_flag
 from finetune.flags import fixed_flag, flag
 from finetune.reinforcement.rewards import MODEL, RewardKnobs, parse_rewards
 
@@ -72,6 +72,9 @@ class RolloutConfig(RowsConfig):
     kl_coef: float = fixed_flag(0.04, "weight of the divergence from the start; 0: no reference")
     clip_range: float = fixed_flag(0.2, "how far the ratio of probabilities may fall below 1")
     clip_range_high: float | None = fixed_flag(None, "how far it may rise above 1 [--clip_range]")
+    ema_decay: float | None = fixed_flag(
+        None, "keep a moving average of the weights, in ema/ of every checkpoint: 0.992 is usual"
+    )
     rollout_steps: int = fixed_flag(
         1, "optimizer steps whose prompts are answered at once", positive=True
     )
@@ -156,6 +159,8 @@ class RolloutConfig(RowsConfig):
             raise ValueError(f"--temperature must be above 0; got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must be above 0 and at most 1; got {self.top_p}")
+        if self.ema_decay is not None:
+            check_share("ema_decay", self.ema_decay)
         names = ("top_k", "kl_coef", "clip_range", "clip_range_high", "missing_end_penalty")
         for name in (*names, "reward_clip"):
             value = getattr(self, name)

@@ -27,6 +27,7 @@ from finetune.evaluation.generation import decoded_text
 from finetune.evaluation.metrics import check_packages
 from finetune.files import write_aside
 from finetune.preference.scorer import RewardScorer
+from finetune.reinforcement.averaging import WeightAverage
 from finetune.reinforcement.config import RolloutConfig
 from finetune.reinforcement.experience import (
     STATE_FILE,
@@ -63,6 +64,7 @@ from finetune.rows.formats import Row, parse_columns
 from finetune.rows.sources import Source
 from finetune.rows.streaming import Stream
 
+EMA = "ema"  # the folder of the averaged policy in a checkpoint
 EVALUATION = -1  # in place of a step's number, in seeds
 
 Config = TypeVar("Config", bound=RolloutConfig)
@@ -82,6 +84,8 @@ class RolloutTask(RowTask[Config, PromptRows]):
         self.rollouts = make_rollouts(setup)
         self.scorer: RewardScorer | None = None
         self.experience: Experience | None = None
+        decay = config.ema_decay
+        self.average = None if decay is None else WeightAverage(decay)
         self.step_rows = 0  # prompts of an optimizer step
         self.done = 0  # steps that have begun
 
@@ -198,17 +202,31 @@ class RolloutTask(RowTask[Config, PromptRows]):
         goes_on = self.done % self.config.phase_steps != 0
         current = self.experience if goes_on else None
         save_experience(folder / STATE_FILE, current, self.rollouts.state())
+        if self.average is not None:
+            (folder / EMA).mkdir()
+            averaged = self.average.state_of(inner)
+            export_model(model.model, self.method, self.tokenizer, averaged, folder / EMA)
+            self.average.save(folder)
+
+    def before_save(self, loss_module: Any, *, evaluated: bool) -> None:
+        """Average the weights of the last step too."""
+        if self.average is not None:
+            self.average.see(loss_module.network.model, self.done)
 
     def load_state(self, folder: Path) -> None:
         """Go on with the rollout of a checkpoint."""
         self.experience, state = load_experience(folder / STATE_FILE)
         self.rollouts.load_state(state)
+        if self.average is not None:
+            self.average.load(folder)
 
     # ---- a rollout
 
     def step_batches(self, loss_module: Any, made: StepBatches, step: int) -> StepBatches:
         """The batches of a step with answers; its phase's first step writes them."""
         phase, within = divmod(step, self.config.phase_steps)
+        if self.average is not None:
+            self.average.see(loss_module.network.model, step)
         metrics: dict[str, float] = {}
         if self.experience is None or self.experience.phase != phase:
             self.experience, metrics = self.roll_out(loss_module, phase)

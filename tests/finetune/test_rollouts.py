@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from chatglm import load_model, load_tokenizer
 from chatglm.conversations import Turn
@@ -28,6 +29,8 @@ from serving.rollouts.order import GuessedOrder, LengthHistory
 from tests.finetune.runs import metrics
 from tests.finetune.tasks import CASES, make_pairs, parse, run, task_flags
 from tests.finetune.test_checkpoint import same_losses
+
+ADAPTER = "adapter_model.safetensors"
 
 # ---- rewards
 
@@ -458,6 +461,29 @@ def test_other_rows_are_learnt_beside(bases, tmp_path):
     run(task_flags("ppo", CASES["ppo"], bases["glm2"], tmp_path, *more))
     losses = metrics(tmp_path / "out")
     assert losses[-1] < losses[0] - 5
+
+
+def test_the_average_of_the_weights(bases, tmp_path):
+    """ema/ is the average over all steps, also of a run that was resumed; it loads."""
+    more = ["--max_steps", 4, "--save_model_step", 1, "--eval_path=", "--ema_decay", "0.5"]
+    words = task_flags("grpo", CASES["grpo"], bases["glm2"], tmp_path, *more)
+    last = run(words)
+    out = tmp_path / "out"
+    name = "base_model.model.transformer.encoder.layers.0.self_attention.query_key_value.lora_B"
+    steps = [load_file(find_step(out, step) / ADAPTER)[f"{name}.weight"] for step in (1, 2, 3, 4)]
+    wanted = torch.zeros_like(steps[0])  # B's start
+    for weight in steps:
+        wanted = 0.5 * wanted + 0.5 * weight
+    found = load_file(last / "ema" / ADAPTER)
+    assert torch.allclose(found[f"{name}.weight"], wanted, atol=1e-7)
+    load_model(last / "ema")
+    run([*words, "--resume_from_checkpoint", str(find_step(out, 2))])
+    again = load_file(find_step(out, 4) / "ema" / ADAPTER)
+    assert all((again[key] == found[key]).all() for key in found)
+
+
+def find_step(out, step):
+    return next(out.glob(f"epoch-*-step-{step}"))
 
 
 def test_streamed_prompts(bases, tmp_path):

@@ -24,7 +24,7 @@ OWN |= {"loss_type", "beta", "rewards", "reward_clip", "missing_end_penalty", "n
 OWN |= {"max_new_tokens", "temperature", "top_p", "top_k", "kl_coef", "clip_range"}
 OWN |= {"clip_range_high", "clip_range_value", "rollout_steps", "rollout_epochs", "rollout_batch"}
 OWN |= {"length_predictor", "advantage_scale", "loss_norm", "vf_coef", "gamma", "gae_lambda"}
-OWN |= {"whiten_rewards", "pretrain_path"}
+OWN |= {"whiten_rewards", "ema_decay", "pretrain_path"}
 TASKS = [name for name in CASES if name != "finetune"]  # its own tests go deeper
 # Every family with one method, and one family with every method; slow: all of them.
 QUICK = [(family, "lora") for family in ("glm", "glm2", "glm3", "glm4")]
