@@ -115,11 +115,10 @@ def load_experience(path: Path) -> tuple[Experience | None, dict[str, Any]]:
 def read_groups(tensors: dict[str, np.ndarray]) -> dict[Place, list[Sample]]:
     """The samples by prompt, of the arrays of save_experience."""
     edges = np.cumsum(tensors["lengths"])[:-1]
-    parts = {
-        name.removeprefix("column."): np.split(values, edges)
-        for name, values in tensors.items()
-        if name.startswith("column.")
-    }
+    parts: dict[str, list[np.ndarray]] = {}
+    for name, values in tensors.items():
+        if name.startswith("column."):
+            parts[name.removeprefix("column.")] = np.split(values, edges)
     groups: dict[Place, list[Sample]] = {}
     for number, tokens in enumerate(np.split(tensors["tokens"], edges)):
         columns = {name: values[number] for name, values in parts.items()}

@@ -63,7 +63,7 @@ def with_answer(item: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class PromptEncoder(RowEncoder):
+class RolloutEncoder(RowEncoder):
     """Rows to the ids that a model answers, and their content; as the model is asked in serving."""
 
     def check(self, row: Row) -> None:

@@ -41,9 +41,9 @@ from finetune.reinforcement.experience import (
 from finetune.reinforcement.networks import PolicyNetwork, make_critic, sharing_copy
 from finetune.reinforcement.policy_loss import Algorithm, RolloutLoss
 from finetune.reinforcement.prompts import (
-    PromptEncoder,
     PromptReader,
     PromptRows,
+    RolloutEncoder,
     choose_prompts,
     join_prompts,
     prompt_rows,
@@ -103,9 +103,9 @@ class RolloutTask(RowTask[Config, PromptRows]):
         return PromptReader(config.prompt_text, config.data_format, columns, self.family.name)
 
     @property
-    def encoder(self) -> PromptEncoder:
+    def encoder(self) -> RolloutEncoder:
         config = self.config
-        return PromptEncoder(self.tokenizer, self.family, config.max_len, config.max_src_len)
+        return RolloutEncoder(self.tokenizer, self.family, config.max_len, config.max_src_len)
 
     def choose(self, rows: RowArrays, *, is_evaluation: bool) -> PromptRows:
         return choose_prompts(rows, self.config.is_skip and not is_evaluation)
@@ -290,7 +290,7 @@ class RolloutTask(RowTask[Config, PromptRows]):
             data = prompts[number]
             ids, question, key = data.prompt(row), data.question(row), data.key(row)
             for sample in range(count):
-                seed = seed_of(config.seed, number, data.content(row), sample)
+                seed = answer_seed(config.seed, number, data.content(row), sample)
                 requests.append(
                     RolloutRequest(ids, question.prompt, key, seed, config.max_new_tokens)
                 )
@@ -431,7 +431,7 @@ class RolloutTask(RowTask[Config, PromptRows]):
             say(f"WARNING: {path} cannot be written ({error.strerror or error}); going on")
 
 
-def seed_of(seed: int, number: int, content: bytes, sample: int) -> int:
+def answer_seed(seed: int, number: int, content: bytes, sample: int) -> int:
     """The seed of an answer: of the run's, the prompts' number, the row and the sample."""
     digest = hashlib.sha256(f"{seed} {number} {sample} ".encode() + content).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -61,8 +61,7 @@ class ContinuousRollouts:
             RuntimeError: the model's output was not finite.
         """
         arrivals = RolloutArrivals(self, model, requests, sampling)
-        for _ in run_scheduler(Fcfs(), arrivals.engine, VirtualClock(), arrivals):
-            pass
+        arrivals.run()
         return [arrivals.result(number) for number in range(len(requests))]
 
     def priors(self, requests: Sequence[RolloutRequest]) -> dict[str, float]:
@@ -122,6 +121,11 @@ class RolloutArrivals:
         )
         self.made: dict[int, Answer] = {}
         self.running = 0
+
+    def run(self) -> None:
+        """Write all answers."""
+        for _ in run_scheduler(Fcfs(), self.engine, VirtualClock(), self):
+            pass
 
     @property
     def closed(self) -> bool:
