@@ -54,6 +54,11 @@ class Experience:
             yield from self.groups[place]
 
 
+def rewards_of(samples: Iterable[Sample]) -> np.ndarray:
+    """(samples,) fp64."""
+    return np.array([sample.reward for sample in samples], np.float64)
+
+
 def summary_of(samples: Iterable[Sample]) -> dict[str, float]:
     """Mean reward, divergence and length of answers, and the share that ended."""
     rewards, divergences, lengths, ends = [], [], [], []
@@ -84,9 +89,10 @@ def save_experience(path: Path, experience: Experience | None, state: Mapping[st
         for place in sorted(experience.groups):
             places += [place] * len(experience.groups[place])
         tensors["places"] = np.array(places, np.int64)
-        tensors["lengths"] = np.array([len(sample.tokens) for sample in samples], np.int64)
-        tensors["finished"] = np.array([sample.finished for sample in samples], np.uint8)
-        tensors["rewards"] = np.array([sample.reward for sample in samples], np.float64)
+        numbers = np.array([(len(s.tokens), s.finished, s.reward) for s in samples])
+        tensors["lengths"] = numbers[:, 0].astype(np.int64)
+        tensors["finished"] = numbers[:, 1].astype(np.uint8)
+        tensors["rewards"] = numbers[:, 2].copy()
         tensors["tokens"] = np.concatenate([sample.tokens for sample in samples])
         for name in samples[0].columns:
             tensors[f"column.{name}"] = np.concatenate([s.columns[name] for s in samples])

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from finetune.reinforcement.config import GrpoConfig
-from finetune.reinforcement.experience import Experience, Sample
+from finetune.reinforcement.experience import Experience, Sample, rewards_of
 from finetune.reinforcement.policy_loss import clipped_losses
 from finetune.reinforcement.rollout import MakeRollouts
 from finetune.reinforcement.task import RolloutTask
@@ -53,7 +53,7 @@ class Grpo:
         everyone = list(experience.samples())
         of_batch = deviation(everyone)
         for samples in experience.groups.values():
-            mean = np.mean([sample.reward for sample in samples])
+            mean = rewards_of(samples).mean()
             scale = {"group": deviation(samples), "batch": of_batch, "none": 1.0}
             for sample in samples:
                 advantage = (sample.reward - mean) / scale[self.advantage_scale]
@@ -89,8 +89,7 @@ class Grpo:
 
 def deviation(samples: list[Sample]) -> float:
     """The sample deviation of rewards, never 0."""
-    rewards = [sample.reward for sample in samples]
-    return float(np.std(rewards, ddof=1)) + LEAST_DEVIATION
+    return float(np.std(rewards_of(samples), ddof=1)) + LEAST_DEVIATION
 
 
 class GrpoTraining(RolloutTask[GrpoConfig]):

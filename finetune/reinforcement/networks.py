@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 RAGGED = ("input_ids", "lengths", "shared", "keep", "targets")
 
 
+def ragged_part(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of token_log_probs in a batch."""
+    return {name: batch[name] for name in RAGGED}
+
+
 class PolicyNetwork(nn.Module):
     """A policy and what stands beside it.
 
@@ -46,13 +51,12 @@ class PolicyNetwork(nn.Module):
 
     def log_probs(self, batch: Mapping[str, Any], temperature: float) -> Tensor:
         """(N,) fp32 log-probabilities of a ragged row's targets, as they are sampled."""
-        names = {name: batch[name] for name in RAGGED}
-        return token_log_probs(self.model, **names, temperature=temperature)
+        return token_log_probs(self.model, **ragged_part(batch), temperature=temperature)
 
     @torch.no_grad()
     def reference_log_probs(self, batch: Mapping[str, Any], temperature: float) -> Tensor:
         """As log_probs, of the model that the run started from."""
-        names = {name: batch[name] for name in RAGGED}
+        names = ragged_part(batch)
         with switched_off(self.model) if self.reference is None else nullcontext():
             return token_log_probs(self.reference or self.model, **names, temperature=temperature)
 
@@ -60,7 +64,9 @@ class PolicyNetwork(nn.Module):
         """(N,) fp32: the critic's values before each target of a ragged row."""
         if self.critic is None:
             raise ValueError("the policy has no critic")
-        return self.critic(**{name: batch[name] for name in RAGGED[:4]})
+        names = ragged_part(batch)
+        del names["targets"]
+        return self.critic(**names)
 
 
 def sharing_copy(model: nn.Module) -> Any:

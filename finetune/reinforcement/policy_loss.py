@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from finetune.loss import nll_sum
 from finetune.reinforcement.experience import Experience
-from finetune.reinforcement.networks import RAGGED, PolicyNetwork
+from finetune.reinforcement.networks import PolicyNetwork, ragged_part
 
 PRETRAIN = "pretrain_"  # before the names of a batch of --pretrain_path
 
@@ -69,8 +69,7 @@ class RolloutLoss(nn.Module):
             return loss
         rows = {n.removeprefix(PRETRAIN): v for n, v in batch.items() if n.startswith(PRETRAIN)}
         weight = scale * rows.pop("scale")
-        rows = {name: rows[name] for name in RAGGED}
-        return loss + nll_sum(self.network.model, scale=weight, **rows)
+        return loss + nll_sum(self.network.model, scale=weight, **ragged_part(rows))
 
     @property
     def statistics_names(self) -> list[str]:

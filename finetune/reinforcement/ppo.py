@@ -20,7 +20,6 @@ network of its own whose head starts at zero, the reward is the last token's, th
 the log-probabilities. PPO-ptx adds `--pretrain_coef` times the loss of other rows (2203.02155).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,17 +29,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.distributed import rank, sum_over_ranks, world_size
+from finetune.distributed import sum_over_ranks
 from finetune.epochs import EpochRows, StepBatches
+from finetune.reinforcement.beside import load_pretraining, pretrain_batches
 from finetune.reinforcement.config import PpoConfig
-from finetune.reinforcement.experience import Experience, Sample
+from finetune.reinforcement.experience import Experience, Sample, rewards_of
 from finetune.reinforcement.policy_loss import PRETRAIN, clipped_losses
 from finetune.reinforcement.rollout import MakeRollouts
 from finetune.reinforcement.task import RolloutTask
-from finetune.rows.arrays import Dataset, join_datasets
-from finetune.rows.batches import Batch, collate, count_labels, step_rows
-from finetune.rows.encoding import Preparation, RowEncoder, choose_rows
-from finetune.rows.sources import RowReader, join_hashes
+from finetune.rows.arrays import Dataset
+from finetune.rows.batches import count_labels
+from finetune.rows.sources import join_hashes
 
 
 def token_rewards(sample: Sample, reward: float, kl_coef: float) -> np.ndarray:
@@ -88,7 +87,7 @@ class Ppo:
         samples = list(experience.samples())
         scale = 1.0
         if self.whiten_rewards:
-            scale = float(np.std([sample.reward for sample in samples])) + 1e-8
+            scale = float(rewards_of(samples).std()) + 1e-8
         parts = []
         for sample in samples:
             rewards = token_rewards(sample, sample.reward / scale, self.kl_coef)
@@ -147,7 +146,7 @@ class PpoTraining(RolloutTask[PpoConfig]):
         """As RolloutTask's, and the rows of --pretrain_path."""
         super().load_rows()
         if self.config.pretrain_path:
-            self.pretraining, self.pretrain_hash = load_pretraining(self)
+            self.pretraining, self.pretrain_hash = load_pretraining(self, self.config)
 
     def data_hash(self) -> str:
         """As RowTask's, of the rows of --pretrain_path too."""
@@ -159,7 +158,7 @@ class PpoTraining(RolloutTask[PpoConfig]):
         made = super().step_batches(loss_module, made, step)
         if self.pretraining is None:
             return made
-        more = self.pretrain_batches(self.pretraining, step)
+        more = pretrain_batches(self.pretraining, step, self.step_rows, self.config, self.layout)
         answered = sum(map(self.count_labels, made.batches))
         answered, learnt = sum_over_ranks(answered, sum(map(count_labels, more)))
         # The loop divides by the tokens of answers.
@@ -169,36 +168,6 @@ class PpoTraining(RolloutTask[PpoConfig]):
             named = {PRETRAIN + name: value for name, value in rows.items()}
             batches.append({**batch, **named, PRETRAIN + "scale": scale})
         return replace(made, batches=batches)
-
-    def pretrain_batches(self, rows: EpochRows[Dataset], step: int) -> list[Batch]:
-        """As many rows of --pretrain_path as the step has prompts, one batch a pass."""
-        config = self.config
-        epoch, place = divmod(step, math.ceil(rows.count() / self.step_rows))
-        data, order, place = rows.of_step(epoch, place, self.step_rows)
-        passes = step_rows(
-            order,
-            place,
-            data.row_lengths,
-            micro=config.per_device_train_batch_size,
-            accumulation=config.gradient_accumulation_steps,
-            rank=rank(),
-            world=world_size(),
-        )
-        return [collate(data, chosen, **self.layout) for chosen in passes]
-
-
-def load_pretraining(task: PpoTraining) -> tuple[EpochRows[Dataset], str]:
-    """(the rows of --pretrain_path, as --task finetune reads them; a hash of their files)."""
-    config = task.config
-    lengths = (config.max_len, config.max_src_len, config.glm3_labels)
-    encoder = RowEncoder(task.tokenizer, task.family, *lengths)
-    preparation = Preparation(RowReader(family=task.family.name), encoder, config.on_bad_row)
-    parts, hashes = [], []
-    for source in task.sources_of("pretrain_path"):
-        rows, found = task.read_source(source, preparation)
-        parts.append(choose_rows(rows, encoder, config.is_skip))
-        hashes += found
-    return EpochRows(join_datasets(parts), config.seed), join_hashes(hashes)
 
 
 def train_ppo(config: PpoConfig, make_rollouts: MakeRollouts) -> Path:

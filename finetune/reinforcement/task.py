@@ -236,11 +236,13 @@ class RolloutTask(RowTask[Config, PromptRows]):
         tokens = 0
         for batch in made.batches:
             rows = batch["rows"]
-            groups = [self.experience.groups.get((number, row), []) for row in rows]
             data: Any = made.data
-            batches.append(self.batch([(data, row) for row in rows], groups))
-            for samples in groups:
-                tokens += sum(len(sample.tokens) for sample in samples)
+            groups: list[list[Sample]] = []
+            for row in rows:
+                groups.append(self.experience.groups.get((number, row), []))
+                for sample in groups[-1]:
+                    tokens += len(sample.tokens)
+            batches.append(self.batch(list(zip([data] * len(rows), rows)), groups))
         return replace(made, batches=batches, tokens=made.tokens + tokens, metrics=metrics)
 
     def roll_out(self, loss_module: Any, phase: int) -> tuple[Experience, dict[str, float]]:
@@ -252,7 +254,8 @@ class RolloutTask(RowTask[Config, PromptRows]):
             data, order, place = self.prompts_of(number)
             prompts[number] = data
             chosen = order[place * self.step_rows : (place + 1) * self.step_rows]
-            places += [(number, int(row)) for row in dict.fromkeys(chosen.tolist())]
+            for row in dict.fromkeys(chosen.tolist()):
+                places.append((number, row))
         started = time.perf_counter()
         groups = self.sample(loss_module, prompts, places, self.config.num_generations)
         seconds = time.perf_counter() - started
@@ -403,7 +406,7 @@ class RolloutTask(RowTask[Config, PromptRows]):
         data = self.eval_data
         if data is None:
             raise RuntimeError("the evaluation rows are not loaded")
-        places = [(EVALUATION, row) for row in range(len(data))]
+        places = list(zip([EVALUATION] * len(data), range(len(data))))
         groups = self.sample(loss_module, {EVALUATION: data}, places, 1)
         found = summary_of(groups[place][0] for place in places)
         found["loss"] = self.config.kl_coef * found["kl"] - found["reward"]
