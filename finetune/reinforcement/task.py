@@ -272,7 +272,10 @@ class RolloutTask(RowTask[Config, PromptRows]):
         loss_module.eval()
         mine = places[rank() :: world_size()]
         groups = self.score(prompts, mine, self.answer(loss_module.network, prompts, mine, count))
-        self.add_statistics(loss_module, prompts, groups, -(-len(places) // world_size()))
+        size = self.config.per_device_train_batch_size
+        if EVALUATION in prompts:
+            size = self.config.per_device_eval_batch_size or size
+        self.add_statistics(loss_module, prompts, groups, -(-len(places) // world_size()), size)
         loss_module.train(was_training)
         gathered: list[Any] = [groups]
         if world_size() > 1:
@@ -339,13 +342,14 @@ class RolloutTask(RowTask[Config, PromptRows]):
         prompts: Mapping[int, PromptRows],
         groups: dict[Place, list[Sample]],
         most: int,
+        size: int,
     ) -> None:
         """Add the columns of RolloutLoss.statistics to the samples of this rank.
 
         Args:
             most: prompts of the rank that has most; every rank runs as many passes.
+            size: prompts of a pass.
         """
-        size = self.config.per_device_train_batch_size
         places = list(groups)
         device = next(loss_module.parameters()).device
         filler = (next(iter(prompts)), -1)

@@ -1,6 +1,7 @@
 """--task grpo and --task ppo: rewards, prompts, advantages, losses, resumes, and what is learnt."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 from chatglm import load_model, load_tokenizer
 from chatglm.conversations import Turn
 from chatglm.families import family_of
+from finetune.memory.command import make_run
+from finetune.memory.formula import estimate
 from finetune.reinforcement.experience import (
     Experience,
     Sample,
@@ -26,6 +29,7 @@ from finetune.reinforcement.rollout import RolloutRequest, RolloutSampling
 from finetune.rows.formats import BadRow
 from serving.rollouts.continuous import ContinuousRollouts, make_rollouts
 from serving.rollouts.order import GuessedOrder, LengthHistory
+from tests.conftest import REPO_ROOT
 from tests.finetune.runs import metrics
 from tests.finetune.tasks import CASES, make_pairs, parse, run, task_flags
 from tests.finetune.test_checkpoint import same_losses
@@ -516,6 +520,43 @@ def test_the_critic_trains_and_the_policy_does_not_move_it(bases, tmp_path, meth
         assert shared == (method == "lora" and "lora_" not in name), name
         assert (parameter == theirs[name]).all()
     assert (network.reference is None) == (method == "lora")
+
+
+@pytest.mark.parametrize(
+    "task, method, models, trained",
+    [("grpo", "all", 2, 1), ("ppo", "all", 3, 2), ("grpo", "lora", 1, 1), ("ppo", "lora", 1, 2)],
+)
+def test_the_estimate_counts_the_copies(bases, tmp_path, task, method, models, trained):
+    """A reference and a critic of whole models; of adapters the base is there once."""
+    config = parse(task_flags(task, CASES[task], bases["glm2"], tmp_path, method=method))
+    described = make_run(config)
+    own = described.own_trained
+    added = own * trained if method == "lora" else 0
+    assert described.trained_count == own * trained
+    assert described.weight_count == described.shape.total * models + added
+    task_class = {"grpo": GrpoTraining, "ppo": PpoTraining}[task]
+    network = task_class(config, make_rollouts).build_model(torch.float32)
+    counted = sum(parameter.numel() for parameter in network.parameters())
+    assert counted == pytest.approx(described.weight_count, rel=0.01)
+
+
+def test_the_estimate_counts_a_reward_model(bases, tmp_path):
+    words = task_flags("grpo", CASES["grpo"], bases["glm2"], tmp_path)
+    plain = estimate(make_run(parse(words)))
+    more = ["--rewards", "model", "--reward_pattern=", "--reward_model", str(bases["glm2"])]
+    scored = estimate(make_run(parse([*words, *more])))
+    assert "reward model" in scored.parts and "reward model" not in plain.parts
+    assert scored.total > plain.total
+
+
+def test_the_guide_counts_the_lines():
+    """An algorithm is under 200 lines, and docs/preferences.md says how many."""
+    text = (REPO_ROOT / "docs" / "preferences.md").read_text("utf-8")
+    for name in ("grpo", "ppo", "beside"):
+        source = (REPO_ROOT / "finetune" / "reinforcement" / f"{name}.py").read_text("utf-8")
+        count = len(source.splitlines())
+        assert count < 200
+        assert re.search(rf"{name}\.py`[^|]*, {count} lines", text), (name, count)
 
 
 @pytest.mark.parametrize("task", ["grpo", "ppo"])
