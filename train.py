@@ -67,6 +67,32 @@ def dpo(config: Any) -> Path:
     return train_dpo(config)
 
 
+def grpo_config() -> type[RunConfig]:
+    from finetune.reinforcement.config import GrpoConfig
+
+    return GrpoConfig
+
+
+def grpo(config: Any) -> Path:
+    from finetune.reinforcement.grpo import train_grpo
+    from serving.rollouts.continuous import make_rollouts
+
+    return train_grpo(config, make_rollouts)
+
+
+def ppo_config() -> type[RunConfig]:
+    from finetune.reinforcement.config import PpoConfig
+
+    return PpoConfig
+
+
+def ppo(config: Any) -> Path:
+    from finetune.reinforcement.ppo import train_ppo
+    from serving.rollouts.continuous import make_rollouts
+
+    return train_ppo(config, make_rollouts)
+
+
 def predictor_config() -> type[RunConfig]:
     from predictor.config import PredictorConfig  # numpy: not for the others' --help
 
@@ -113,6 +139,8 @@ TASKS: dict[str, TaskEntry] = {
     "pretrain": TaskEntry(pretrain_config, pretrain),
     "reward": TaskEntry(reward_config, reward),
     "dpo": TaskEntry(dpo_config, dpo),
+    "grpo": TaskEntry(grpo_config, grpo),
+    "ppo": TaskEntry(ppo_config, ppo),
     "predictor": TaskEntry(predictor_config, predictor),
 }
 

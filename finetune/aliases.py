@@ -249,8 +249,57 @@ OLD_FLAGS: dict[str, OldFlag] = {
     ),
     "beta": OldFlag(RLHF, reason="--task dpo has it"),
     "max_length_prompt": OldFlag(RLHF, "max_src_len"),
-    "sft_model_path": OldFlag(RLHF, reason="there is no PPO here"),
-    "reward_model_path": OldFlag(RLHF, reason="there is no PPO here"),
-    "reward_checkpoint": OldFlag(RLHF, reason="there is no PPO here"),
-    "pretrain_filename": OldFlag(RLHF, reason="there is no PPO here; texts go to --train_path"),
+    "sft_model_path": OldFlag(RLHF, "model_name_or_path"),
+    "reward_model_path": OldFlag(
+        RLHF, reason="--reward_model takes a checkpoint of --task reward, which names its base"
+    ),
+    "reward_checkpoint": OldFlag(RLHF, "reward_model"),
+    "pretrain_filename": OldFlag(RLHF, reason="--pretrain_path takes the path of the rows"),
+    "actor_learning_rate": OldFlag(RLHF, "learning_rate"),
+    "actor_weight_decay": OldFlag(RLHF, "weight_decay"),
+    "actor_lora_rank": OldFlag(RLHF, "lora_dim"),
+    "actor_lora_alpha": OldFlag(RLHF, "lora_alpha"),
+    "actor_gradient_checkpointing": OldFlag(RLHF, "gradient_checkpointing"),
+    "max_gen_length": OldFlag(RLHF, "max_new_tokens"),
+    "ppo_epochs": OldFlag(RLHF, "rollout_epochs"),
+    "ppo_batch_numbers": OldFlag(RLHF, "rollout_steps"),
+    "kl_coefficient": OldFlag(RLHF, "kl_coef"),
+    "clip_reward_value": OldFlag(RLHF, "reward_clip"),
+    "lambda_": OldFlag(RLHF, "gae_lambda"),
+    **dict.fromkeys(
+        ("critic_learning_rate", "critic_weight_decay", "critic_lora_rank", "critic_lora_alpha"),
+        OldFlag(RLHF, reason="the critic trains as the policy does; --vf_coef weighs its loss"),
+    ),
+    "critic_gradient_checkpointing": OldFlag(
+        RLHF, reason="--gradient_checkpointing is of policy and critic"
+    ),
+    "ppo_train_batch_size": OldFlag(
+        RLHF,
+        reason="--per_device_train_batch_size prompts make a pass, --rollout_steps steps a rollout",
+    ),
+    "enable_joint_optimization": OldFlag(RLHF, reason="--task ppo always trains its critic"),
+    "enable_ema": OldFlag(RLHF, reason="--ema_decay 0.992 keeps the average"),
+    **dict.fromkeys(
+        ("actor_zero_stage", "critic_zero_stage", "offload"),
+        OldFlag(RLHF, reason="--ds_file has the ZeRO stage and what is offloaded"),
+    ),
+    "offload_reference_model": OldFlag(
+        RLHF, reason="adapters need no second model; --ds_file offloads all weights"
+    ),
+    **dict.fromkeys(
+        ("disable_actor_dropout", "disable_critic_dropout"),
+        OldFlag(RLHF, reason="--lora_dropout and --prefix_dropout are 0 in --task ppo"),
+    ),
+    **dict.fromkeys(
+        (
+            "enable_hybrid_engine",
+            "inference_tp_size",
+            "tp_gather_partition_size",
+            "unpin_actor_parameters",
+            "release_inference_cache",
+        ),
+        OldFlag(
+            RLHF, reason="answers are written by the continuous engine, --rollout_batch at once"
+        ),
+    ),
 }

@@ -82,6 +82,9 @@ class SavedTask(Protocol):
     def export(self, model: Any, state: dict[str, Tensor], folder: Path) -> None:
         """Write what inference needs of the trained model; `state` as export_model takes it."""
 
+    def load_state(self, folder: Path) -> None:
+        """Read what `export` wrote for a resumed run alone; raises ValueError."""
+
 
 def read_manifest(folder: str | Path, verify: str | None = None) -> dict[str, Any] | None:
     """The manifest of a checkpoint, or None where there is none.
@@ -457,6 +460,7 @@ class Checkpointer:
             if "lora_start" in vars(module):
                 check_lora_start(module, dict(read_tensors(folder / "adapter_model.safetensors")))
         self.load_trainer(folder, elastic)
+        self.task.load_state(folder)
         made_by = f", made by {manifest['world_size']} rank(s), on {world_size()}"
         say(f"resumed from {folder}{made_by if elastic else ''}")
         return manifest

@@ -219,6 +219,21 @@ class RowsConfig(RunConfig, RowFlags, WeightFlags):
         """Labelled tokens, of all; for the estimate of memory."""
         return 0.25
 
+    @property
+    def copies(self) -> tuple[int, int]:
+        """(frozen, trained) models beside the one that learns; for the estimate of memory."""
+        return 0, 0
+
+    @property
+    def rollout_rows(self) -> int:
+        """Answers that are sampled at once; for the estimate of memory."""
+        return 0
+
+    @property
+    def scorer(self) -> str:
+        """The folder of a model that scores answers, or ""; for the estimate of memory."""
+        return ""
+
 
 @dataclass(frozen=True)
 class TrainConfig(RowsConfig, AnswerFlags):

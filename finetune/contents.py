@@ -40,6 +40,10 @@ def path_contents(
             contents["replay_path"] = describe_sources(config.replay_path, documents)
         if config.adapter:
             contents["adapter"] = adapter_content(config.adapter, fingerprint)
+    if pretrain := getattr(config, "pretrain_path", ""):  # of --task ppo; its hash is in `data` too
+        contents["pretrain_path"] = describe_sources(pretrain)
+    if folder := getattr(config, "reward_model", ""):
+        contents["reward_model"] = hash_weights(Path(folder))
     for name in ("model_name_or_path", "encoder_path"):
         if folder := getattr(config, name, ""):
             weights = fingerprint if folder == model_path else None
@@ -67,6 +71,11 @@ def adapter_content(path: str, fingerprint: str | None) -> str:
             "not those of --model_name_or_path (fingerprints differ)"
         )
     return sha256(adapter_file(folder))
+
+
+def hash_weights(folder: Path) -> str:
+    """SHA-256 of the names and contents of a folder's safetensors files."""
+    return hash_json([(file.name, sha256(file)) for file in sorted(folder.glob("*.safetensors"))])
 
 
 def hash_json(value: object) -> str:

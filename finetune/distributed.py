@@ -6,8 +6,9 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import redirect_stdout
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -140,6 +141,30 @@ def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         if isinstance(value, torch.Tensor):
             moved[name] = value.to(device, non_blocking=True)
     return moved
+
+
+@contextmanager
+def whole_weights(model: torch.nn.Module) -> Iterator[None]:
+    """A context in which ZeRO-3's weights of a model are whole on every rank, and its modules may
+    be called in any order, by each rank on its own. A collective operation at both ends.
+    """
+    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    from deepspeed import zero
+
+    # DeepSpeed's hooks gather a module's weights at each call, for which all ranks must wait.
+    kept = []
+    for module in model.modules():
+        kept.append((module, module._forward_pre_hooks, module._forward_hooks))
+        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        with zero.GatheredParameters(partitioned):
+            yield
+    finally:
+        for module, before, after in kept:
+            module._forward_pre_hooks, module._forward_hooks = before, after
 
 
 def whole_size(parameter: torch.nn.Parameter) -> int:

@@ -4,7 +4,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ from finetune.distributed import (
     without_prints,
     world_size,
 )
-from finetune.epochs import RowSet
+from finetune.epochs import StepBatches
 from finetune.evaluation.metrics import check_packages
 from finetune.files import LastingStream, locked_folder
 from finetune.lora import use_lean_lora
@@ -352,22 +352,6 @@ def data_facts(config: RunConfig, task: Task, train_hash: str) -> dict[str, Any]
     return facts
 
 
-@dataclass(frozen=True)
-class StepBatches:
-    """What one rank computes in a step.
-
-    Attributes:
-        rows: numbers of the rows of `data`, without empty places.
-        tokens: of these rows.
-        batches: one per pass.
-    """
-
-    data: RowSet
-    rows: list[int]
-    tokens: int
-    batches: list[Mapping[str, Any]]
-
-
 class Loop:
     """The state of a run between its steps."""
 
@@ -492,7 +476,7 @@ class Loop:
         started = time.perf_counter()
         # Read before the step, in which the scheduler sets the next one.
         lr = self.engine.optimizer.param_groups[0]["lr"]
-        loss, norm, tokens, stop = self.step()
+        loss, norm, tokens, stop, found = self.step()
         speed = tokens / (time.perf_counter() - started)
         bar.set_postfix({"loss": f"{loss:.4f}", "tokens/s": f"{speed:.0f}"}, refresh=False)
         bar.update()
@@ -503,6 +487,7 @@ class Loop:
                 "grad_norm": norm,
                 "tokens_per_second": speed,
                 "memory_gb": peak_memory_gb(),
+                **found,
             }
             writer.add(self.done, values)
         if self.is_due(self.config.show_loss_step) or self.done == self.schedule.total_steps:
@@ -512,15 +497,16 @@ class Loop:
             )
         return stop
 
-    def step(self) -> tuple[float, float, int, bool]:
+    def step(self) -> tuple[float, float, int, bool, dict[str, float]]:
         """One optimizer step.
 
         Returns:
             (mean loss over the step's labelled tokens on all ranks, norm of its gradient before
-            clipping, number of tokens without padding, whether a signal wants a stop).
+            clipping, number of tokens without padding, whether a signal wants a stop, what the
+            task measured).
         """
         engine = self.engine
-        made = self.batches()
+        made = self.task.step_batches(engine.module, self.batches(), self.done)
         labelled_here = sum(map(self.task.count_labels, made.batches))
         stop_here = bool(self.signals.number)
         labelled, tokens, stop = sum_over_ranks(labelled_here, made.tokens, stop_here)
@@ -540,9 +526,9 @@ class Loop:
         mean = sum_over_ranks(total)[0] / labelled
         norm = float(engine.get_global_grad_norm() or 0)
         self.check_finite(mean, norm, made)
-        return mean, norm, int(tokens), stop > 0
+        return mean, norm, int(tokens), stop > 0, made.metrics
 
-    def check_finite(self, loss: float, norm: float, made: "StepBatches") -> None:
+    def check_finite(self, loss: float, norm: float, made: StepBatches) -> None:
         """Raises TrainingFailed where the loss or the norm of its gradient is not finite."""
         # DeepSpeed silently skips a step of infinite gradients; only with the loss scale of fp16
         # is that a normal event.
@@ -556,7 +542,7 @@ class Loop:
             f"Try a lower --learning_rate or --precision bf16 or fp32"
         )
 
-    def batches(self) -> "StepBatches":
+    def batches(self) -> StepBatches:
         """The result of make_batches for the next step; workers start on the steps after it."""
         if self.workers:
             last = min(self.done + self.config.num_workers, self.schedule.total_steps - 1)
@@ -566,7 +552,7 @@ class Loop:
         made = self.ahead.pop(self.done, None)
         return made.result() if made else self.make_batches(self.done)
 
-    def make_batches(self, step: int) -> "StepBatches":
+    def make_batches(self, step: int) -> StepBatches:
         """The batches of a step on this rank.
 
         A pure function of the step, safe to call in a worker thread.

@@ -1,9 +1,9 @@
 """Which rows of a loaded set an epoch reads, and in what order."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,24 @@ class RowSet(Protocol):
 
 
 Rows = TypeVar("Rows", bound=RowSet)
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """What one rank computes in a step.
+
+    Attributes:
+        rows: numbers of the rows of `data`, without empty places.
+        tokens: of these rows.
+        batches: one per pass.
+        metrics: what a task measured while it made them; the run's log gets it.
+    """
+
+    data: RowSet
+    rows: list[int]
+    tokens: int
+    batches: list[Mapping[str, Any]]
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def check_not_negative(name: str, value: float) -> None:
 
 
 # The names of train.TASKS.
-TASK_NAMES = ("finetune", "pretrain", "reward", "dpo", "predictor")
+TASK_NAMES = ("finetune", "pretrain", "reward", "dpo", "grpo", "ppo", "predictor")
 
 
 def task_flag(name: str) -> Any:
@@ -46,8 +46,9 @@ def task_flag(name: str) -> Any:
     return fixed_flag(
         name,
         "what is trained: answers to questions (finetune), whole texts (pretrain), a model that "
-        "scores answers (reward), a preference for the better of two answers (dpo), or a "
-        "predictor of the length of answers; --task NAME --help shows that one's flags",
+        "scores answers (reward), a preference for the better of two answers (dpo), the rewards "
+        "of sampled answers (grpo; ppo with a critic), or a predictor of the length of answers; "
+        "--task NAME --help shows that one's flags",
         choices=TASK_NAMES,
     )
 

@@ -87,12 +87,15 @@ def token_log_probs(
     shared: list[int],
     keep: Tensor,
     targets: Tensor,
+    temperature: float = 1.0,
 ) -> Tensor:
     """(N,) fp32: the log-probability of each target of a ragged row; 0 where it is IGNORED.
 
-    The arguments are nll_sum's.
+    The arguments are nll_sum's; logits are divided by `temperature`.
     """
     hidden = ragged_states(model, input_ids, lengths, shared, keep)
+    if temperature != 1:  # an output layer without bias is linear: so no logits are copied
+        hidden = hidden / temperature
     output_layer = without_peft(model).get_output_embeddings()
     if isinstance(output_layer, OutputLayer):
         return output_layer(hidden, targets, log_probs=True)

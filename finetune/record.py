@@ -23,7 +23,7 @@ RUN = "run.json"
 METRICS_FILE = "metrics.jsonl"
 FORMAT_VERSION = 2  # 1 had the steps of metrics.jsonl in run.json too
 # Of the metrics; of all others a higher one is better.
-LOWER_IS_BETTER = ("loss", "mae", "perplexity", "bits_per_byte")
+LOWER_IS_BETTER = ("loss", "mae", "perplexity", "bits_per_byte", "kl")
 RECORD_SECONDS = 60  # between two writings of run.json where nothing else asks for one
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -25,7 +25,7 @@ from finetune.distributed import (
     wait_for_all,
     world_size,
 )
-from finetune.epochs import EpochRows, RowSet
+from finetune.epochs import EpochRows, RowSet, StepBatches
 from finetune.methods import make_method
 from finetune.rows.arrays import Dataset, RowArrays
 from finetune.rows.batches import BatchLayout
@@ -213,8 +213,14 @@ class RowTask(Generic[Config, Rows]):
         """(rows, hashes of the files): encoded by the first rank of each node, mapped by the
         others.
         """
+        rows, hashes = self.read_source(source, self.preparation(name))
+        data = self.choose(rows, is_evaluation=name == "eval")
+        say(describe_rows(data, name, rows.facts["bad"]))
+        return data, hashes
+
+    def read_source(self, source: Source, preparation: Preparation) -> tuple[RowArrays, list[str]]:
+        """As load_source, of all rows that `preparation` encodes."""
         config = self.config
-        preparation = self.preparation(name)
         cache = Path(config.data_cache).expanduser() if config.data_cache else None
         prepared = first_of_node(
             lambda: prepare_rows(
@@ -232,9 +238,7 @@ class RowTask(Generic[Config, Rows]):
         finally:
             if local_rank() == 0:
                 prepared.release(config.data_cache_gb)
-        data = self.choose(rows, is_evaluation=name == "eval")
-        say(describe_rows(data, name, rows.facts["bad"]))
-        return data, prepared.hashes
+        return rows, prepared.hashes
 
     # ---- which rows a step reads
 
@@ -292,8 +296,15 @@ class RowTask(Generic[Config, Rows]):
             count += self.count_labels(batch)
         return sum_over_ranks(*sums, count)
 
+    def step_batches(self, loss_module: nn.Module, made: StepBatches, step: int) -> StepBatches:
+        """The batches themselves: they need no weights."""
+        return made
+
     def before_training(self, loss_module: nn.Module, output_dir: Path) -> None:
         """Nothing: a run needs only its weights."""
+
+    def load_state(self, folder: Path) -> None:
+        """Nothing: a checkpoint's weights are all that a run goes on with."""
 
     def before_save(self, loss_module: nn.Module, *, evaluated: bool) -> None:
         """Nothing: rank 0 alone exports."""

@@ -14,7 +14,7 @@ from torch import nn
 from finetune.checkpoint import SavedTask
 from finetune.config import TrainConfig
 from finetune.distributed import agree, say
-from finetune.epochs import RowSet
+from finetune.epochs import RowSet, StepBatches
 from finetune.evaluation.evaluate import answers_of_ranks, evaluation_loss, prediction_lines
 from finetune.evaluation.metrics import score_rows
 from finetune.files import write_aside
@@ -64,6 +64,11 @@ class Task(SavedTask, Protocol):
 
     def loss_module(self, model: nn.Module) -> nn.Module:
         """The module whose forward returns the loss of a batch, summed and scaled."""
+
+    def step_batches(self, loss_module: nn.Module, made: StepBatches, step: int) -> StepBatches:
+        """What is trained on in step `step` (from 0), made of the batches of `collate` with the
+        weights as they are; every rank takes part.
+        """
 
     def before_training(self, loss_module: nn.Module, output_dir: Path) -> None:
         """What of a start every rank must take part in: the weights are those that a run starts

@@ -14,7 +14,7 @@ from chatglm.family_tokenizer import FamilyTokenizer
 from chatglm.loading import load_tokenizer, resolve_mode
 from finetune.checkpoint import export_model
 from finetune.distributed import on_device, rank, say, world_size
-from finetune.epochs import EpochRows
+from finetune.epochs import EpochRows, StepBatches
 from finetune.files import sha256
 from finetune.methods import make_method
 from finetune.out_of_memory import explained, training_advice
@@ -246,6 +246,13 @@ class LengthTraining:
         loss = float(total) / weights.sum()
         probabilities, ranks = decoder.decode(outputs[prompt])
         return {"loss": loss} | metrics_of(probabilities, decoder.edges, ranks, tokens, finished)
+
+    def step_batches(self, loss_module: nn.Module, made: StepBatches, step: int) -> StepBatches:
+        """The batches themselves: they need no weights."""
+        return made
+
+    def load_state(self, folder: Path) -> None:
+        """Nothing: a checkpoint's weights are all that a run goes on with."""
 
     def before_training(self, loss_module: nn.Module, output_dir: Path) -> None:
         """Nothing: a run needs only its weights."""

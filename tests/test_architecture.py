@@ -47,6 +47,9 @@ TORCH_FREE = [
     "finetune/methods.py",
     "finetune/placing.py",
     "finetune/record.py",
+    "finetune/reinforcement/config.py",
+    "finetune/reinforcement/rewards.py",
+    "finetune/reinforcement/rollout.py",
     "finetune/report.py",
     "finetune/start_adapter.py",
     "finetune/rows/formats.py",
@@ -176,6 +179,7 @@ ROOMS = {  # a room of serving/ -> what of serving/ it may import
     "endpoints": {"request", "policies", "engines", "replicas", "server", "endpoints"},
     "chat": {"request", "policies", "cost_model", "engines", "endpoints", "chat", "tools"},
     "batch": {"policies", "endpoints", "batch"},
+    "rollouts": {"request", "scheduler", "policies", "engines", "simulate", "rollouts"},
 }
 
 

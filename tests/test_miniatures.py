@@ -117,7 +117,9 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/pipeline.py": "test_pipeline",
     "benchmarks/preferences.py": "test_preferences",
     "benchmarks/prefix_sharing.py": "test_prefix_sharing",
+    "benchmarks/reinforcement.py": "test_reinforcement",
     "benchmarks/replicas.py": "test_replicas",
+    "benchmarks/rollouts.py": "test_rollouts",
     "benchmarks/real_input.py": "test_real_input",
     "benchmarks/reread_cost.py": "test_reread_cost",
     "benchmarks/serving_engine.py": "test_serving_engine",
@@ -368,6 +370,23 @@ def test_preferences(tmp_path):
     assert "| reward | 2 |" in done.stdout and (tmp_path / "p.png").stat().st_size > 1000
     figures = json.loads((tmp_path / "out.json").read_text())
     assert [len(found["curves"]) for found in figures.values()] == [1, 2, 3]
+
+
+def test_rollouts(tmp_path):
+    words = ["--prompts", 3, "--siblings", 2, "--longest", 8, "--max_batch", 4, "--hidden", 64]
+    words += ["--layers", 1, "--repetitions", 1, "--json", tmp_path / "out.json"]
+    done = run("benchmarks/rollouts.py", *words)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(found) == 4 and "| engine, guessed lengths, later |" in done.stdout
+
+
+def test_reinforcement(tmp_path):
+    words = ["--runs", "grpo-rule,ppo-model", "--steps", 2, "--base_steps", 1]
+    words += ["--picture", tmp_path / "p.png", "--work", tmp_path / "work"]
+    done = run("benchmarks/reinforcement.py", *words, "--json", tmp_path / "out.json")
+    assert "| ppo-model | 2 |" in done.stdout and (tmp_path / "p.png").stat().st_size > 1000
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert [len(found["curves"]) for found in figures.values()] == [3, 3]
 
 
 def test_prefix_sharing(tmp_path):

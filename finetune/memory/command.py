@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chatglm.commands import Parser, run_command
+from chatglm.files import read_json
 from finetune.config import RowsConfig, TrainConfig, add_flag, changed_flags
 from finetune.ds_file import BETWEEN_RANKS, fill_sizes, read_ds_file
 from finetune.files import write_json
@@ -203,6 +204,7 @@ def make_run(
     if config.freeze_ratio:
         names = later_parameters(list(shape.parameters), config.freeze_ratio)
     more = {"sequences": config.sequences, "label_share": config.label_share} | more
+    frozen_copies, trained_copies = config.copies
     run = Run(
         shape,
         config.train_type,
@@ -222,11 +224,28 @@ def make_run(
         pre_seq_len=config.pre_seq_len,
         projection=config.prefix_projection,
         version=config.resolved_ptuning_version,
+        frozen_copies=frozen_copies,
+        trained_copies=trained_copies,
+        rollout_rows=config.rollout_rows,
+        scorer=read_shape(base_folder(config.scorer)) if config.scorer else None,
         **more,
     )
     # A name that matches nothing raises here.
     run.trained  # noqa: B018
     return run
+
+
+def base_folder(model: str) -> str:
+    """The folder of a model, or that of the base of an adapter or a prefix."""
+    for file, key in (
+        ("adapter_config.json", "base_model_name_or_path"),
+        ("config.json", "_name_or_path"),
+    ):
+        path = Path(model) / file
+        found = read_json(path).get(key) if path.is_file() else None
+        if found and Path(found).is_dir():
+            return str(found)
+    return model
 
 
 def later_parameters(names: list[str], ratio: float) -> tuple[str, ...]:

@@ -95,8 +95,10 @@ def counted_parts(run: Run) -> dict[str, float]:
         "gradients": gradients(run) + passing_gradient(run),
         "optimizer": optimizer_states(run),
         "optimizer step": step_temporaries(run),
-        "activations": activations(run) + max(0.0, backward_work(run) - logits),
+        "activations": held_activations(run) + max(0.0, backward_work(run) - logits),
         "logits and loss": logits,
+        "reward model": run.element * run.scorer.total if run.scorer else 0.0,
+        "rollout": max(0.0, rollout_cache(run) - held_activations(run) - logits),
         "ZeRO buffers": zero_buffers(run),
     }
 
@@ -105,10 +107,24 @@ def reused(run: Run, parts: dict[str, float], constants: Constants) -> float:
     """Bytes of the smaller of the two phases that the larger one's blocks serve: (1 - unshared) of
     it, all on a CPU."""
     staying = waiting_gradients(run)
-    forward = activations(run) + max(logits_and_loss(run), backward_work(run))
+    forward = held_activations(run) + max(logits_and_loss(run), backward_work(run))
     step = (gradients(run) - staying) + passing_gradient(run) + parts["optimizer step"]
     unshared = 0.0 if run.cpu else constants.unshared
     return (1 - unshared) * min(forward, step)
+
+
+def held_activations(run: Run) -> float:
+    """Bytes of what the forward passes of the model and of a critic keep for one backward pass."""
+    return (1 + run.trained_copies) * activations(run)
+
+
+def rollout_cache(run: Run) -> float:
+    """Bytes of the keys and values of the answers that are sampled at once, 2 e a layer, head and
+    token. They are gone before the activations come.
+    """
+    shape = run.shape
+    token = 2 * run.element * shape.layers * shape.kv_heads * shape.head_dim
+    return float(token * run.rollout_rows * run.length)
 
 
 # ---- weights, gradients, optimizer
@@ -117,8 +133,7 @@ def reused(run: Run, parts: dict[str, float], constants: Constants) -> float:
 def weights(run: Run) -> float:
     """Bytes of all weights: e of a frozen one, w of a trained one; a rank's part under ZeRO-3, none
     where it is offloaded."""
-    added = run.trained_count if run.adapters else 0
-    frozen = run.shape.total + added - run.trained_count
+    frozen = run.weight_count - run.trained_count
     whole = run.element * frozen + run.weight_element * run.trained_count
     if run.stage < 3:
         return whole

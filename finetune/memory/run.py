@@ -47,6 +47,10 @@ class Run:
         real_tokens: of a step on one device; None for all rows at the longest.
         code: of the model; None for the original's in "plain" and for packed rows' in "ours".
         cpu: no CUDA context and no caching allocator.
+        frozen_copies, trained_copies: models beside the trained one, a reference and a critic; of
+            adapters they share the frozen weights.
+        rollout_rows: sequences whose keys and values are held at once while answers are sampled.
+        scorer: the model that scores answers.
     """
 
     shape: ModelShape
@@ -72,6 +76,10 @@ class Run:
     real_tokens: int | None = None
     code: Code | None = None
     cpu: bool = False
+    frozen_copies: int = 0
+    trained_copies: int = 0
+    rollout_rows: int = 0
+    scorer: ModelShape | None = None
 
     def __post_init__(self):
         counts = ("batch", "sequences", "length", "gpus", "accumulation", "lora_dim", "pre_seq_len")
@@ -113,8 +121,21 @@ class Run:
 
     @cached_property
     def trained_count(self) -> int:
-        """Elements of all that is trained."""
+        """Elements of all that is trained, a critic's among them."""
+        return self.own_trained * (1 + self.trained_copies)
+
+    @property
+    def own_trained(self) -> int:
+        """Elements that train of one model."""
         return sum(self.trained.values())
+
+    @property
+    def weight_count(self) -> int:
+        """Elements of all weights: copies of adapters share their base."""
+        copies = self.frozen_copies + self.trained_copies
+        if self.adapters:
+            return self.shape.total + self.own_trained * (1 + copies)
+        return self.shape.total * (1 + copies)
 
     @cached_property
     def largest_trained(self) -> int:

@@ -7,11 +7,12 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import train as command_line
 from finetune.config import parse_config
 from finetune.engine import Loop
-from tests.finetune.runs import METHODS, PARTS, STATES, make_rows, write_rows
+from tests.finetune.runs import METHODS, PARTS, STATES, make_rows, metrics, write_rows
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Case:
         rows: makes rows, of (number of rows, seed).
         flags: beside the shared ones.
         metrics: of its evaluation, besides the loss.
+        passes: over the same answers, where the answers are sampled.
     """
 
     rows: Callable[[int, int], list[dict]]
     flags: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
+    passes: int = 1
 
 
 def make_texts(count: int, seed: int = 0) -> list[dict]:
@@ -86,6 +89,17 @@ def last_metrics(folder: Path) -> dict[str, float]:
     return json.loads((folder / "manifest.json").read_text())["metrics"]
 
 
+def learns(out: Path, case: Case) -> bool:
+    """Whether the loss of a run fell; of sampled answers from the first pass over them to the last,
+    on average: those of another rollout are others.
+    """
+    losses = metrics(out)
+    if case.passes == 1:
+        return losses[-1] < losses[0]
+    assert min(metrics(out, "rollout_seconds")) > 0
+    return fmean(losses[case.passes - 1 :: case.passes]) < fmean(losses[:: case.passes])
+
+
 def make_pairs(count: int, seed: int = 0) -> list[dict]:
     """A part's state: the better answer names it, the worse one another."""
     draw = random.Random(seed)
@@ -103,10 +117,25 @@ def make_pairs(count: int, seed: int = 0) -> list[dict]:
     return rows
 
 
+def make_prompts(count: int, seed: int = 0) -> list[dict]:
+    """Questions, without answers in every second row."""
+    rows: list[dict] = []
+    for number, row in enumerate(make_pairs(count, seed)):
+        answer = {"response": row["chosen"]} if number % 2 else {}
+        rows.append({"prompt": row["prompt"]} | answer)
+    return rows
+
+
+# Answers of a few tokens, the more rewarded the more they are Chinese.
+ROLLOUT_FLAGS = ("--rewards", "pattern_share", "--reward_pattern", "[一-龥]")
+ROLLOUT_FLAGS += ("--max_new_tokens", "6", "--num_generations", "4", "--rollout_epochs", "2")
+ROLLOUT_METRICS = ("reward", "kl", "answer_tokens")
 PAIR_METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 CASES = {
     "finetune": Case(make_rows),
     "pretrain": Case(make_texts, metrics=("perplexity", "bits_per_byte")),
     "reward": Case(make_pairs, metrics=("accuracy", "margin")),
     "dpo": Case(make_pairs, metrics=PAIR_METRICS),
+    "grpo": Case(make_prompts, ROLLOUT_FLAGS, ROLLOUT_METRICS, passes=2),
+    "ppo": Case(make_prompts, ROLLOUT_FLAGS, ROLLOUT_METRICS, passes=2),
 }

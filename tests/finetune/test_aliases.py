@@ -6,8 +6,10 @@ import pytest
 
 from finetune.aliases import OLD_FLAGS, renamed_arguments
 from finetune.config import TrainConfig, flags_of, parse_config
+from finetune.reinforcement.config import GrpoConfig, PpoConfig
 
 OURS = frozenset(f.name for f in flags_of(TrainConfig))
+ALL = OURS | {f.name for config in (GrpoConfig, PpoConfig) for f in flags_of(config)}
 RENAMED = [name for name, old in OLD_FLAGS.items() if old.ours]
 REFUSED = [name for name, old in OLD_FLAGS.items() if not old.ours]
 
@@ -15,9 +17,9 @@ REFUSED = [name for name, old in OLD_FLAGS.items() if not old.ours]
 @pytest.mark.parametrize("name", RENAMED)
 def test_a_renamed_flag_is_ours(name: str) -> None:
     old = OLD_FLAGS[name]
-    assert old.ours in OURS and name not in OURS and not old.reason
+    assert old.ours in ALL and name not in OURS and not old.reason
     given = [f"--{name}"] if old.value else [f"--{name}", "7"]
-    arguments, lines = renamed_arguments(given, OURS)
+    arguments, lines = renamed_arguments(given, ALL)
     assert arguments == [f"--{old.ours}", old.value or "7"]
     assert len(lines) == 1 and lines[0].startswith(f"--{name} is --{old.ours}")
 
@@ -26,7 +28,7 @@ def test_a_renamed_flag_is_ours(name: str) -> None:
 def test_a_refused_flag_says_why(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     old = OLD_FLAGS[name]
     assert old.reason and name not in OURS
-    assert set(re.findall(r"--(\w+)", old.reason)) <= OURS
+    assert set(re.findall(r"--(\w+)", old.reason)) <= ALL
     with pytest.raises(SystemExit) as stop:
         parse_config(["--model_name_or_path", "M", f"--{name}", "x"])
     error = capsys.readouterr().err

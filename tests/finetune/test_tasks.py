@@ -13,14 +13,18 @@ from finetune.checkpoint import committed_checkpoints
 from finetune.config import flags_of
 from finetune.flag_groups import TASK_NAMES
 from tests.finetune.runs import METHODS, ROOT, child_env, launch, metrics
-from tests.finetune.tasks import CASES, last_metrics, parse, run, stop_in_step, task_flags
+from tests.finetune.tasks import CASES, last_metrics, learns, parse, run, stop_in_step, task_flags
 from tests.finetune.test_checkpoint import same_losses
 from tests.finetune.test_flag_effects import GLOBAL
 
 NEEDED = ["--model_name_or_path", "m", "--train_path", "t"]
 # Flags of tasks that change every run; the others have their effects in a table.
 OWN = {"packing", "objective", "txt_documents", "pairs", "margin", "score_margin", "center"}
-OWN |= {"loss_type", "beta"}
+OWN |= {"loss_type", "beta", "rewards", "reward_clip", "missing_end_penalty", "num_generations"}
+OWN |= {"max_new_tokens", "temperature", "top_p", "top_k", "kl_coef", "clip_range"}
+OWN |= {"clip_range_high", "clip_range_value", "rollout_steps", "rollout_epochs", "rollout_batch"}
+OWN |= {"length_predictor", "advantage_scale", "loss_norm", "vf_coef", "gamma", "gae_lambda"}
+OWN |= {"whiten_rewards", "ema_decay", "pretrain_path"}
 TASKS = [name for name in CASES if name != "finetune"]  # its own tests go deeper
 # Every family with one method, and one family with every method; slow: all of them.
 QUICK = [(family, "lora") for family in ("glm", "glm2", "glm3", "glm4")]
@@ -42,12 +46,13 @@ def test_flags(task, capsys):
     config_class = command_line.TASKS[task].config()
     names = {f.name for f in flags_of(config_class)}
     assert names - GLOBAL - OWN <= config_class.effects.keys()
-    assert parse([*NEEDED, "--task", task]).task == task
+    assert parse([*NEEDED, "--task", task, *CASES[task].flags]).task == task
     with pytest.raises(SystemExit):
         parse(["--task", task, "--help"])
     assert config_class.title in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit):
-        parse([*NEEDED, "--task", task, "--train_type", "all", "--lora_dim", "4"])
+        more = [*CASES[task].flags, "--train_type", "all", "--lora_dim", "4"]
+        parse([*NEEDED, "--task", task, *more])
     assert "--lora_dim needs --train_type lora" in capsys.readouterr().err
 
 
@@ -69,8 +74,7 @@ def test_trains(bases, tmp_path, task, family, method):
     """The loss falls, the metrics are there, and what is exported loads."""
     more = ["--num_train_epochs", 3]
     folder = run(task_flags(task, CASES[task], bases[family], tmp_path, *more, method=method))
-    losses = metrics(tmp_path / "out")
-    assert losses[-1] < losses[0]
+    assert learns(tmp_path / "out", CASES[task])
     assert set(last_metrics(folder)) == {"loss", *CASES[task].metrics}
     load_model(folder)
 
@@ -79,8 +83,7 @@ def test_trains(bases, tmp_path, task, family, method):
 def test_other_causal_models(bases, tmp_path, task):
     words = task_flags(task, CASES[task], bases["qwen2"], tmp_path, "--lora_module_name", "q_proj")
     run([*words, "--num_train_epochs", "3"])
-    losses = metrics(tmp_path / "out")
-    assert losses[-1] < losses[0]
+    assert learns(tmp_path / "out", CASES[task])
 
 
 @pytest.mark.parametrize("method", ["lora", pytest.param("all", marks=pytest.mark.slow)])
@@ -149,7 +152,9 @@ def test_two_ranks(bases, ds_files, tmp_path):
     for task in TASKS:
         for method in ("lora", "all"):
             one, two = (tmp_path / f"{task}-{method}" / str(n) / "out" for n in (1, 2))
-            assert metrics(two) == pytest.approx(metrics(one), rel=1e-4), (task, method)
+            # A mean of advantages is near 0: what is compared is their rounding.
+            wanted = pytest.approx(metrics(one), rel=1e-4, abs=1e-6)
+            assert metrics(two) == wanted, (task, method)
             names = ("loss", *CASES[task].metrics)
             for name in names:
                 key = f"eval_{name}"

@@ -1,0 +1,1 @@
+"""Learning from rewards of sampled answers: GRPO and PPO."""

@@ -1,0 +1,134 @@
+"""The answers of a rollout with all that is learnt from them, and their file in a checkpoint."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+STATE_FILE = "rollouts.safetensors"
+
+Place = tuple[int, int]  # (number of the step's prompts, number of the prompt among its rows)
+
+
+@dataclass
+class Sample:
+    """A sampled answer.
+
+    Attributes:
+        tokens: (n,) int32 ids, the end token included.
+        finished: an end token came.
+        reward: as --rewards weigh it, clipped and less the penalty.
+        columns: {name: (n,) fp32} by token, as the model was when it answered: "old" its
+            log-probabilities, "reference" the reference's, "values" the critic's, and what an
+            algorithm adds ("advantages", "returns").
+    """
+
+    tokens: np.ndarray
+    finished: bool
+    reward: float
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def divergence(self) -> np.ndarray:
+        """(n,) log(pi / reference) of its tokens: their sum estimates KL(pi || reference).
+
+        Zeros without a reference.
+        """
+        old = self.columns["old"]
+        return old - self.columns["reference"] if "reference" in self.columns else 0 * old
+
+
+@dataclass
+class Experience:
+    """The samples of one rollout: those of each prompt, of all ranks."""
+
+    phase: int
+    groups: dict[Place, list[Sample]]
+
+    def samples(self) -> Iterator[Sample]:
+        """All samples, in the order of their prompts."""
+        for place in sorted(self.groups):
+            yield from self.groups[place]
+
+
+def rewards_of(samples: Iterable[Sample]) -> np.ndarray:
+    """(samples,) fp64."""
+    return np.array([sample.reward for sample in samples], np.float64)
+
+
+def summary_of(samples: Iterable[Sample]) -> dict[str, float]:
+    """Mean reward, divergence and length of answers, and the share that ended."""
+    rewards, divergences, lengths, ends = [], [], [], []
+    for sample in samples:
+        rewards.append(sample.reward)
+        divergences.append(float(sample.divergence().sum(dtype=np.float64)))
+        lengths.append(len(sample.tokens))
+        ends.append(sample.finished)
+    return {
+        "reward": fmean(rewards),
+        "kl": fmean(divergences),
+        "answer_tokens": fmean(lengths),
+        "finished": fmean(ends),
+    }
+
+
+def save_experience(path: Path, experience: Experience | None, state: Mapping[str, Any]) -> None:
+    """Write a rollout that is not yet used up (or None), and a state as JSON."""
+    from safetensors.numpy import save_file
+
+    tensors: dict[str, np.ndarray] = {"places": np.zeros((0, 2), np.int64)}
+    phase = None if experience is None else experience.phase
+    # One entry: safetensors writes several in any order.
+    header = {"rollouts": json.dumps({"phase": phase, "state": state}, sort_keys=True)}
+    if experience is not None:
+        samples = list(experience.samples())
+        places = []
+        for place in sorted(experience.groups):
+            places += [place] * len(experience.groups[place])
+        tensors["places"] = np.array(places, np.int64)
+        numbers = np.array([(len(s.tokens), s.finished, s.reward) for s in samples])
+        tensors["lengths"] = numbers[:, 0].astype(np.int64)
+        tensors["finished"] = numbers[:, 1].astype(np.uint8)
+        tensors["rewards"] = numbers[:, 2].copy()
+        tensors["tokens"] = np.concatenate([sample.tokens for sample in samples])
+        for name in samples[0].columns:
+            tensors[f"column.{name}"] = np.concatenate([s.columns[name] for s in samples])
+    save_file(tensors, path, header)
+
+
+def load_experience(path: Path) -> tuple[Experience | None, dict[str, Any]]:
+    """What save_experience wrote.
+
+    Raises:
+        ValueError: the file is not whole, or none of its kind.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:
+            found = json.loads((file.metadata() or {})["rollouts"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if found["phase"] is None:
+            return None, found["state"]
+        return Experience(int(found["phase"]), read_groups(tensors)), found["state"]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not the rollouts of a checkpoint ({error})") from None
+
+
+def read_groups(tensors: dict[str, np.ndarray]) -> dict[Place, list[Sample]]:
+    """The samples by prompt, of the arrays of save_experience."""
+    edges = np.cumsum(tensors["lengths"])[:-1]
+    parts: dict[str, list[np.ndarray]] = {}
+    for name, values in tensors.items():
+        if name.startswith("column."):
+            parts[name.removeprefix("column.")] = np.split(values, edges)
+    groups: dict[Place, list[Sample]] = {}
+    for number, tokens in enumerate(np.split(tensors["tokens"], edges)):
+        columns = {name: values[number] for name, values in parts.items()}
+        finished, reward = bool(tensors["finished"][number]), float(tensors["rewards"][number])
+        step, row = tensors["places"][number].tolist()
+        groups.setdefault((step, row), []).append(Sample(tokens, finished, reward, columns))
+    return groups

@@ -1,0 +1,153 @@
+"""Prompts to answer: rows with or without answers -> ids of the prompts, and the rows themselves.
+
+They lie in the arrays of encoded rows, so that they are read, mixed, streamed and kept as rows of
+every other task: each prompt is a group of two, its ids and the UTF-8 bytes of its row as JSON.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from chatglm.conversations import Turn, encode_conversation
+from finetune.rows.arrays import Dataset, EncodedRow, RowArrays, chosen_rows
+from finetune.rows.encoding import RowEncoder, count_ignored
+from finetune.rows.formats import FORMATS, BadRow, Row, rename, without_missing
+from finetune.rows.groups import RowGroups, join_groups
+from finetune.rows.sources import RowReader
+
+ANSWER_KEYS = ("response", "output", "target", "answer")
+SPEAKERS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+PLACEHOLDER = "。"  # an answer that is encoded after a conversation and cut off again
+
+
+@dataclass(frozen=True)
+class PromptReader(RowReader):
+    """Rows of any format, also without their answers; of a preference the better one is kept."""
+
+    def row(self, item: object, place: str) -> Row:
+        """As RowReader's; raises BadRow also for a text without a question."""
+        reader: RowReader = self
+        if isinstance(item, dict):
+            try:
+                item = rename(item, self.columns) if self.columns else item
+            except ValueError as error:
+                raise BadRow(f"{place}: {error}") from None
+            reader = replace(self, columns=None if self.columns else self.columns)
+            item = with_answer(without_missing(item))
+        row = RowReader.row(reader, item, place)
+        if row.is_document:
+            raise BadRow(f"{place}: wanted a question to answer, this row is a text without one")
+        return row
+
+
+def with_answer(item: dict[str, Any]) -> dict[str, Any]:
+    """A row with an empty answer where only that is missing."""
+    for key, (speaker, content) in SPEAKERS.items():
+        turns = item.get(key)
+        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+            role_key = speaker if speaker in turns[-1] else "role"
+            if turns[-1].get(role_key) in ("user", "human"):
+                text_key = content if content in turns[-1] else "content"
+                return item | {key: [*turns, {role_key: "assistant", text_key: ""}]}
+    for form in FORMATS.values():
+        missing = [name for name in form.keys if name not in item]
+        if len(form.keys) > 1 and len(missing) == 1 and missing[0] in ANSWER_KEYS:
+            better = item.get("chosen")
+            return item | {missing[0]: better if isinstance(better, str) else ""}
+    return item
+
+
+@dataclass(frozen=True)
+class RolloutEncoder(RowEncoder):
+    """Rows to the ids that a model answers, and their content; as the model is asked in serving."""
+
+    def check(self, row: Row) -> None:
+        """As RowEncoder's, but a row may have several answers: they are references."""
+        super().check(replace(row, answers=("",)))
+
+    def encode(self, row: Row) -> list[EncodedRow]:
+        """The prompt's ids and the row's content; no id of either is masked."""
+        self.check(row)
+        ids, cut = self.prompt_ids(row)
+        content = json.dumps([row.prompt, row.answers, row.turns], ensure_ascii=False)
+        return [EncodedRow(ids, 0, cut), EncodedRow(list(content.encode()), 0, cut)]
+
+    def prompt_ids(self, row: Row) -> tuple[list[int], bool]:
+        """(ids, whether the prompt was cut)."""
+        if not row.turns:
+            made = self.family.encode_prompt(self.tokenizer, row.prompt, self.max_src_len)
+            return list(made.input_ids), made.truncated
+        turns = [turn._replace(loss=False) for turn in row.turns[:-1]]
+        turns.append(Turn("assistant", PLACEHOLDER))
+        ids, labels, cut = encode_conversation(
+            self.family, self.tokenizer, turns, self.max_len, self.max_src_len, False
+        )[-1]
+        return ids[: count_ignored(labels)], cut
+
+    def settings(self) -> list[Any]:
+        """As RowEncoder's."""
+        return [*super().settings(), "prompts"]
+
+
+class PromptRows(RowGroups):
+    """Prompts, each with its row; a row's length is its prompt's."""
+
+    @cached_property
+    def row_lengths(self) -> np.ndarray:
+        """(prompts,) int64, tokens of each prompt."""
+        return self.data.row_lengths[::2].astype(np.int64)
+
+    def prompt(self, row: int) -> list[int]:
+        """The ids of a prompt."""
+        return self.data.ids(2 * row).tolist()
+
+    def question(self, row: int) -> Row:
+        """The row that a prompt was made of."""
+        prompt, answers, turns = json.loads(self.content(row))
+        made = tuple(Turn(*turn) for turn in turns)
+        return Row(prompt, tuple(answers), self.place(row), made)
+
+    def content(self, row: int) -> bytes:
+        """The row as JSON."""
+        return self.data.ids(2 * row + 1).astype(np.uint8).tobytes()
+
+    def key(self, row: int) -> str:
+        """A name for a prompt by its content: equal prompts of different answers have one."""
+        return hashlib.sha256(self.data.ids(2 * row).tobytes()).hexdigest()[:16]
+
+
+def prompt_rows(data: Dataset) -> PromptRows:
+    """Encoded prompts as rows of the loop."""
+    return PromptRows(data, np.arange(0, len(data) + 1, 2, dtype=np.int64))
+
+
+def choose_prompts(rows: RowArrays, is_skip: bool) -> PromptRows:
+    """The prompts of a source, without those that were cut where `is_skip` says so.
+
+    Raises:
+        ValueError: none is left.
+    """
+    data = chosen_rows(rows, is_skip)
+    if not len(data):
+        raise ValueError(f"all {rows.facts['good']} prompts are longer than --max_src_len")
+    halved = replace(data, truncated=data.truncated // 2, skipped=data.skipped // 2)
+    return prompt_rows(halved)
+
+
+def join_prompts(parts: Sequence[PromptRows]) -> PromptRows:
+    """Several as one, in this order."""
+    return prompt_rows(join_groups(parts).data)
+
+
+def with_reply(row: Row, answer: str) -> Row:
+    """The row of a question and a sampled answer, the only one that carries loss."""
+    turns: tuple[Turn, ...] = ()
+    if row.turns:
+        earlier = tuple(turn._replace(loss=False) for turn in row.turns[:-1])
+        turns = (*earlier, Turn("assistant", answer))
+    return replace(row, answers=(answer,), turns=turns)

@@ -1,0 +1,475 @@
+"""What --task grpo and --task ppo have in common: prompts are answered, answers are learnt from.
+
+`--rollout_steps` steps make a phase with `--rollout_epochs` passes over its answers: at its first
+step the prompts of all its steps are answered by the weights of that moment. Every rank answers a
+part of them and gets the others' samples.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from chatglm.loading import stop_ids
+from finetune.checkpoint import export_model
+from finetune.distributed import on_device, rank, say, whole_weights, world_size
+from finetune.epochs import StepBatches
+from finetune.evaluation.generation import decoded_text
+from finetune.evaluation.metrics import check_packages
+from finetune.files import write_aside
+from finetune.preference.scorer import RewardScorer
+from finetune.reinforcement.averaging import WeightAverage
+from finetune.reinforcement.config import RolloutConfig
+from finetune.reinforcement.experience import (
+    STATE_FILE,
+    Experience,
+    Place,
+    Sample,
+    load_experience,
+    save_experience,
+    summary_of,
+)
+from finetune.reinforcement.networks import PolicyNetwork, make_critic, sharing_copy
+from finetune.reinforcement.policy_loss import Algorithm, RolloutLoss
+from finetune.reinforcement.prompts import (
+    PromptReader,
+    PromptRows,
+    RolloutEncoder,
+    choose_prompts,
+    join_prompts,
+    prompt_rows,
+    with_reply,
+)
+from finetune.reinforcement.rewards import MODEL, ScoredAnswer, function_reward, metric_packages
+from finetune.reinforcement.rollout import (
+    MakeRollouts,
+    RolloutAnswer,
+    RolloutRequest,
+    RolloutSampling,
+    RolloutSetup,
+)
+from finetune.row_task import RowTask
+from finetune.rows.arrays import Dataset, RowArrays
+from finetune.rows.batches import lay_end_to_end
+from finetune.rows.formats import Row, parse_columns
+from finetune.rows.sources import Source
+from finetune.rows.streaming import Stream
+
+EMA = "ema"  # the folder of the averaged policy in a checkpoint
+EVALUATION = -1  # in place of a step's number, in seeds
+
+Config = TypeVar("Config", bound=RolloutConfig)
+
+
+class RolloutTask(RowTask[Config, PromptRows]):
+    """A policy that learns from rewards of its own answers, by an Algorithm."""
+
+    def __init__(self, config: Config, make_rollouts: MakeRollouts):
+        check_packages(metric_packages(config.reward_weights))
+        super().__init__(config)
+        self.title = f"{config.task} of {self.family.title}"
+        self.default_output_dir = f"output-{self.family.name}-{config.task}-{config.train_type}"
+        setup = RolloutSetup(
+            stop_ids(self.tokenizer), config.rollout_batch, config.length_predictor, self.model_path
+        )
+        self.rollouts = make_rollouts(setup)
+        self.scorer: RewardScorer | None = None
+        self.experience: Experience | None = None
+        decay = config.ema_decay
+        self.average = None if decay is None else WeightAverage(decay)
+        self.step_rows = 0  # prompts of an optimizer step
+        self.done = 0  # steps that have begun
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """What is learnt of a rollout, by the configuration."""
+        raise NotImplementedError
+
+    # ---- rows
+
+    @property
+    def reader(self) -> PromptReader:
+        config = self.config
+        columns = parse_columns(config.columns, config.column_names)
+        return PromptReader(config.prompt_text, config.data_format, columns, self.family.name)
+
+    @property
+    def encoder(self) -> RolloutEncoder:
+        config = self.config
+        return RolloutEncoder(self.tokenizer, self.family, config.max_len, config.max_src_len)
+
+    def choose(self, rows: RowArrays, *, is_evaluation: bool) -> PromptRows:
+        return choose_prompts(rows, self.config.is_skip and not is_evaluation)
+
+    def join(self, parts: Sequence[PromptRows]) -> PromptRows:
+        return join_prompts(parts)
+
+    def of_stream(self, data: Dataset) -> PromptRows:
+        return prompt_rows(data)
+
+    def open_stream(self, sources: list[Source], replay: list[Source]) -> Stream:
+        stream = super().open_stream(sources, replay)
+        stream.group = 2
+        return stream
+
+    def rows_per_epoch(self, steps: int | None, step_rows: int) -> int:
+        """As in Task: an epoch has --rollout_epochs passes over its prompts."""
+        count = super().rows_per_epoch(steps, step_rows)
+        epochs = self.config.rollout_epochs
+        if epochs == 1 or (self.stream and steps):
+            return count
+        return epochs * math.ceil(count / step_rows) * step_rows
+
+    def rows_of_step(
+        self, epoch: int, place: int, steps_per_epoch: int, step_rows: int
+    ) -> tuple[PromptRows, np.ndarray, int]:
+        """As in Task: every phase reads its prompts --rollout_epochs times."""
+        self.step_rows = step_rows
+        return self.prompts_of(self.prompts_number(epoch * steps_per_epoch + place))
+
+    def prompts_number(self, step: int) -> int:
+        """Which prompts a step reads, counted without the repetitions."""
+        config = self.config
+        phase, within = divmod(step, config.phase_steps)
+        return phase * config.rollout_steps + within % config.rollout_steps
+
+    def prompts_of(self, number: int) -> tuple[PromptRows, np.ndarray, int]:
+        """As rows_of_step, of prompts by their number."""
+        if self.stream:
+            first = number * self.step_rows
+            data = prompt_rows(self.stream.rows(first, first + self.step_rows))
+            return data, np.arange(self.step_rows), 0
+        epoch, place = divmod(number, math.ceil(self.epochs.count() / self.step_rows))
+        return self.epochs.of_step(epoch, place, self.step_rows)
+
+    def collate(self, data: PromptRows, rows: list[int]) -> dict[str, Any]:
+        """What step_batches makes a batch of: the answers are not there yet."""
+        return {"rows": rows}
+
+    def count_labels(self, batch: Any) -> float:
+        """As in Task."""
+        return self.algorithm.count(batch["weights"], float(batch["samples"]))
+
+    # ---- the model
+
+    def build_model(self, dtype: torch.dtype) -> PolicyNetwork:
+        """The policy, with a reference where it cannot be switched on, and a critic."""
+        model: Any = super().build_model(dtype)
+        adapters = self.method.saves != "model"
+
+        def another() -> Any:
+            # A whole model is loaded anew: ZeRO-3 may have partitioned it, so it has no copy.
+            return sharing_copy(model) if adapters else super(RolloutTask, self).build_model(dtype)
+
+        reference = None
+        if self.has_reference and not self.config.switches_off:
+            reference = another().requires_grad_(False)
+        critic = make_critic(another()) if self.algorithm.has_critic else None
+        return PolicyNetwork(model, reference, critic)
+
+    @property
+    def has_reference(self) -> bool:
+        return bool(self.config.kl_coef)
+
+    def loss_module(self, model: Any) -> RolloutLoss:
+        """The loss of the networks that build_model returned."""
+        return RolloutLoss(model, self.algorithm, self.config.temperature, self.has_reference)
+
+    def before_training(self, loss_module: Any, output_dir: Path) -> None:
+        """Load the reward model."""
+        if MODEL not in self.config.reward_weights:
+            return
+        device = next(loss_module.parameters()).device
+        place = str(device.index or 0) if device.type == "cuda" else "cpu"
+        self.scorer = RewardScorer.load(
+            self.config.reward_model, device=place, precision=self.config.precision
+        )
+
+    def export(self, model: Any, state: dict[str, Tensor], folder: Path) -> None:
+        """Write the policy, and beside it the rollout that a resumed run goes on with."""
+        prefix = "model."
+        inner = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        export_model(model.model, self.method, self.tokenizer, inner, folder)
+        goes_on = self.done % self.config.phase_steps != 0
+        current = self.experience if goes_on else None
+        save_experience(folder / STATE_FILE, current, self.rollouts.state())
+        if self.average is not None:
+            (folder / EMA).mkdir()
+            averaged = self.average.state_of(inner)
+            export_model(model.model, self.method, self.tokenizer, averaged, folder / EMA)
+            self.average.save(folder)
+
+    def before_save(self, loss_module: Any, *, evaluated: bool) -> None:
+        """Average the weights of the last step too."""
+        if self.average is not None:
+            self.average.see(loss_module.network.model, self.done)
+
+    def load_state(self, folder: Path) -> None:
+        """Go on with the rollout of a checkpoint."""
+        self.experience, state = load_experience(folder / STATE_FILE)
+        self.rollouts.load_state(state)
+        if self.average is not None:
+            self.average.load(folder)
+
+    # ---- a rollout
+
+    def step_batches(self, loss_module: Any, made: StepBatches, step: int) -> StepBatches:
+        """The batches of a step with answers; its phase's first step writes them."""
+        phase, within = divmod(step, self.config.phase_steps)
+        if self.average is not None:
+            self.average.see(loss_module.network.model, step)
+        metrics: dict[str, float] = {}
+        if self.experience is None or self.experience.phase != phase:
+            self.experience, metrics = self.roll_out(loss_module, phase)
+        self.done = step + 1
+        number = self.prompts_number(step)
+        batches: list[Mapping[str, Any]] = []
+        tokens = 0
+        for batch in made.batches:
+            rows = batch["rows"]
+            data: Any = made.data
+            groups: list[list[Sample]] = []
+            for row in rows:
+                groups.append(self.experience.groups.get((number, row), []))
+                for sample in groups[-1]:
+                    tokens += len(sample.tokens)
+            batches.append(self.batch(list(zip([data] * len(rows), rows)), groups))
+        return replace(made, batches=batches, tokens=made.tokens + tokens, metrics=metrics)
+
+    def roll_out(self, loss_module: Any, phase: int) -> tuple[Experience, dict[str, float]]:
+        """(the answers of a phase, all that is learnt from them; its metrics)."""
+        prompts: dict[int, PromptRows] = {}
+        places: list[Place] = []
+        first = phase * self.config.rollout_steps
+        for number in range(first, first + self.config.rollout_steps):
+            data, order, place = self.prompts_of(number)
+            prompts[number] = data
+            chosen = order[place * self.step_rows : (place + 1) * self.step_rows]
+            for row in dict.fromkeys(chosen.tolist()):
+                places.append((number, row))
+        started = time.perf_counter()
+        groups = self.sample(loss_module, prompts, places, self.config.num_generations)
+        seconds = time.perf_counter() - started
+        self.rollouts.learn(lengths_of(prompts, groups))
+        experience = Experience(phase, groups)
+        self.algorithm.add_advantages(experience)
+        return experience, summary_of(experience.samples()) | {"rollout_seconds": seconds}
+
+    def sample(
+        self, loss_module: Any, prompts: Mapping[int, PromptRows], places: list[Place], count: int
+    ) -> dict[Place, list[Sample]]:
+        """`count` scored answers to each prompt, of all ranks, with the models' statistics."""
+        was_training = loss_module.training
+        loss_module.eval()
+        mine = places[rank() :: world_size()]
+        groups = self.score(prompts, mine, self.answer(loss_module.network, prompts, mine, count))
+        size = self.config.per_device_train_batch_size
+        if EVALUATION in prompts:
+            size = self.config.per_device_eval_batch_size or size
+        self.add_statistics(loss_module, prompts, groups, -(-len(places) // world_size()), size)
+        loss_module.train(was_training)
+        gathered: list[Any] = [groups]
+        if world_size() > 1:
+            gathered = [None] * world_size()
+            dist.all_gather_object(gathered, groups)
+        everyone: dict[Place, list[Sample]] = {}
+        for part in gathered:
+            everyone |= part
+        return everyone
+
+    def answer(
+        self, network: Any, prompts: Mapping[int, PromptRows], places: list[Place], count: int
+    ) -> list[RolloutAnswer]:
+        """`count` answers to each prompt of this rank, one after the other."""
+        config = self.config
+        requests = []
+        for number, row in places:
+            data = prompts[number]
+            ids, question, key = data.prompt(row), data.question(row), data.key(row)
+            for sample in range(count):
+                seed = answer_seed(config.seed, number, data.content(row), sample)
+                requests.append(
+                    RolloutRequest(ids, question.prompt, key, seed, config.max_new_tokens)
+                )
+        sampling = RolloutSampling(config.temperature, config.top_p, config.top_k)
+        with whole_weights(network.model):
+            return self.rollouts.answers(network.model, requests, sampling) if requests else []
+
+    def score(
+        self,
+        prompts: Mapping[int, PromptRows],
+        places: list[Place],
+        answers: list[RolloutAnswer],
+    ) -> dict[Place, list[Sample]]:
+        """The answers as samples with their rewards."""
+        config = self.config
+        rows: list[Row] = []
+        scored: list[ScoredAnswer] = []
+        count = len(answers) // max(len(places), 1)
+        for number, answer in enumerate(answers):
+            step, row = places[number // count]
+            question = prompts[step].question(row)
+            ids = answer.tokens[:-1] if answer.finished else answer.tokens
+            text = decoded_text(self.tokenizer, ids)
+            rows.append(with_reply(question, text))
+            references = tuple(filter(None, question.answers))
+            scored.append(ScoredAnswer(text, len(ids), references))
+        by_model = [0.0] * len(rows) if self.scorer is None else self.scorer.scores(rows)
+        groups: dict[Place, list[Sample]] = {place: [] for place in places}
+        for number, (answer, seen) in enumerate(zip(answers, scored)):
+            parts = function_reward(seen, config.reward_weights, config.reward_knobs)
+            parts[MODEL] = by_model[number]
+            reward = sum(weight * parts[name] for name, weight in config.reward_weights.items())
+            if config.reward_clip is not None:
+                reward = min(max(reward, -config.reward_clip), config.reward_clip)
+            reward -= 0.0 if answer.finished else config.missing_end_penalty
+            tokens = np.array(answer.tokens, np.int32)
+            groups[places[number // count]].append(Sample(tokens, answer.finished, reward))
+        return groups
+
+    def add_statistics(
+        self,
+        loss_module: Any,
+        prompts: Mapping[int, PromptRows],
+        groups: dict[Place, list[Sample]],
+        most: int,
+        size: int,
+    ) -> None:
+        """Add the columns of RolloutLoss.statistics to the samples of this rank.
+
+        Args:
+            most: prompts of the rank that has most; every rank runs as many passes.
+            size: prompts of a pass.
+        """
+        places = list(groups)
+        device = next(loss_module.parameters()).device
+        filler = (next(iter(prompts)), -1)
+        for start in range(0, most, size):
+            chosen = places[start : start + size] or [filler]
+            samples = [groups.get(place, []) for place in chosen]
+            batch = self.batch([(prompts[number], row) for number, row in chosen], samples)
+            found = loss_module(found="statistics", **on_device(batch, device)).cpu().numpy()
+            split_columns(found, loss_module.statistics_names, samples)
+
+    def batch(
+        self, rows: list[tuple[PromptRows, int]], groups: list[list[Sample]]
+    ) -> dict[str, Any]:
+        """The arguments of RolloutLoss: every answer to the prompts `rows` a sequence of one
+        ragged row.
+
+        Where there is no answer, a prompt without targets keeps the ranks in step.
+        """
+        ids: list[np.ndarray] = []
+        masked: list[int] = []
+        chosen: list[Sample] = []
+        for (data, row), samples in zip(rows, groups):
+            for sample in samples:
+                prompt = data.prompt(row)
+                ids.append(np.concatenate([prompt, sample.tokens]))
+                masked.append(len(prompt))
+                chosen.append(sample)
+        if not chosen:
+            data = rows[0][0]
+            prompt = data.prompt(int(data.row_lengths.argmin()))
+            ids, masked = [np.array(prompt)], [len(prompt)]
+        layout = self.layout
+        batch: dict[str, Any] = dict(
+            lay_end_to_end(ids, masked, layout["share"], layout["multiple"])
+        )
+        batch["samples"] = len(chosen)
+        algorithm = self.algorithm
+        weights = []
+        for sample in chosen:
+            size = len(sample.tokens)
+            weights.append(np.full(size, algorithm.weight(size), np.float32))
+        places = len(batch["keep"])
+        batch["weights"] = laid_out(weights, places)
+        for name in ("old", *algorithm.columns):
+            if all(name in sample.columns for sample in chosen):
+                batch[name] = laid_out([sample.columns[name] for sample in chosen], places)
+        return batch
+
+    # ---- metrics
+
+    def evaluate(
+        self, loss_module: Any, model: nn.Module, *, synced: bool, predictions: Path
+    ) -> dict[str, float]:
+        """Mean reward, divergence from the reference and tokens of one answer to each row.
+
+        The loss is what is minimised: -(reward - kl_coef kl).
+        """
+        data = self.eval_data
+        if data is None:
+            raise RuntimeError("the evaluation rows are not loaded")
+        places = list(zip([EVALUATION] * len(data), range(len(data))))
+        groups = self.sample(loss_module, {EVALUATION: data}, places, 1)
+        found = summary_of(groups[place][0] for place in places)
+        found["loss"] = self.config.kl_coef * found["kl"] - found["reward"]
+        if rank() == 0:
+            self.write_answers(data, groups, predictions)
+        return {name: found[name] for name in self.config.evaluated}
+
+    def write_answers(
+        self, data: PromptRows, groups: dict[Place, list[Sample]], path: Path
+    ) -> None:
+        """JSON lines of {prompt, answer, reward}; a disk that takes none is a warning."""
+        lines = []
+        for (_, row), samples in sorted(groups.items()):
+            for sample in samples:
+                ids = sample.tokens[:-1] if sample.finished else sample.tokens
+                line = {
+                    "prompt": data.question(row).prompt,
+                    "answer": decoded_text(self.tokenizer, ids.tolist()),
+                    "reward": round(sample.reward, 6),
+                }
+                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        try:
+            write_aside(path, "".join(lines))
+        except OSError as error:
+            say(f"WARNING: {path} cannot be written ({error.strerror or error}); going on")
+
+
+def answer_seed(seed: int, number: int, content: bytes, sample: int) -> int:
+    """The seed of an answer: of the run's, the prompts' number, the row and the sample."""
+    digest = hashlib.sha256(f"{seed} {number} {sample} ".encode() + content).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def lengths_of(
+    prompts: Mapping[int, PromptRows], groups: dict[Place, list[Sample]]
+) -> dict[str, list[int]]:
+    """{key of a prompt: tokens of its answers}."""
+    found: dict[str, list[int]] = {}
+    for (number, row), samples in sorted(groups.items()):
+        lengths = found.setdefault(prompts[number].key(row), [])
+        lengths += [len(sample.tokens) for sample in samples]
+    return found
+
+
+def laid_out(parts: Sequence[np.ndarray], places: int) -> Tensor:
+    """(places,) fp32: the parts end to end, then zeros."""
+    row = np.zeros(places, np.float32)
+    if parts:
+        whole = np.concatenate(parts)
+        row[: len(whole)] = whole
+    return torch.from_numpy(row)
+
+
+def split_columns(found: np.ndarray, names: list[str], groups: list[list[Sample]]) -> None:
+    """Give each sample its part of (columns, N), which has all answers end to end."""
+    start = 0
+    for samples in groups:
+        for sample in samples:
+            stop = start + len(sample.tokens)
+            for name, column in zip(names, found):
+                sample.columns[name] = column[start:stop].copy()
+            start = stop

@@ -1,0 +1,1 @@
+"""Answers for training: `finetune.reinforcement.rollout.Rollouts` on the continuous engine."""
