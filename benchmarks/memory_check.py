@@ -155,6 +155,7 @@ def make_run(case: Case) -> "Run":
         lora_dim=8,
         lora_modules=tuple(case.lora.split(",")),
         cpu=True,
+        scores=case.task == "reward",
         **of_loop,
     )
 

@@ -220,6 +220,11 @@ class RowsConfig(RunConfig, RowFlags, WeightFlags):
         return 0.25
 
     @property
+    def scores(self) -> bool:
+        """Whether the model ends in a value head; for the estimate of memory."""
+        return False
+
+    @property
     def copies(self) -> tuple[int, int]:
         """(frozen, trained) models beside the one that learns; for the estimate of memory."""
         return 0, 0

@@ -228,6 +228,7 @@ def make_run(
         trained_copies=trained_copies,
         rollout_rows=config.rollout_rows,
         scorer=read_shape(base_folder(config.scorer)) if config.scorer else None,
+        scores=config.scores,
         **more,
     )
     # A name that matches nothing raises here.

@@ -51,6 +51,7 @@ class Run:
             adapters they share the frozen weights.
         rollout_rows: sequences whose keys and values are held at once while answers are sampled.
         scorer: the model that scores answers.
+        scores: it ends in a value head, so its output layer is frozen unless it is the embedding.
     """
 
     shape: ModelShape
@@ -80,6 +81,7 @@ class Run:
     trained_copies: int = 0
     rollout_rows: int = 0
     scorer: ModelShape | None = None
+    scores: bool = False
 
     def __post_init__(self):
         counts = ("batch", "sequences", "length", "gpus", "accumulation", "lora_dim", "pre_seq_len")
@@ -108,6 +110,17 @@ class Run:
     @cached_property
     def trained(self) -> dict[str, int]:
         """{name: elements} of what is trained; raises ValueError where a name matches nothing."""
+        if not self.scores:
+            return self.named
+        return {name: count for name, count in self.named.items() if not self.is_output(name)}
+
+    def is_output(self, name: str) -> bool:
+        """Whether a weight is the output layer's alone."""
+        return not self.shape.tied and (".output_layer." in name or "lm_head" in name)
+
+    @cached_property
+    def named(self) -> dict[str, int]:
+        """{name: elements} of what the method trains."""
         shape = self.shape
         if self.train_type == "lora":
             return shape.lora(self.lora_dim, self.lora_modules)
@@ -121,8 +134,9 @@ class Run:
 
     @cached_property
     def trained_count(self) -> int:
-        """Elements of all that is trained, a critic's among them."""
-        return self.own_trained * (1 + self.trained_copies)
+        """Elements of all that is trained, a critic's among them, which has no output layer."""
+        output = sum([n for name, n in self.trained.items() if self.is_output(name)])
+        return self.own_trained + self.trained_copies * (self.own_trained - output)
 
     @property
     def own_trained(self) -> int:
@@ -150,7 +164,7 @@ class Run:
     @property
     def trains_output(self) -> bool:
         """Whether the output layer is trained."""
-        if self.train_type == "all":
+        if self.trains_tied:
             return True
         return any(".output_layer." in name or "lm_head" in name for name in self.trained)
 

@@ -89,6 +89,10 @@ class RewardConfig(PreferenceConfig):
     def label_share(self) -> float:
         return 1 / self.max_len  # an answer's last token, and no logits
 
+    @property
+    def scores(self) -> bool:
+        return True
+
     def check_task(self) -> None:
         """Raises ValueError for a margin or a weight below 0."""
         super().check_task()
