@@ -324,7 +324,10 @@ def add_sentencepiece(writer: "GGUFWriter", tokenizer: ChatGLMTokenizer) -> Voca
     Raises:
         ValueError: the model is of another type, or reads text in a way that is not known here.
     """
-    model: Any = read_sentencepiece(Path(tokenizer.vocab_file))
+    path = Path(tokenizer.vocab_file)
+    model: Any = read_sentencepiece(path)
+    if model.normalizer_spec.remove_extra_whitespaces or model.normalizer_spec.precompiled_charsmap:
+        raise ValueError(f"{path} changes text before it is split, which llama.cpp does not")
     tokens, scores, kinds = [], [], []
     for index, piece in enumerate(model.pieces):
         tokens.append(piece.piece)
@@ -348,7 +351,9 @@ def add_byte_pairs(writer: "GGUFWriter", tokenizer: ChatGLMTokenizer) -> Vocabul
     for pair in model["merges"]:
         merges.append(pair if isinstance(pair, str) else " ".join(pair))
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("chatglm-bpe")
+    # It splits text as GLM-4 does, and takes a word that is a token whole, as GLM-4 does too;
+    # llama.cpp's "chatglm-bpe" makes it of merges, which do not reach every token.
+    writer.add_tokenizer_pre("llama-bpe")
     writer.add_token_merges(merges)
     return plain, [0.0] * len(plain), [NORMAL] * len(plain)
 

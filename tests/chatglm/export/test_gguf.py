@@ -1,11 +1,13 @@
 """A GGUF file: its tensors and settings, and the answers of llama.cpp beside ours."""
 
 import json
+import shutil
 import subprocess
 
 import numpy as np
 import pytest
 import torch
+from sentencepiece import sentencepiece_model_pb2
 
 from benchmarks.client_env import environment_python
 from chatglm import load_model, load_tokenizer
@@ -35,9 +37,19 @@ def make_folder(place, name):
     folder = place / name
     folder.mkdir(parents=True)
     write_tokenizer(folder, family)
+    if family != "glm4":
+        keep_spaces(folder / "tokenizer.model")
     tiny_model(family, **SIZES | changes).save_pretrained(folder)
     load_tokenizer(folder).save_pretrained(folder)
     return folder
+
+
+def keep_spaces(file):
+    """Let a SentencePiece model read repeated spaces, as the releases' do."""
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(file.read_bytes())
+    model.normalizer_spec.remove_extra_whitespaces = False
+    file.write_bytes(model.SerializeToString())
 
 
 def export(folder, file, *words) -> "gguf.GGUFReader":
@@ -110,6 +122,11 @@ def test_refusals_leave_nothing(tmp_path, capsys):
     words = ["--to", "gguf", "--output", str(tmp_path / "model.gguf")]
     assert main([str(folder), *words]) == 1
     assert "hidden_size = heads x kv_channels, got 40 and 6 x 8" in capsys.readouterr().err
+    spaces = make_folder(tmp_path, "glm2")
+    write_tokenizer(spaces, "glm2")
+    assert main([str(spaces), *words]) == 1
+    assert "changes text before it is split" in capsys.readouterr().err
+    shutil.rmtree(spaces)
     (tmp_path / "model.gguf").touch()
     assert main([str(folder), *words]) == 1
     assert "is there already: name a new file" in capsys.readouterr().err
