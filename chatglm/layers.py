@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig
@@ -108,7 +109,7 @@ def attend(
     prefix: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention through the library's backends (sdpa, eager, flash).
+    """Attention through the library's backends (sdpa, eager, flash, flex).
 
     Args:
         query: (B, heads, Q, D). key, value: (B, kv_heads, K, D), rotary already applied.
@@ -133,15 +134,50 @@ def attend(
 
 def attention_backend(module: AttentionModule) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function of a module's configuration."""
-    return ALL_ATTENTION_FUNCTIONS.get_interface(
-        module.config._attn_implementation, eager_attention
-    )
+    name = module.config._attn_implementation
+    if name == "flex_attention":
+        return flex_attention
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
 
 
-def causal_mask(q_len: int, kv_len: int, device: Device) -> Tensor:
-    """(1, 1, Q, K) bool, True = visible; the queries are the last Q of the K positions."""
-    ones = torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
-    return ones.tril(kv_len - q_len)[None, None]
+def flex_attention(
+    module: AttentionModule,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' flex attention, whose blocks come from a mask as other backends take it."""
+    q_len, kv_len, device = query.shape[2], key.shape[2], query.device
+    if attention_mask is None:
+        attention_mask = causal_mask(q_len, kv_len, device)
+    visible = attention_mask.expand(len(query), 1, q_len, kv_len)
+
+    def is_visible(row: Tensor, head: Tensor, place: Tensor, seen: Tensor) -> Tensor:
+        return visible[row, 0, place, seen]
+
+    blocks = create_block_mask(is_visible, len(query), None, q_len, kv_len, device=device)
+    attend_blocks = ALL_ATTENTION_FUNCTIONS["flex_attention"]
+    out, _ = attend_blocks(module, query, key, value, blocks, **kwargs)
+    return out, None
+
+
+def causal_mask(
+    q_len: int, kv_len: int, device: Device, first: int | Tensor | None = None
+) -> Tensor:
+    """(1, 1, Q, K) bool, True = visible.
+
+    The queries are the Q of the K positions from `first` on, by default the last.
+    """
+    queries = query_places(q_len, kv_len, device, first)
+    return (torch.arange(kv_len, device=device) <= queries)[None, None]
+
+
+def query_places(q_len: int, kv_len: int, device: Device, first: int | Tensor | None) -> Tensor:
+    """(Q, 1) places of the queries among K keys, from `first` on, by default the last Q."""
+    start = kv_len - q_len if first is None else first
+    return torch.arange(q_len, device=device)[:, None] + start
 
 
 def attention_visibility(
@@ -153,6 +189,7 @@ def attention_visibility(
     context: Tensor | None,
     prefix_len: int,
     backend: str,
+    first: int | Tensor | None = None,
 ) -> Tensor | None:
     """The mask for `attend`: (B or 1, 1, Q, prefix_len + K) bool, True = visible.
 
@@ -166,22 +203,26 @@ def attention_visibility(
             count them.
         backend: the attention implementation; flash kernels take the padding itself,
             (B, prefix_len + K).
+        first: place of the first query among the K keys of a cache of fixed size; None where the
+            queries are the last.
     """
     if "flash" in backend:
+        if first is not None:
+            raise ValueError("flash attention needs a cache that grows, such as DynamicCache")
         if padding is None:
             return None  # causality is aligned to the last position, so a prefix needs nothing
         return F.pad(padding, (prefix_len, 0), value=True).long()
-    causality_suffices = q_len == 1 or (kv_len == q_len and not prefix_len)
+    causality_suffices = first is None and (q_len == 1 or (kv_len == q_len and not prefix_len))
     if padding is None and context is None and causality_suffices:
         return None
-    visible = causal_mask(q_len, kv_len, device)
+    visible = causal_mask(q_len, kv_len, device, first)
     if context is not None and q_len > 1:
         visible = visible | context[:, None, None, :]
     if padding is not None:
         visible = visible & padding[:, None, None, :]
         # A padding row sees itself: a row that sees nothing would be nan. Its output is not used.
-        diagonal = torch.eye(q_len, kv_len, dtype=torch.bool, device=device)
-        visible = visible | diagonal.roll(kv_len - q_len, dims=1)
+        keys = torch.arange(kv_len, device=device)
+        visible = visible | (keys == query_places(q_len, kv_len, device, first))
     return F.pad(visible, (prefix_len, 0), value=True) if prefix_len else visible
 
 
@@ -200,6 +241,22 @@ def padding_mask(attention_mask: Tensor | None, kv_len: int, virtual: int = 0) -
         )
     mask = attention_mask.bool()
     return None if bool(mask.all()) else mask
+
+
+def visible_keys(mask: Tensor) -> Tensor:
+    """A caller's 4-D mask (B, 1, Q, K) as bool, True = visible.
+
+    Floats are added to scores, as transformers has them: 0 = visible. Other types have the sense
+    of the originals (1 = masked) or of transformers (1 = visible): a query that sees anything sees
+    its own key, of which the last Q are, and some query sees something; one sense alone has both.
+    """
+    if mask.is_floating_point():
+        return mask == 0
+    visible = ~mask.bool()
+    seen_itself = visible.diagonal(visible.shape[-1] - visible.shape[-2], -2, -1)
+    sees = visible.any(-1)
+    is_originals = sees.any() and not (sees & ~seen_itself).any()
+    return visible if is_originals else ~visible
 
 
 class PrefixEmbedding(nn.Embedding):

@@ -31,6 +31,7 @@ from .layers import (
     PromptEncoder,
     attention_visibility,
     padding_mask,
+    visible_keys,
 )
 from .packing import PackedMasks, Packing
 from .quantization import dequantize_modules, pack_modules, quantize_modules
@@ -88,7 +89,9 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
+    new_parts: tuple[str, ...] = ("prefix_encoder.",)  # in names of weights that training may add
     scale_dtype: torch.dtype | None = None  # of quantised weights; None: the weights' own
 
     @classmethod
@@ -194,7 +197,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     def check_weights(cls, folder: Path, config: ChatGLMConfig) -> list[Path]:
         """The weight files of a folder, once they are known to fit a model of this class.
 
-        A prefix may be missing: it may be new.
+        What belongs to `new_parts` may be missing.
 
         Raises:
             ValueError: they do not fit.
@@ -211,8 +214,13 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             # The shapes in files that bitsandbytes quantised are others.
             with reading(folder / "config.json"), torch.device("meta"):
                 model = cls(copy.deepcopy(config))
-            check_fit(folder, model, shapes, ignored="prefix_encoder.")
+            check_fit(folder, model, shapes, ignored=cls.new_parts)
         return files
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers reads the model's module for it; ours looks the backend up in layers.py
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -287,19 +295,24 @@ class ChatGLMBody(ChatGLMPreTrainedModel):
         return (self.config.pre_seq_len or 0) if self.config.prefix_version == "v1" else 0
 
     @staticmethod
-    def cached_length(cache: Cache | None) -> int:
-        """Positions in a cache, v1's vectors included; 0 for None."""
-        if cache is None:
-            return 0
-        if cache.is_compileable:
-            # generate() would pass a 4-D mask with it, of the opposite sense to the originals'.
-            raise ValueError(
-                "ChatGLM needs a cache that grows, such as DynamicCache; got one of fixed size"
-            )
-        return cache.get_seq_length()
+    def cached_length(cache: Cache | None) -> int | Tensor:
+        """Positions in a cache, v1's vectors included; 0 for None.
+
+        A cache of fixed size counts them in a tensor, which compiled code does not read.
+        """
+        return 0 if cache is None else cache.get_seq_length()
+
+    @staticmethod
+    def has_fixed_size(cache: Cache | None) -> bool:
+        """Whether a cache gives keys for all places that it will ever hold (StaticCache)."""
+        return cache is not None and cache.is_compileable
 
     def prepend_prompt(
-        self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: int
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past: int | Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Put v1's vectors before the first input and extend mask and positions; else no change.
 
@@ -340,7 +353,8 @@ class ChatGLMBody(ChatGLMPreTrainedModel):
             ValueError: several rows that hold several sequences; `keep` without the positions of
                 one row, or together with a mask or cache.
         """
-        alone = attention_mask is None and not self.cached_length(past_key_values)
+        alone = attention_mask is None and not self.has_fixed_size(past_key_values)
+        alone = alone and not self.cached_length(past_key_values)
         if keep is not None and (position_ids is None or batch > 1 or not alone):
             raise ValueError(
                 "`keep` needs position_ids and one row, without attention_mask or cache"
@@ -408,14 +422,16 @@ class ChatGLMBody(ChatGLMPreTrainedModel):
         if packing is not None and position_ids is not None:
             inputs = self.packed_inputs(hidden_states, position_ids, packing)
         else:
-            past = self.cached_length(past_key_values)
-            inputs = self.padded_inputs(hidden_states, attention_mask, position_ids, past)
+            inputs = self.padded_inputs(
+                hidden_states, attention_mask, position_ids, past_key_values
+            )
         hidden_states, position_ids, mask, prefixes, keep, text = inputs
         prefix = self.virtual_tokens(prefixes) if self.config.prefix_version == "v2" else None
         turns = self.rotary(position_ids)[:, :, None]
-        for i, block in enumerate(layers):
+        depth = min(len(layers), self.config.num_layers)  # generate() may exit early by it
+        for i, block in zip(range(depth), layers):
             layer_prefix = prefix[2 * i : 2 * i + 2] if prefix is not None else None
-            if keep is not None and i == len(layers) - 1 and isinstance(mask, PackedMasks):
+            if keep is not None and i == depth - 1 and isinstance(mask, PackedMasks):
                 mask, kwargs = mask.of_last_layer(keep), kwargs | {"keep": keep}
             hidden_states = block(
                 hidden_states, mask, turns, layer_prefix, past_key_values=past_key_values, **kwargs
@@ -434,47 +450,78 @@ class ChatGLMBody(ChatGLMPreTrainedModel):
         return LayerInputs(embeds, position_ids, mask, len(packing.lengths), packing.keep, text)
 
     def padded_inputs(
-        self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: int
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
     ) -> LayerInputs:
-        """The blocks' inputs of rows of one sequence each, after `past` cached positions."""
+        """The blocks' inputs of rows of one sequence each, after those in the cache."""
         batch, text_length = embeds.shape[:2]
+        past = self.cached_length(cache)
         embeds, attention_mask, position_ids = self.prepend_prompt(
             embeds, attention_mask, position_ids, past
         )
         length = embeds.shape[1]
         mask, padding = self.split_mask(attention_mask, past + length)
         if position_ids is None:
-            position_ids = self.default_positions(padding, past, length, embeds.device)
+            position_ids = self.default_positions(padding, int(past), length, embeds.device)
         if mask is None:
-            mask = attention_visibility(
-                q_len=length,
-                kv_len=past + length,
-                device=embeds.device,
-                padding=padding,
-                context=self.seen_by_all(position_ids, past),
-                prefix_len=self.prefix_length,
-                backend=self.config._attn_implementation,
-            )
+            mask = self.visibility(length, padding, position_ids, cache)
         return LayerInputs(embeds, position_ids, mask, batch, None, slice(-text_length, None))
+
+    def visibility(
+        self, length: int, padding: Tensor | None, position_ids: Tensor, cache: Cache | None
+    ) -> Tensor | None:
+        """`attention_visibility` of `length` new positions, which the cache does not hold yet.
+
+        Raises:
+            ValueError: the cache has a fixed size, which P-Tuning v1's vectors would not fit.
+        """
+        past = self.cached_length(cache)
+        first, keys, context = None, past + length, None
+        if cache is not None and self.has_fixed_size(cache):
+            if self.prompt_length:
+                raise ValueError("P-Tuning v1 needs a cache that grows, such as DynamicCache")
+            first, keys = past, cache.get_mask_sizes(length, 0)[0]
+            if padding is not None:
+                padding = F.pad(padding, (0, keys - padding.shape[-1]), value=True)
+        if first is None or length > 1:
+            context = self.seen_by_all(position_ids, int(past))
+        if context is not None:
+            context = F.pad(context, (0, int(keys) - context.shape[-1]))
+        return attention_visibility(
+            q_len=length,
+            kv_len=int(keys),
+            device=position_ids.device,
+            padding=padding,
+            context=context,
+            prefix_len=self.prefix_length,
+            backend=self.config._attn_implementation,
+            first=first,
+        )
 
     def seen_by_all(self, position_ids: Tensor, past: int) -> Tensor | None:
         """(B, past + S) bool: keys that every row sees, later ones too; None if all is causal."""
         return None
 
     def split_mask(
-        self, attention_mask: Tensor | None, kv_len: int
+        self, attention_mask: Tensor | None, kv_len: int | Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """(4-D visibility, 2-D padding), one of them None.
 
-        The first where the caller built the originals' 4-D mask (True = masked), else the second.
+        The first where the caller gave a 4-D mask (see `visible_keys`), else the second.
         """
         if attention_mask is not None and attention_mask.dim() == 4:
             if "flash" in self.config._attn_implementation:
                 raise ValueError(
                     "flash attention takes a 2-D attention_mask (1 = real token), got a 4-D one"
                 )
-            return F.pad(~attention_mask.bool(), (self.prefix_length, 0), value=True), None
-        return None, padding_mask(attention_mask, kv_len, self.prompt_length)
+            visible = visible_keys(attention_mask)
+            return F.pad(visible, (self.prefix_length, 0), value=True), None
+        if attention_mask is None:
+            return None, None
+        return None, padding_mask(attention_mask, int(kv_len), self.prompt_length)
 
 
 def prompt_positions(position_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -542,11 +589,39 @@ class ChatGLMCausalLM(ChatMethods, ChatGLMPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def create_masks_for_generate(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache,
+        position_ids: Tensor,
+        **_: Any,
+    ) -> Tensor | None:
+        """The mask of generate()'s next call, which it builds itself for a cache of fixed size.
+
+        Returns:
+            (B or 1, 1, Q, keys), of the embeddings' dtype, to be added to scores; None as
+            `attention_visibility`.
+        """
+        body = self.transformer
+        padding = None if attention_mask is None else attention_mask.bool()
+        visible = body.visibility(inputs_embeds.shape[1], padding, position_ids, past_key_values)
+        if visible is None:
+            return None
+        visible = visible[..., body.prefix_length :]  # the body adds its prefix to any mask
+        zeros = torch.zeros(visible.shape, dtype=inputs_embeds.dtype, device=visible.device)
+        return zeros.masked_fill(~visible, torch.finfo(zeros.dtype).min)
+
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' generate; takes the originals' 4-D mask (True = masked) too."""
+        """transformers' generate; takes a 4-D mask (see `visible_keys`) too."""
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 4:
             # The last row of a prompt sees every real column, so it is the 2-D mask.
-            kwargs["attention_mask"] = (~mask[:, 0, -1].bool()).long()
-        return super().generate(inputs, *args, **kwargs)
+            kwargs["attention_mask"] = visible_keys(mask)[:, 0, -1].long()
+        depth = self.config.num_layers
+        try:
+            return super().generate(inputs, *args, **kwargs)
+        finally:
+            # assistant_early_exit sets it for a while, and an error would leave it so
+            self.config.num_layers = depth

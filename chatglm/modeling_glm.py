@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .auto_classes import register_model
+from .auto_classes import WITH_SCORE, register_model
 from .configuration import ChatGLM1Config
 from .kernels import OutputLayer, RotateFunction, turn_halves_
 from .layers import (
@@ -26,8 +26,10 @@ from .layers import (
     inverse_frequencies,
     make_prefix_encoder,
     rotary_turns,
+    visible_keys,
 )
 from .modeling_base import ChatGLMBody, ChatGLMCausalLM, ChatGLMPreTrainedModel
+from .modeling_classification import ChatGLMClassifier
 from .packing import Packing
 
 # sqrt(2 * 28) whatever the depth: the original's blocks do not know the number of layers.
@@ -225,10 +227,12 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
             input_ids: (B, S) or inputs_embeds (B, S, hidden_size), never with P-Tuning's virtual
                 tokens.
             attention_mask: (B, cached + S), 1 = real token, padded on either side; or
-                (B, 1, S, cached + S) bool, True = masked, as the originals build it.
+                (B, 1, S, cached + S), as the originals or transformers build it
+                (see layers.visible_keys).
             position_ids: (B, 2, S); by default found from [gMASK] or [MASK] and <sop>, continued
                 from the cache. Without mask and cache another sequence begins where both of a
-                single row's are 0, and the two cannot see each other (see packing.py).
+                single row's are 0, and the two cannot see each other (see packing.py). Of other
+                programs' (B, S) count only the places where they begin anew, as sequences do.
             keep: (N,) ascending places of a single row: the last layer computes these alone, and
                 the result is (1, N, hidden_size).
         """
@@ -236,19 +240,13 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        past = self.cached_length(past_key_values)
-        if position_ids is not None and position_ids.dim() != 3:
-            raise ValueError(
-                f"ChatGLM-6B's position_ids are (B, 2, S), got {list(position_ids.shape)}"
-            )
         embeds = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None or position_ids.dim() != 3:
+            ids = self.marks_of(embeds) if input_ids is None else input_ids
+            position_ids = self.find_positions(ids, attention_mask, past_key_values, position_ids)
         packing = self.find_packing(
             position_ids, attention_mask, past_key_values, len(embeds), keep
         )
-        if position_ids is None:
-            position_ids = self.find_positions(
-                input_ids, attention_mask, past_key_values if past else None
-            )
         if past_key_values is not None:
             last = last_positions(position_ids)
             # a field of ours, which find_positions reads
@@ -267,22 +265,47 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
             last_hidden_state=hidden_states, past_key_values=past_key_values
         )
 
-    def find_positions(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None
-    ) -> Tensor:
-        """Default positions (B, 2, S): counted in a new row, or continued after the cache's last.
+    def marks_of(self, embeds: Tensor) -> Tensor:
+        """(B, S) ids of the tokens that positions depend on, -1 for all others.
 
-        Raises:
-            ValueError: without input_ids, or the cache has no last positions for these rows.
+        embeds: (B, S, hidden_size); a token is known by its embedding.
         """
-        if input_ids is None:
+        config = self.config
+        names = [config.mask_token_id, config.gmask_token_id, config.bos_token_id]
+        marks = torch.tensor(names, device=embeds.device)
+        ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
+        for mark, vector in zip(marks, self.word_embeddings(marks)):
+            ids[(embeds == vector).all(-1)] = mark
+        return ids
+
+    def find_positions(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """Positions (B, 2, S): counted in a new row, or continued after the cache's last.
+
+        Args:
+            places: another program's (B, S) positions; a single row without mask holds a sequence
+                from each 0 on.
+        Raises:
+            ValueError: the cache has no last positions for these rows, or `places` another shape.
+        """
+        if places is not None and places.shape[-1:] != input_ids.shape[-1:]:
             raise ValueError(
-                "ChatGLM-6B finds positions in input_ids; "
-                "with inputs_embeds give position_ids (B, 2, S)"
+                f"ChatGLM-6B's position_ids are (B, 2, S), got {list(places.shape)} "
+                f"of {input_ids.shape[-1]} tokens"
             )
-        if cache is None:
+        if not self.cached_length(cache):
+            if places is not None and len(input_ids) == 1 and attention_mask is None:
+                starts = [0, *(places.flatten()[1:] == 0).nonzero().flatten().add(1).tolist()]
+                ends = [*starts[1:], input_ids.shape[1]]
+                lengths = [end - start for start, end in zip(starts, ends)]
+                return self.packed_positions(input_ids, lengths, [0] * len(lengths))
             if attention_mask is not None and attention_mask.dim() == 4:
-                attention_mask = ~attention_mask[:, 0, -1].bool()
+                attention_mask = visible_keys(attention_mask)[:, 0, -1]
             padding = None if attention_mask is None else attention_mask.bool()
             return self.count_positions(input_ids, padding)
         last = getattr(cache, "last_positions", None)
@@ -346,7 +369,28 @@ class ChatGLM1ForConditionalGeneration(ChatGLMCausalLM, ChatGLM1PreTrainedModel,
                 "ChatGLM-6B cannot extend a cache with a new prompt: its context is bidirectional"
             )
         padding = None if mask is None else mask.bool()
+        if inputs_tensor.dim() == 3:
+            inputs_tensor = self.transformer.marks_of(inputs_tensor)
         return self.transformer.count_positions(inputs_tensor, padding)
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As ChatGLMCausalLM.generate; without negative_prompt_ids guidance is against no text."""
+        scale = self.generation_option("guidance_scale", kwargs)
+        given: Any = kwargs.get("inputs_embeds", kwargs.get("input_ids"))
+        given = given if inputs is None else inputs
+        is_guided = scale not in (None, 1) and given is not None
+        if is_guided and kwargs.get("negative_prompt_ids") is None:
+            beams = self.generation_option("num_beams", kwargs) or 1
+            answers = self.generation_option("num_return_sequences", kwargs) or 1
+            marks = [self.config.gmask_token_id, self.config.bos_token_id]
+            no_text = torch.tensor([marks], device=given.device)
+            kwargs["negative_prompt_ids"] = no_text.expand(len(given) * max(beams, answers), -1)
+        return super().generate(inputs, *args, **kwargs)
+
+    def generation_option(self, name: str, kwargs: dict[str, Any]) -> Any:
+        """What a call of generate() with `kwargs` means by an option."""
+        config = kwargs.get("generation_config") or self.generation_config
+        return kwargs.get(name, getattr(config, name))
 
     def _update_model_kwargs_for_generation(
         self,
@@ -379,4 +423,17 @@ class ChatGLM1ForConditionalGeneration(ChatGLMCausalLM, ChatGLM1PreTrainedModel,
         return input_ids, model_kwargs
 
 
+class ChatGLM1ForSequenceClassification(ChatGLMClassifier, ChatGLM1PreTrainedModel):
+    """ChatGLM-6B's body with a score."""
+
+    config: ChatGLM1Config
+    transformer: ChatGLM1Model
+
+    def __init__(self, config: ChatGLM1Config):
+        super().__init__(config)
+        self.transformer = ChatGLM1Model(config)
+        self.add_score()
+
+
 register_model(ChatGLM1ForConditionalGeneration)
+register_model(ChatGLM1ForSequenceClassification, WITH_SCORE)

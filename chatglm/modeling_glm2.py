@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .auto_classes import register_model
+from .auto_classes import WITH_SCORE, register_model
 from .configuration import ChatGLM2Config
 from .kernels import OutputLayer, RMSNormFunction, RotateFunction, SwiGLUFunction, turn_pairs_
 from .layers import (
@@ -26,6 +26,7 @@ from .layers import (
     rotary_turns,
 )
 from .modeling_base import ChatGLMBody, ChatGLMCausalLM, ChatGLMPreTrainedModel
+from .modeling_classification import ChatGLMClassifier
 from .packing import Packing, find_sequences
 
 
@@ -237,7 +238,8 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
             input_ids: (B, S) or inputs_embeds (B, S, hidden_size), never with P-Tuning's virtual
                 tokens.
             attention_mask: (B, cached + S), 1 = real token, padded on either side; or
-                (B, 1, S, cached + S) bool, True = masked, as the originals build it.
+                (B, 1, S, cached + S), as the originals or transformers build it
+                (see layers.visible_keys).
             position_ids: (B, S); by default counted from the mask, or from 0. Without mask and
                 cache another sequence begins where those of a single row fall back, and the two
                 cannot see each other (see packing.py).
@@ -291,4 +293,17 @@ class ChatGLM2ForConditionalGeneration(ChatGLMCausalLM, ChatGLM2PreTrainedModel,
         self.transformer.output_layer = value
 
 
+class ChatGLM2ForSequenceClassification(ChatGLMClassifier, ChatGLM2PreTrainedModel):
+    """The body of ChatGLM2-6B, ChatGLM3-6B or GLM-4-9B with a score."""
+
+    config: ChatGLM2Config
+    transformer: ChatGLM2Model
+
+    def __init__(self, config: ChatGLM2Config):
+        super().__init__(config)
+        self.transformer = ChatGLM2Model(config)
+        self.add_score()
+
+
 register_model(ChatGLM2ForConditionalGeneration)
+register_model(ChatGLM2ForSequenceClassification, WITH_SCORE)

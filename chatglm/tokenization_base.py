@@ -356,6 +356,7 @@ class ChatGLMTokenizer(FamilyTokenizer, PreTrainedTokenizer):
         return_tensors: str | None = None,
         return_dict: bool = True,
         return_assistant_tokens_mask: bool = False,
+        end_answer: bool = False,
         **kwargs: Any,
     ) -> Any:
         """A conversation of messages, or a batch of them, as a batch of ids, ids alone or text.
@@ -370,6 +371,8 @@ class ChatGLMTokenizer(FamilyTokenizer, PreTrainedTokenizer):
             return_assistant_tokens_mask: also assistant_masks, 1 for each id that the assistant
                 writes: ChatGLM3's and GLM-4's answers from their header line on, of the others the
                 last answer.
+            end_answer: the family's end token follows a last answer, for training; a chat's own
+                history has none there.
         Raises:
             ValueError: a message has another form, or an option is not for these models.
         """
@@ -386,7 +389,9 @@ class ChatGLMTokenizer(FamilyTokenizer, PreTrainedTokenizer):
         is_batch = isinstance(first, (list, tuple)) or hasattr(first, "messages")
         rows = []
         for messages in conversation if is_batch else [conversation]:
-            rows.append(render_conversation(self, messages, tools, add_generation_prompt))
+            rows.append(
+                render_conversation(self, messages, tools, add_generation_prompt, end_answer)
+            )
         if not tokenize:
             texts = [row.text for row in rows]
             return texts if is_batch else texts[0]

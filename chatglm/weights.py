@@ -217,14 +217,14 @@ def check_fit(
     path: str | Path,
     model: "PreTrainedModel",
     shapes: dict[str, list[int]],
-    ignored: str | None = None,
+    ignored: tuple[str, ...] = (),
 ) -> None:
     """Compare what a folder's weights hold with what a model wants, before any of it is read.
 
     Args:
         model: built on the meta device.
         shapes: `stored_shapes` of the folder.
-        ignored: part of the names that may be missing.
+        ignored: parts of names; tensors with one of them may be missing.
     Raises:
         ValueError: the weights are quantised and the config does not say so, or a tensor is missing
             or has another shape.
@@ -244,7 +244,7 @@ def check_fit(
         if found != shape:
             raise ValueError(f"{path}: {name} has shape {found}, config.json asks for {shape}")
     lost = [name for name in wanted if name.removeprefix(BODY) not in stored]
-    lost = sorted(name for name in lost if ignored is None or ignored not in name)
+    lost = sorted(name for name in lost if not any(part in name for part in ignored))
     refuse_missing(path, lost)
     known = {name.removeprefix(BODY) for name in state}
     check_extra(path, [name for name in shapes if name.removeprefix(BODY) not in known])

@@ -10,7 +10,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoProcessor,
     AutoTokenizer,
     BertConfig,
@@ -56,8 +56,8 @@ def test_code_of_a_folder_runs_through_no_auto_class(published, monkeypatch):
     folder = str(published["glm3"])
     assert AutoConfig.from_pretrained(folder, trust_remote_code=True).glm_family == "glm3"
     for trusted in ({"trust_remote_code": True}, {}):
-        with pytest.raises(ValueError, match="AutoModelForSequenceClassification") as caught:
-            AutoModelForSequenceClassification.from_pretrained(folder, **trusted)
+        with pytest.raises(ValueError, match="AutoModelForTokenClassification") as caught:
+            AutoModelForTokenClassification.from_pretrained(folder, **trusted)
         assert "\n" not in str(caught.value) and folder in str(caught.value)
 
 

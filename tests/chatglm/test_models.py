@@ -190,10 +190,18 @@ def test_embeddings_in_place_of_ids_and_logits_to_keep(variant, prefix):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_cache_of_fixed_size_is_refused(variant):
-    """transformers builds a 4-D mask whose True means visible; in the originals it means masked."""
-    model = model_of(variant)
-    with pytest.raises(ValueError, match="needs a cache that grows"):
+@pytest.mark.parametrize("prefix", [name for name in PREFIXES if name != "v1"])
+def test_a_cache_of_fixed_size_gives_the_same_answers(variant, prefix):
+    model = model_of(variant, prefix)
+    rows = prompt_rows(family_of(model), 5, 7)
+    fixed = generate(model, rows, 3, cache_implementation="static")
+    assert fixed == generate(model, rows, 3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_a_cache_of_fixed_size_cannot_hold_is_refused(variant):
+    model = model_of(variant, "v1")
+    with pytest.raises(ValueError, match="P-Tuning v1 needs a cache that grows"):
         generate(model, prompt_rows(family_of(model), 5, 7), 3, cache_implementation="static")
 
 
@@ -205,10 +213,11 @@ def test_glm_says_what_its_rows_lack():
         ids = torch.stack([good, torch.where(good == lost, 7, good)])
         with pytest.raises(ValueError, match=rf"row 1 .*{named}"):
             model(ids)
-    with pytest.raises(ValueError, match="inputs_embeds give position_ids"):
-        model(inputs_embeds=model.get_input_embeddings()(good[None]))
-    with pytest.raises(ValueError, match=r"position_ids are \(B, 2, S\), got \[1, 8\]"):
-        model(good[None], position_ids=torch.arange(8)[None])
+    embeds = model.get_input_embeddings()(good[None])
+    with pytest.raises(ValueError, match="row 0 .*<sop>.*give position_ids"):
+        model(inputs_embeds=embeds + 1)
+    with pytest.raises(ValueError, match=r"position_ids are \(B, 2, S\), got \[1, 7\]"):
+        model(good[None], position_ids=torch.arange(7)[None])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

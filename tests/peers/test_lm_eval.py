@@ -1,0 +1,190 @@
+"""Scores of lm-evaluation-harness beside forward passes with explicit control tokens.
+
+The harness runs in an environment of its own (benchmarks/client_env.py), by python -m chatglm.
+References of ChatGLM2, ChatGLM3 and GLM-4 are transformers' GlmForCausalLM and tokenizers on an
+exported folder, in a process without this project; ChatGLM-6B's are SentencePiece's ids with
+explicit positions and an explicit mask.
+"""
+
+import json
+import os
+import subprocess
+
+import pytest
+import sentencepiece
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.client_env import environment_python
+from chatglm.configuration import ChatGLM1Config
+from chatglm.export.folders import export_glm
+from chatglm.families import CHATGLM_FAMILIES
+from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
+from tests.chatglm.export.outside import run_outside
+from tests.conftest import REPO_ROOT
+
+ROWS = 50
+CHOICES = ["你好", "world a"]
+DATA = """\
+task: NAME
+dataset_path: json
+dataset_kwargs: {data_files: ROWS}
+test_split: train
+"""
+TASKS = {
+    "tiny_choices": """\
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+doc_to_choice: ["你好", "world a"]
+""",
+    "tiny_rolling": """\
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}]
+""",
+    "tiny_written": """\
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["."], max_gen_toks: 6}
+metric_list: [{metric: exact_match}]
+""",
+}
+# For a context and what follows it, {context or "": ids, scored: ids} -> their log-likelihood.
+NATIVE = """
+import json
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+folder, rows = sys.argv[1:]
+tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+start = [tokenizer.token_to_id("[gMASK]"), tokenizer.token_to_id("<sop>")]
+assert None not in start
+
+
+def encode(text):
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+scores, greedy = [], []
+for context, scored in json.load(open(rows, encoding="utf-8")):
+    whole, count = start + encode(context + scored), len(start + encode(context))
+    ids = torch.tensor([whole])
+    with torch.no_grad():
+        found = model(ids).logits[0, :-1].log_softmax(-1)
+    scores.append(found.gather(1, ids[0, 1:, None])[count - 1 :].sum().item())
+    prompt = torch.tensor([start + encode(context)])
+    answer = model.generate(prompt, do_sample=False, max_new_tokens=6)[0, count:].tolist()
+    greedy.append(answer)
+print(json.dumps([scores, greedy]))
+"""
+
+
+def questions():
+    return [f"hello world {i} 今天天气" + " 你好" * (i % 3) for i in range(ROWS)]
+
+
+def harness(folder, place, *words):
+    """{task: samples} of a run of the harness on a model's folder."""
+    data = place / "rows.jsonl"
+    lines = []
+    for i, question in enumerate(questions()):
+        lines.append(json.dumps({"question": question, "answer": CHOICES[i % 2]}) + "\n")
+    data.write_text("".join(lines), encoding="utf-8")
+    for name, task in TASKS.items():
+        text = DATA.replace("NAME", name).replace("ROWS", str(data)) + task
+        (place / f"{name}.yaml").write_text(text, encoding="utf-8")
+    command = [environment_python("lm_eval"), "-m", "chatglm", "lm_eval", "run", "--model", "hf"]
+    command += ["--model_args", f"pretrained={folder},dtype=float32", "--device", "cpu"]
+    command += ["--batch_size", 4, "--tasks", ",".join(TASKS), "--include_path", place]
+    command += ["--output_path", place / "out", "--log_samples", *words]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(place / "cache")}
+    env["PYTHONPATH"] = str(REPO_ROOT)
+    done = subprocess.run(
+        list(map(str, command)), cwd=place, env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {}
+    for name in TASKS:
+        [file] = (place / "out").rglob(f"samples_{name}_*.jsonl")
+        samples = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        found[name] = sorted(samples, key=lambda sample: sample["doc_id"])
+    return found
+
+
+def pairs():
+    """(context, scored) as the harness gives them: a space before what follows a context."""
+    found = []
+    for question in questions():
+        found += [(question, f" {choice}") for choice in CHOICES]
+    return found + [("", question) for question in questions()]
+
+
+def native_scores(folder, place):
+    """Log-likelihoods of `pairs`, and greedy ids after their contexts."""
+    export_glm(str(folder), place / "native")
+    rows = place / "pairs.json"
+    rows.write_text(json.dumps(pairs()), encoding="utf-8")
+    return json.loads(run_outside(NATIVE, place, place / "native", rows))
+
+
+def glm_scores(folder):
+    """Log-likelihoods of `pairs`: context, [gMASK], <sop>, answer."""
+    config = ChatGLM1Config.from_dict(json.loads((folder / "config.json").read_text("utf-8")))
+    model = ChatGLM1ForConditionalGeneration(config).eval()
+    state = load_file(folder / "model.safetensors")
+    lost = model.load_state_dict(state, strict=False).missing_keys
+    assert lost in ([], ["lm_head.weight"])
+    model.tie_weights()
+    pieces = sentencepiece.SentencePieceProcessor(str(folder / "ice_text.model"))
+    marks = [pieces.piece_to_id("[gMASK]"), pieces.piece_to_id("<sop>")]
+    scores = []
+    for context, scored in pairs():
+        start = pieces.encode(context) if context else []
+        answer = pieces.encode(scored.removeprefix(" "))
+        ids = torch.tensor([start + marks + answer])
+        before, count = len(start) + 1, len(answer) + 1
+        place = [*range(before), *[before - 1] * count]
+        block = [*[0] * before, *range(1, count + 1)]
+        visible = torch.ones(before + count, before + count).tril().bool()
+        visible[:, :before] = True
+        mask = torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
+        with torch.no_grad():
+            logits = model(
+                ids,
+                attention_mask=mask[None, None],
+                position_ids=torch.tensor([[place, block]]),
+            ).logits
+        found = logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        scores.append(found[-len(answer) :].sum().item())
+    return scores
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
+def test_log_likelihoods(tiny_folders, family, tmp_path):
+    folder = tiny_folders[family]
+    found = harness(folder, tmp_path)
+    scores, rolled = [], []
+    for sample in found["tiny_choices"]:
+        scores += [float(resp[0][0]) for resp in sample["resps"]]
+    for sample in found["tiny_rolling"]:
+        [[total]] = sample["resps"]
+        rolled.append(float(total[0] if isinstance(total, list) else total))
+    wanted = glm_scores(folder) if family == "glm" else native_scores(folder, tmp_path)[0]
+    assert len(scores + rolled) == len(wanted) == 3 * ROWS
+    assert scores + rolled == pytest.approx(wanted, rel=1e-4, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_written_answers_do_not_end_at_once(tiny_folders, tmp_path):
+    """The end token's text is empty, and every text holds an empty text."""
+    found = harness(tiny_folders["glm4"], tmp_path)["tiny_written"]
+    greedy = native_scores(tiny_folders["glm4"], tmp_path)[1]
+    tokens = [len(ids) for ids in greedy[: 2 * ROWS : 2]]
+    texts = [sample["resps"][0][0] for sample in found]
+    assert max(tokens) == 6 and max(map(len, texts)) > 2
