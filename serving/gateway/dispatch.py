@@ -164,8 +164,7 @@ class Dispatcher:
     def pump(self) -> None:
         """Send the first of the queue while there are places. Called when a place may be free."""
         self._queue.now_s = self.now_s()
-        while len(self._queue):
-            record = next(iter(self._queue))
+        for record in self._queue:
             passage, future = self._waiters[record.request.id]
             if future.done():  # its request has gone
                 self._queue.remove(record)

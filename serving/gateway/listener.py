@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import aiohttp
 from aiohttp import web
@@ -80,7 +81,8 @@ class GatewayProcess:
     def stop(self) -> None:
         """Begin to drain; a second call ends the drain. From any thread."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._handle_stop)
+            with suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._handle_stop)
 
     def _handle_stop(self) -> None:
         assert self._stop is not None
