@@ -1,4 +1,4 @@
-"""The gateway before engines that record what they get: bytes, routes, queue, failures, learning."""
+"""The gateway before engines that record what they get: bytes, routes, queue, failures."""
 
 import asyncio
 import json
