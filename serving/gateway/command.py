@@ -4,6 +4,7 @@ python -m serving.gateway --upstream http://127.0.0.1:8000 --kind vllm --predict
 """
 
 import logging
+import resource
 import sys
 
 from chatglm.commands import run_command
@@ -30,6 +31,7 @@ def run_gateway(flags: GatewayFlags) -> int:
             f'{error.name} is not installed; pip install "glm-foundry[serve]"'
         ) from None
     upstream_addresses(flags.upstream)
+    raise_file_limit()
     sock = bind(flags.host, flags.port)
     from serving.gateway import listener, starting  # of numpy and HTTP: --help is quick without
     from serving.server.access import access_rules_of, write_access_log
@@ -39,6 +41,13 @@ def run_gateway(flags: GatewayFlags) -> int:
     starting.warn_without_predictor(flags)
     parts = starting.load_gateway(flags, access_rules_of(flags, sock))
     return listener.GatewayProcess(parts, flags, sock).run()
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as it may: a stream takes two sockets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ class GatewayFlags:
     wait_s: float
     connect_s: float
     drain_s: float
+    log: str | None
     recalibrate: bool
     recalibrate_every: int
     recalibrated_dir: str | None
@@ -122,6 +123,8 @@ def add_time_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_learning_flags(parser: argparse.ArgumentParser) -> None:
+    rows = "append prompt, model and length of each answer to this file: rows of a predictor"
+    parser.add_argument("--log", metavar="FILE", help=rows)
     update = "update the predictor in the background from the lengths of the answers"
     parser.add_argument("--recalibrate", action="store_true", help=update)
     every = "with --recalibrate: whole answers from one update to the next [500]"

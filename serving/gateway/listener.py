@@ -118,6 +118,8 @@ class GatewayProcess:
             await runner.cleanup()
         if self.parts.recalibrator is not None:
             self.parts.recalibrator.close()
+        if gateway.log_file is not None:
+            gateway.log_file.close()
         gateway.guarded.close()
 
     def _take_signals(self) -> None:

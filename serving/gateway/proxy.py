@@ -37,6 +37,7 @@ from serving.server.access import (
     Exchange,
     access_logger,
 )
+from serving.server.monitor import LogFile
 
 if TYPE_CHECKING:
     from predictor.prediction import LengthPrediction
@@ -106,6 +107,7 @@ class Gateway:
         dispatcher: the queue, and the upstreams' load.
         guarded: the predictor.
         observe: called with each answer's prompt, tokens and whether it ended by itself.
+        log_file: of the same, as rows of a length predictor; None without --log.
         session: of HTTP to the upstreams; set while it serves.
         open: requests in it. draining: it takes no more.
         untold: answers whose upstream said no length.
@@ -132,6 +134,7 @@ class Gateway:
         self.access_log = access_log
         self.drift, self.sizes = LengthDrift(), PromptSizes()
         self.observe: Callable[[str, int, bool], None] = lambda prompt, tokens, finished: None
+        self.log_file: LogFile | None = None
         self.session: aiohttp.ClientSession | None = None
         self.open = self.untold = 0
         self.draining = False
@@ -444,6 +447,8 @@ class Gateway:
         if finished and call.predicted.prediction is not None:
             figures.observe("length_ratio", self.drift.add(call.predicted.prediction, tokens))
         self.observe(call.asked.prompt, tokens, finished)
+        if self.log_file is not None:
+            self.log_file.write(length_row(call.asked, tokens, finished))
 
     # ---- itself
 
@@ -561,6 +566,15 @@ def unknown_length(most: int | None) -> "LengthPrediction":
 
     longest = float(min(2 * NEUTRAL_TOKENS, most or 2 * NEUTRAL_TOKENS))
     return from_bins(np.ones(1), np.array([0.0, longest]))
+
+
+def length_row(asked: AskedAnswer, tokens: int, finished: bool) -> str:
+    """A line that train.py --task predictor and predictor.update read."""
+    row: dict[str, Any] = {"prompt": asked.prompt, "output_tokens": tokens, "finished": finished}
+    model = asked.members.get("model")
+    if model is not None and isinstance(model.value, str):
+        row["served_model"] = model.value
+    return json.dumps(row)
 
 
 def scope_of(request: web.BaseRequest) -> dict[str, Any]:

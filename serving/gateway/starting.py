@@ -14,6 +14,7 @@ from serving.gateway.proxy import Gateway, one_line
 from serving.gateway.upstreams import PrefixPlaces, Upstream
 from serving.policies.continuous import POLICIES
 from serving.server.access import AccessRules
+from serving.server.monitor import LogFile
 from serving.server.predictors import TRIAL_PROMPT, Predictors
 from serving.server.recalibration import (
     MIN_EVERY,
@@ -44,6 +45,7 @@ def load_gateway(flags: GatewayFlags, rules: AccessRules) -> GatewayParts:
 
     Raises:
         ValueError: flags that do not fit.
+        OSError: the log cannot be written.
     """
     check_gateway_flags(flags)
     upstreams = []
@@ -65,6 +67,8 @@ def load_gateway(flags: GatewayFlags, rules: AccessRules) -> GatewayParts:
         upstream_key=os.environ.get(UPSTREAM_KEY_VARIABLE),
         access_log=flags.access_log,
     )
+    if flags.log is not None:
+        gateway.log_file = LogFile(flags.log)
     if first is None or flags.predictor is None:
         return GatewayParts(gateway, None, None)
     predictors, recalibrator = add_learning(gateway, first, flags, flags.predictor)

@@ -14,6 +14,8 @@ import pytest
 
 pytest.importorskip("aiohttp", reason="aiohttp is of the extra serve")
 
+from aiohttp import web
+
 from predictor.prediction import from_bins
 from serving.gateway.command import main
 from serving.gateway.predicting import GuardedPredictor, cut_prediction
@@ -176,6 +178,36 @@ def test_a_stuck_predictor_is_not_given_more():
     assert set(asyncio.run(ask_all())) == {"slow"}
 
 
+class Changing(WordPredictor):
+    """Quick at first, then slow. threads: that have called it."""
+
+    def __init__(self):
+        self.seconds, self.threads = 0.0, []
+
+    def predict(self, text):
+        self.threads.append(threading.current_thread())
+        time.sleep(self.seconds)
+        return super().predict(text)
+
+
+def test_a_predictor_that_becomes_slow_goes_to_its_thread():
+    """It delays the gateway once, and is waited for no longer than the limit from then on."""
+
+    async def ask_all(predictor) -> list[str]:
+        guarded = GuardedPredictor(predictor, 0.1)
+        found = [await guarded.predict("1") for _ in range(3)]
+        predictor.seconds = 0.3
+        found += [await guarded.predict("1") for _ in range(2)]
+        found.append(await guarded.predict("1" * 10_000))
+        guarded.close()
+        return [each.outcome for each in found]
+
+    predictor = Changing()
+    assert asyncio.run(ask_all(predictor)) == ["made"] * 4 + ["slow"] * 2
+    here = threading.main_thread()
+    assert [thread is here for thread in predictor.threads[:5]] == [False, *[True] * 3, False]
+
+
 def test_a_limit_of_the_answer_cuts_its_prediction():
     [prediction] = WordPredictor().predict("100")
     cut = cut_prediction(prediction, 30)
@@ -219,15 +251,15 @@ def test_an_engine_whose_flag_is_off_is_told_so(engine, caplog):
 def test_requests_go_where_the_least_is_predicted(pair):
     for engine in pair:
         engine.holds = True
-    with gateway_before(*pair, kind="vllm", predictor=WordPredictor()) as gateway:
-        with ThreadPoolExecutor(8) as pool:
-            long = pool.submit(gateway.ask, "say 1000")
-            wait_until(lambda: sum(engine.now for engine in pair) == 1)
-            short = [pool.submit(gateway.ask, "say 50") for _ in range(4)]
-            wait_until(lambda: sum(engine.now for engine in pair) == 5)
-            for engine in pair:
-                engine.holds = False
-            assert {future.result().status_code for future in [long, *short]} == {200}
+    before = gateway_before(*pair, kind="vllm", predictor=WordPredictor())
+    with before as gateway, ThreadPoolExecutor(8) as pool:
+        long = pool.submit(gateway.ask, "say 1000")
+        wait_until(lambda: sum(engine.now for engine in pair) == 1)
+        short = [pool.submit(gateway.ask, "say 50") for _ in range(4)]
+        wait_until(lambda: sum(engine.now for engine in pair) == 5)
+        for engine in pair:
+            engine.holds = False
+        assert {future.result().status_code for future in [long, *short]} == {200}
     assert sorted(len(engine.got) for engine in pair) == [1, 4]
 
 
@@ -325,14 +357,14 @@ def asked_words(engine):
 def test_the_queue_is_held_under_the_policy(engine, policy, wanted):
     engine.holds = True
     words = ["--policy", policy, "--concurrency", 1]
-    with gateway_before(engine, kind="ollama", predictor=WordPredictor(), words=words) as gateway:
-        with ThreadPoolExecutor(8) as pool:
-            futures = []
-            for number, text in enumerate(["1", "900", "5", "200", "30"]):
-                futures.append(pool.submit(gateway.ask, text))
-                wait_until(lambda n=number: engine.now + gateway.gateway.dispatcher.waiting > n)
-            engine.holds = False
-            assert {future.result().status_code for future in futures} == {200}
+    before = gateway_before(engine, kind="ollama", predictor=WordPredictor(), words=words)
+    with before as gateway, ThreadPoolExecutor(8) as pool:
+        futures = []
+        for number, text in enumerate(["1", "900", "5", "200", "30"]):
+            futures.append(pool.submit(gateway.ask, text))
+            wait_until(lambda n=number: engine.now + gateway.gateway.dispatcher.waiting > n)
+        engine.holds = False
+        assert {future.result().status_code for future in futures} == {200}
     assert asked_words(engine) == wanted and engine.most == 1
 
 
@@ -405,9 +437,9 @@ def test_a_drain_ends_what_has_begun(engine):
             gateway.ask()
 
 
-def test_it_learns_from_the_lengths_that_come_back(engine):
-    seen = []
-    with gateway_before(engine, kind="vllm", predictor=WordPredictor()) as gateway:
+def test_it_learns_from_the_lengths_that_come_back(engine, tmp_path):
+    seen, words = [], ["--log", tmp_path / "lengths.jsonl"]
+    with gateway_before(engine, kind="vllm", predictor=WordPredictor(), words=words) as gateway:
         gateway.gateway.observe = lambda *row: seen.append(row)
         gateway.ask("say 10")
         engine.streams(stream_of(3, tokens=30))
@@ -417,10 +449,35 @@ def test_it_learns_from_the_lengths_that_come_back(engine):
         status = gateway.status()
         assert gateway.metric("answer_tokens_count") == 2
     assert seen == [("say 10", 7, True), ("say 10", 30, True)]
+    rows = (tmp_path / "lengths.jsonl").read_text().splitlines()
+    row = {"prompt": "say 10", "output_tokens": 7, "finished": True, "served_model": "m"}
+    assert [json.loads(line) for line in rows] == [row, row | {"output_tokens": 30}]
     assert status["answers_without_length"] == 1
     drift = (math.log(8 / 11) + math.log(31 / 11)) / 2
     assert status["drift"] == pytest.approx(drift, abs=1e-3)
     assert status["q90_coverage"] == 0.5
+
+
+def test_ollama_s_own_api(engine):
+    """Lines of JSON, whose last has the length."""
+    lines = [b'{"response":"a","done":false}\n', b'{"done":true,"done_reason":"stop",']
+    lines.append(b'"prompt_eval_count":9,"eval_count":12}\n')
+    seen = []
+
+    async def respond(request, body):
+        reply = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await reply.prepare(request)
+        for line in lines:
+            await reply.write(line)
+        return reply
+
+    engine.respond = respond
+    with gateway_before(engine, kind="ollama", predictor=WordPredictor()) as gateway:
+        gateway.gateway.observe = lambda *row: seen.append(row)
+        reply = gateway.client.post("/api/generate", json={"model": "m", "prompt": "say 10"})
+    assert reply.content == b"".join(lines) and seen == [("say 10", 12, True)]
+    assert engine.got[0].json == {"model": "m", "prompt": "say 10"}
+    assert engine.got[0].headers["x-glm-predicted-tokens"] == "10"
 
 
 def test_flags_that_do_not_fit_are_one_line(capsys):
