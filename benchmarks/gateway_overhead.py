@@ -6,7 +6,7 @@
 An upstream of this file (whole answers, or streams of so many events) and the gateway run in
 processes of their own; this one asks both, in turns, at random moments of the rate. CPU time is the
 gateway's process's, user and system. The predictor is lexical, trained here on 400 rows unless one
-is given. Then --streams streams are open at once, each with an event every 5 seconds; the gateway
+is given. Then --streams streams are open at once, each with an event every --pause_s; the gateway
 is bound to one core for it. Exit code 1 where an answer is missing.
 """
 
@@ -46,7 +46,6 @@ WHOLE = {
 }
 WHOLE["choices"][0]["finish_reason"] = "stop"  # type: ignore[index]
 ANSWER_S = 0.02  # of the upstream, for a whole answer, and between the events of a stream's share
-STREAM_PAUSE_S = 5.0
 FIRST_REQUESTS = 50  # not counted
 
 
@@ -210,7 +209,7 @@ def compare(
     return figures
 
 
-async def open_streams(base: str, streams: int) -> Asked:
+async def open_streams(base: str, streams: int, pause_s: float) -> Asked:
     """So many streams at once; each begins within the first second."""
     import aiohttp
 
@@ -221,7 +220,7 @@ async def open_streams(base: str, streams: int) -> Asked:
 
     async def begin_one(session: Any) -> None:
         await asyncio.sleep(draw.uniform(0, max(streams / 400, 0.1)))
-        await ask(session, base, body_of(draw, 4, STREAM_PAUSE_S), found)
+        await ask(session, base, body_of(draw, 4, pause_s), found)
 
     async with aiohttp.ClientSession(
         connector=connector, headers=headers, timeout=timeout
@@ -230,10 +229,12 @@ async def open_streams(base: str, streams: int) -> Asked:
     return found
 
 
-def measure_streams(process: subprocess.Popen, address: str, streams: int) -> dict[str, float]:
+def measure_streams(
+    process: subprocess.Popen, address: str, streams: int, pause_s: float
+) -> dict[str, float]:
     """What became of them, and what the gateway's process took."""
     cpu_s, began_s = cpu_seconds(process.pid), time.perf_counter()
-    found = asyncio.run(open_streams(address, streams))
+    found = asyncio.run(open_streams(address, streams, pause_s))
     cpu_s = cpu_seconds(process.pid) - cpu_s
     return {
         "streams": streams,
@@ -288,7 +289,7 @@ def measure(flags: argparse.Namespace) -> int:
                 process, address = gateway
                 one_core = {max(os.sched_getaffinity(0))}
                 os.sched_setaffinity(process.pid, one_core)
-                streams = measure_streams(process, address, flags.streams)
+                streams = measure_streams(process, address, flags.streams, flags.pause_s)
     print(table(costs, streams))
     if flags.json:
         write_json(Path(flags.json), {"costs": costs, "streams": streams})
@@ -306,6 +307,8 @@ def main(argv: list[str] | None = None) -> int:
     events = "events of a stream, with commas; 0 is a whole answer [0,16]"
     parser.add_argument("--chunks", default="0,16", help=events)
     parser.add_argument("--streams", type=whole(1), default=2000, help="open at once [2000]")
+    pause = "seconds between the events of those streams [5]"
+    parser.add_argument("--pause_s", type=float, default=5.0, help=pause)
     parser.add_argument("--predictor", help="folder (default: a lexical one, trained here)")
     parser.add_argument("--cores", help="of all processes, with commas (default: any)")
     parser.add_argument("--quick", action="store_true", help="a miniature, for tests")
@@ -316,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         asyncio.run(serve_upstream())
         return 0
     if flags.quick:
-        flags.seconds, flags.turns, flags.streams = 1.0, 1, 30
+        flags.seconds, flags.turns, flags.streams, flags.pause_s = 1.0, 1, 30, 0.1
     return run_command("gateway_overhead", lambda: measure(flags))
 
 

@@ -84,7 +84,7 @@ def asked_answer(body: bytes) -> AskedAnswer | None:
     return AskedAnswer(
         text,
         members,
-        prompt_text(values),
+        text_to_predict(values),
         least_limit(values),
         count if isinstance(count, int) and count > 1 else 1,
         float(slo_s) if isinstance(slo_s, (int, float)) and slo_s > 0 else None,
@@ -142,7 +142,7 @@ def least_limit(values: Mapping[str, Any]) -> int | None:
     return min(limits, default=None)
 
 
-def prompt_text(values: Mapping[str, Any]) -> str | None:
+def text_to_predict(values: Mapping[str, Any]) -> str | None:
     """The system's text and the last question, as serving.server gives them to its predictor.
 
     Of completions, which have no roles, the prompt; None where a request has no text.

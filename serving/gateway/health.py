@@ -8,6 +8,7 @@ import aiohttp
 from serving.gateway.dispatch import Dispatcher
 from serving.gateway.kinds import Facts, Kind
 from serving.gateway.upstreams import Upstream
+from serving.server.predictors import one_line_of
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class HealthWatch:
         except TimeoutError:
             return f"no answer within {CHECK_S:g} s"
         except (aiohttp.ClientError, OSError) as error:
-            return " ".join(str(error).split())[:200] or type(error).__name__
+            return one_line_of(error)
         return f"{self.kind.health_path}: HTTP {status}" if status >= 500 else None
 
     async def ask(self, upstream: Upstream) -> Facts:

@@ -181,8 +181,8 @@ class SglangKind(Kind):
         return Facts(
             priorities=flag_of(info, "enable_priority_scheduling"),
             lower_first=flag_of(info, "schedule_low_priority_values_first"),
-            threshold=threshold if is_count(threshold) else None,
-            kv_tokens=tokens if is_count(tokens) else None,
+            threshold=threshold if is_positive_count(threshold) else None,
+            kv_tokens=tokens if is_positive_count(tokens) else None,
         )
 
     def added(self, hints: Hints, facts: Facts) -> Added:
@@ -270,7 +270,7 @@ def flag_of(info: Mapping[str, Any], name: str) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def is_count(value: Any) -> bool:
+def is_positive_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

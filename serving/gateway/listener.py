@@ -23,6 +23,7 @@ TICK_S = 0.05
 # closed has to be sent again.
 KEEPALIVE_S = 4.0
 CLIENT_KEEPALIVE_S = 75.0
+FLUSH_S = 1.0  # after the drain, before what is left is cut
 
 
 def make_session(connect_s: float) -> aiohttp.ClientSession:
@@ -104,7 +105,7 @@ class GatewayProcess:
                 key=gateway.upstream_key,
             )
             await watch.start()
-            runner = web.ServerRunner(make_http_server(gateway), handle_signals=False)
+            runner = web.ServerRunner(make_http_server(gateway), shutdown_timeout=FLUSH_S)
             await runner.setup()
             site = web.SockSite(runner, self.sock, backlog=2048)
             await site.start()

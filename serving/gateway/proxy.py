@@ -7,7 +7,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from serving.gateway.upstreams import (
 )
 from serving.request import Record, Request
 from serving.server.access import (
+    CLIENT_CLOSED_REQUEST,
     FIT_ID,
     REQUEST_ID,
     AccessRules,
@@ -38,6 +39,7 @@ from serving.server.access import (
     access_logger,
 )
 from serving.server.monitor import LogFile
+from serving.server.predictors import one_line_of
 
 if TYPE_CHECKING:
     from predictor.prediction import LengthPrediction
@@ -69,6 +71,10 @@ OUTCOME_HEADER = "x-glm-prediction"
 
 class UpstreamFailed(Exception):
     """An upstream has not answered, and the client has seen nothing of it."""
+
+
+class ClientGone(Exception):
+    """The client has left while it was written to."""
 
 
 class AnswerBroken(Exception):
@@ -160,9 +166,9 @@ class Gateway:
         except asyncio.CancelledError:
             exchange.disconnected = True
             raise
-        except ConnectionError:  # while it was written to: the client has gone
+        except ClientGone:
             exchange.disconnected = True
-            raise
+            return web.Response(status=CLIENT_CLOSED_REQUEST)  # nobody reads it
         except Exception:
             exchange.status = 500
             log.exception("request %s failed", exchange.request_id)
@@ -173,8 +179,11 @@ class Gateway:
 
     async def _answer(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         headers = {name.lower(): value for name, value in request.raw_headers}
-        exchange.key = self.rules.check(request.path, headers)
         own = OWN_PATHS.get(request.path)
+        # Paths that serving.server answers without a key, such as its page's, need one here.
+        exchange.key = self.rules.check(request.path if own is not None else "", headers)
+        if not request.raw_path.startswith("/"):  # else it could name another host
+            raise ApiError(400, "wanted a path that begins with a slash", "bad_path")
         if own is not None and request.method in ("GET", "HEAD"):
             response = own(self)
             exchange.status, exchange.ended = response.status, True
@@ -186,7 +195,7 @@ class Gateway:
             raise ApiError(429, text, "queue_full", retry_later())
         self.open += 1
         try:
-            body = await read_body(request)
+            body = await body_of_request(request)
             call = await self._call_of(request, body, exchange)
             response = await self._forward(call)
             exchange.ended = True
@@ -295,7 +304,7 @@ class Gateway:
 
     def _note_failure(self, upstream: Upstream, error: Exception) -> None:
         upstream.failures += 1
-        upstream.why = one_line(error)
+        upstream.why = one_line_of(error)
         if upstream.up:
             log.warning("%s does not answer: %s", upstream.base, upstream.why)
         upstream.up = False
@@ -398,11 +407,11 @@ class Gateway:
         response = web.StreamResponse(status=reply.status, reason=reply.reason, headers=headers)
         if reply.content_length is not None:
             response.content_length = reply.content_length
-        await response.prepare(call.request)
+        await deliver(response.prepare(call.request))
         try:
             while chunk:
                 call.passage.progress(tail.add(chunk))
-                await response.write(chunk)
+                await deliver(response.write(chunk))
                 chunk = await self._next_chunk(content)
         except AnswerBroken as error:
             self.figures.count("broken_streams", upstream.base)
@@ -412,7 +421,7 @@ class Gateway:
             if call.request.transport is not None:
                 call.request.transport.abort()  # its client must not take it for whole
             return response
-        await response.write_eof()
+        await deliver(response.write_eof())
         return response
 
     @staticmethod
@@ -420,7 +429,7 @@ class Gateway:
         try:
             return await content.readany()
         except (aiohttp.ClientError, OSError) as error:
-            raise AnswerBroken(one_line(error)) from None
+            raise AnswerBroken(one_line_of(error)) from None
 
     def _note_answer(
         self, call: Call, upstream: Upstream, reply: aiohttp.ClientResponse, tail: AnswerTail
@@ -448,7 +457,7 @@ class Gateway:
             figures.observe("length_ratio", self.drift.add(call.predicted.prediction, tokens))
         self.observe(call.asked.prompt, tokens, finished)
         if self.log_file is not None:
-            self.log_file.write(length_row(call.asked, tokens, finished))
+            self.log_file.write(answered_row(call.asked, tokens, finished))
 
     # ---- itself
 
@@ -517,7 +526,15 @@ def retry_later() -> dict[str, str]:
     return {"Retry-After": RETRY_AFTER_S}
 
 
-async def read_body(request: web.BaseRequest) -> bytes:
+async def deliver(writing: Awaitable[Any]) -> None:
+    """Write to the client. Raises ClientGone, never what an upstream's failure raises."""
+    try:
+        await writing
+    except ConnectionError:
+        raise ClientGone from None
+
+
+async def body_of_request(request: web.BaseRequest) -> bytes:
     """The body of a request. Raises ApiError."""
     if request.headers.get("Expect", "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -568,7 +585,7 @@ def unknown_length(most: int | None) -> "LengthPrediction":
     return from_bins(np.ones(1), np.array([0.0, longest]))
 
 
-def length_row(asked: AskedAnswer, tokens: int, finished: bool) -> str:
+def answered_row(asked: AskedAnswer, tokens: int, finished: bool) -> str:
     """A line that train.py --task predictor and predictor.update read."""
     row: dict[str, Any] = {"prompt": asked.prompt, "output_tokens": tokens, "finished": finished}
     model = asked.members.get("model")
@@ -588,7 +605,3 @@ def scope_of(request: web.BaseRequest) -> dict[str, Any]:
 
 def number_or_none(value: float) -> float | None:
     return None if value != value else round(value, 4)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -10,12 +10,12 @@ from serving.gateway.dispatch import Dispatcher
 from serving.gateway.flags import UPSTREAM_KEY_VARIABLE, GatewayFlags, upstream_addresses
 from serving.gateway.kinds import KINDS
 from serving.gateway.predicting import GuardedPredictor, is_sound
-from serving.gateway.proxy import Gateway, one_line
+from serving.gateway.proxy import Gateway
 from serving.gateway.upstreams import PrefixPlaces, Upstream
 from serving.policies.continuous import POLICIES
 from serving.server.access import AccessRules
 from serving.server.monitor import LogFile
-from serving.server.predictors import TRIAL_PROMPT, Predictors
+from serving.server.predictors import TRIAL_PROMPT, Predictors, one_line_of
 from serving.server.recalibration import (
     MIN_EVERY,
     Recalibrator,
@@ -105,7 +105,9 @@ def open_predictor(folder: str | None) -> LengthPredictor | None:
         if not is_sound(prediction):
             raise ValueError("its prediction for a first prompt is not finite")
     except Exception as error:
-        log.error("--predictor %s: %s; requests are forwarded unchanged", folder, one_line(error))
+        log.error(
+            "--predictor %s: %s; requests are forwarded unchanged", folder, one_line_of(error)
+        )
         return None
     return predictor
 

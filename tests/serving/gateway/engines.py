@@ -207,6 +207,10 @@ class RunningGateway:
     client: httpx.Client
     thread: threading.Thread
 
+    @property
+    def gateway_port(self) -> int:
+        return int(self.process.address.rsplit(":", 1)[1])
+
     def ask(self, text: str = "say 100", **fields: Any) -> httpx.Response:
         body = {"model": "m", "messages": [{"role": "user", "content": text}]} | fields
         return self.client.post(PATH, json=body)

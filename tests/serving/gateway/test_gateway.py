@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import math
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -190,18 +191,19 @@ class Changing(WordPredictor):
         return super().predict(text)
 
 
-def test_a_predictor_that_becomes_slow_goes_to_its_thread():
+def test_a_predictor_that_becomes_slow_goes_to_its_thread(monkeypatch):
     """It delays the gateway once, and is waited for no longer than the limit from then on."""
 
     async def ask_all(predictor) -> list[str]:
-        guarded = GuardedPredictor(predictor, 0.1)
+        guarded = GuardedPredictor(predictor, 0.2)
         found = [await guarded.predict("1") for _ in range(3)]
-        predictor.seconds = 0.3
+        predictor.seconds = 1.0
         found += [await guarded.predict("1") for _ in range(2)]
         found.append(await guarded.predict("1" * 10_000))
         guarded.close()
         return [each.outcome for each in found]
 
+    monkeypatch.setattr("serving.gateway.predicting.QUICK_S", 0.05)  # on a busy machine
     predictor = Changing()
     assert asyncio.run(ask_all(predictor)) == ["made"] * 4 + ["slow"] * 2
     here = threading.main_thread()
@@ -313,6 +315,19 @@ def test_an_answer_that_breaks_off_is_not_made_again(pair):
     assert sum(len(engine.got) for engine in pair) == 1
 
 
+def test_a_client_that_leaves_a_stream_is_not_served_again(pair):
+    for engine in pair:
+        engine.streams(stream_of(200), pause_s=0.02)
+    with gateway_before(*pair, kind="vllm") as gateway:
+        for _ in range(3):
+            with gateway.client.stream("POST", PATH, json={"stream": True}) as reply:
+                next(reply.iter_raw())
+        wait_until(lambda: gateway.gateway.open == 0)
+        assert gateway.metric("retries_total") == 0
+        wait_until(lambda: sum(engine.now for engine in pair) == 0)
+    assert sum(len(engine.got) for engine in pair) == 3
+
+
 def test_a_request_that_fails_everywhere_ends(pair):
     for engine in pair:
         engine.breaks()
@@ -384,6 +399,18 @@ def test_a_full_queue_is_a_429(engine):
     assert refused.headers["retry-after"] and refused.json()["error"]["code"] == "queue_full"
 
 
+@pytest.mark.parametrize("target", ["@{there}/v1/x", "http://{there}/v1/x"])
+def test_a_request_goes_to_no_other_host(pair, target):
+    there = f"127.0.0.1:{pair[1].port}"
+    with gateway_before(pair[0], kind="vllm") as gateway:
+        port = gateway.gateway_port
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+            line = f"POST {target.format(there=there)} HTTP/1.1"
+            client.sendall(f"{line}\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n".encode())
+            assert client.recv(4096).startswith(b"HTTP/1.1 400") or not pair[1].got
+    assert not pair[1].got
+
+
 def test_a_client_that_leaves_frees_its_place(engine):
     engine.seconds = 30
     with gateway_before(engine, words=["--concurrency", 1]) as gateway:
@@ -420,7 +447,10 @@ def test_keys_of_the_gateway_stay_with_it(engine, tmp_path, monkeypatch):
         assert gateway.ask().status_code == 200
         reply = gateway.client.get("/health", headers={"Host": "elsewhere.example"})
         assert reply.status_code == 403
-    assert engine.got[0].headers["Authorization"] == "Bearer inner"
+        del gateway.client.headers["Authorization"]
+        for path in ("/", "/page/x", "/page/%2e%2e/v1/chat/completions"):  # open at the server
+            assert gateway.client.post(path, json={}).status_code == 401
+    assert len(engine.got) == 1 and engine.got[0].headers["Authorization"] == "Bearer inner"
 
 
 def test_a_drain_ends_what_has_begun(engine):
