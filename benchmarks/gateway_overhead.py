@@ -258,8 +258,8 @@ def table(costs: list[dict[str, float]], streams: dict[str, float]) -> str:
     lines = ["| events | requests | CPU a request | first byte, p50, p99 | whole, p50, p99 |"]
     lines.append("|---|---|---|---|---|")
     for row in costs:
-        first = f"+{row['first_p50_ms']:.1f} ms, +{row['first_p99_ms']:.1f} ms"
-        last = f"+{row['whole_p50_ms']:.1f} ms, +{row['whole_p99_ms']:.1f} ms"
+        first = f"{row['first_p50_ms']:+.1f} ms, {row['first_p99_ms']:+.1f} ms"
+        last = f"{row['whole_p50_ms']:+.1f} ms, {row['whole_p99_ms']:+.1f} ms"
         name = row["chunks"] or "whole answer"
         count = f"{row['requests']} ({row['errors']} errors)"
         lines.append(f"| {name} | {count} | {row['cpu_ms']:.2f} ms | {first} | {last} |")

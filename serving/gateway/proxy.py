@@ -185,9 +185,9 @@ class Gateway:
         if not request.raw_path.startswith("/"):  # else it could name another host
             raise ApiError(400, "wanted a path that begins with a slash", "bad_path")
         if own is not None and request.method in ("GET", "HEAD"):
-            response = own(self)
-            exchange.status, exchange.ended = response.status, True
-            return response
+            own_response = own(self)
+            exchange.status, exchange.ended = own_response.status, True
+            return own_response
         if self.draining:
             raise ApiError(503, "the gateway is shutting down", "unavailable", retry_later())
         if self.open >= self.max_requests:

@@ -60,6 +60,7 @@ class Passage:
         beginning: of its prompt, for the affinity to where it was computed; None without one.
         upstream: that has it; None while it waits.
         left: of its outstanding tokens.
+        failed: the addresses of the upstreams that have failed it.
     """
 
     record: Record

@@ -141,11 +141,13 @@ def server(folders, tmp_path_factory):
     process.communicate()
 
 
-def test_the_command_predicts_logs_and_drains(folders, server):
-    with gateway_command(folders, [server], "--access_log", "--drain_s", "30") as (
-        process,
-        address,
-    ):
+def test_the_command_predicts_logs_and_drains(folders, server, tmp_path):
+    words = ["--access_log", "--drain_s", "30", "--recalibrate"]
+    words += ["--recalibrated_dir", str(tmp_path / "updated")]
+    with gateway_command(folders, [server], *words) as (process, address):
+        metrics = httpx.get(f"{address}/metrics").text
+        assert "glm_predictor_version 1.0" in metrics
+        assert 'glm_recalibrations_total{outcome="taken"} 0.0' in metrics
         reply = httpx.post(f"{address}{PATH}", json=body_of(1, False, 20), timeout=60)
         direct = httpx.post(f"{server}{PATH}", json=body_of(1, False, 20), timeout=60)
         assert reply.json()["choices"] == direct.json()["choices"]
