@@ -105,9 +105,10 @@ def prediction_near(tokens: int) -> "LengthPrediction":
 def serving(folder: Path, flags: argparse.Namespace, page: bool) -> Iterator[Served]:
     """A server in a thread of this process, with or without its page."""
     from serving.policies.continuous import POLICIES
+    from serving.server.access import access_rules_of
     from serving.server.command import bind
     from serving.server.flags import parse_flags
-    from serving.server.starting import access_rules_of, load_service, make_server
+    from serving.server.starting import load_service, make_server
 
     kv_tokens = flags.running * (PROMPT + MOST_TOKENS + 100)
     words = ["--model", folder, "--policy", "fcfs", "--device", "cpu", "--kv_tokens", kv_tokens]

@@ -162,6 +162,7 @@ ROOMS = {  # a room of serving/ -> what of serving/ it may import
         "server",
         "tools",
     },
+    "gateway": {"request", "scheduler", "policies", "server", "gateway"},
     "server/page": {"request", "engines", "server", "tools"},
     "run_requests": {
         "request",

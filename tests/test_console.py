@@ -14,7 +14,16 @@ from tests.finetune.runs import child_env, command
 
 CPU_SECONDS = {"--help": 0.3, "chat --help": 1.0}  # on machines that others use too
 HEAVY = {"torch", "transformers", "deepspeed", "peft", "datasets", "scipy", "matplotlib"}
-HEAVY |= {"httpx", "fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance"}
+HEAVY |= {
+    "httpx",
+    "aiohttp",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "pydantic",
+    "prometheus_client",
+    "llguidance",
+}
 READ_WITH_NUMPY = {"simulate", "deploy", "cost", "lengths"}  # commands whose --help imports numpy
 
 

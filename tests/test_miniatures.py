@@ -101,6 +101,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/adapters.py": "test_adapters",
     "benchmarks/entry_points.py": "test_entry_points",
     "benchmarks/export_real_size.py": "test_export_real_size",
+    "benchmarks/gateway_overhead.py": "test_gateway_overhead",
     "benchmarks/golden_table.py": "test_golden_table",
     "benchmarks/grammar_cost.py": "test_grammar_cost",
     "benchmarks/kill9.py": "test_kill9",
@@ -361,6 +362,16 @@ def test_replicas(tmp_path):
     assert "1 kills: 0 answers lost or changed, 0 with tokens doubled" in done.stdout
     found = json.loads((tmp_path / "out.json").read_text())
     assert set(found["tokens_per_s"]) == {"1 x 1", "2 x 1"} and found["kills"][0]["lost"] == 0
+
+
+def test_gateway_overhead(tmp_path):
+    pytest.importorskip("aiohttp", reason="aiohttp is of the extra serve")
+    done = run("benchmarks/gateway_overhead.py", "--quick", "--json", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [row["chunks"] for row in found["costs"]] == [0, 16]
+    assert all(row["errors"] == 0 and row["cpu_ms"] > 0 for row in found["costs"])
+    assert found["streams"]["whole"] == found["streams"]["streams"] == 30
+    assert "30 streams open at once: 30 whole, 0 errors" in done.stdout
 
 
 def test_preferences(tmp_path):

@@ -6,18 +6,21 @@ ASGI middleware, free of torch.
 import ipaddress
 import json
 import logging
+import os
 import re
+import socket
 import time
 import uuid
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from starlette.routing import Match
 
-from serving.server.keys import KeyRing
+from serving.server.keys import KEY_VARIABLE, KeyRing
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -82,6 +85,39 @@ class AccessRules:
             wanted = "wanted the header Authorization: Bearer KEY, with a key of this server"
             raise ApiError(401, wanted, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
         return name
+
+
+class AccessFlags(Protocol):
+    """The flags that say who may ask, of serving.server and serving.gateway."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def api_key(self) -> str | None: ...
+    @property
+    def api_keys(self) -> str | None: ...
+    @property
+    def allowed_hosts(self) -> str: ...
+
+
+def access_rules_of(flags: AccessFlags, sock: socket.socket) -> AccessRules:
+    """The hosts and the keys that are accepted, from the flags and the environment.
+
+    Raises:
+        ValueError, OSError: a key that no header can hold, or a file of keys that is wrong.
+    """
+    key = flags.api_key if flags.api_key is not None else os.environ.get(KEY_VARIABLE)
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
+        wanted = "printable ASCII characters, not empty, without spaces around them"
+        raise ValueError(f"--api_key (or {KEY_VARIABLE}) must be {wanted}")
+    keys = None
+    if key is not None or flags.api_keys is not None:
+        keys = KeyRing(key, Path(flags.api_keys) if flags.api_keys is not None else None)
+    hosts = filter(None, map(str.strip, flags.allowed_hosts.split(",")))
+    named = set(map(host_name, hosts))
+    if named or is_loopback(sock.getsockname()[0]):
+        return AccessRules(keys, frozenset(named | {flags.host.lower()}))
+    return AccessRules(keys)
 
 
 def is_open_path(path: str) -> bool:
@@ -264,3 +300,12 @@ class RequestObserver:
             self.count(route_label(scope), exchange)
         except Exception:  # figures must not end a connection
             log.exception("request %s was not counted", exchange.request_id)
+
+
+def write_access_log() -> None:
+    """Write the access log's lines to standard error as they are, without a logger's name."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access_logger.addHandler(handler)
+    access_logger.setLevel(logging.INFO)
+    access_logger.propagate = False

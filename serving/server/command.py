@@ -52,11 +52,11 @@ def serve_model(flags: ServerFlags) -> int:
             f'{error.name} is not installed; pip install "glm-foundry[serve]"'
         ) from None
     sock = bind(flags.host, flags.port)
-    from serving.server import starting  # of torch and much else: --help is quick without it
+    from serving.server import access, starting  # of torch and much else: --help is quick without
 
     if flags.access_log:
-        starting.write_access_log()
-    access_rules = starting.access_rules_of(flags, sock)
+        access.write_access_log()
+    access_rules = access.access_rules_of(flags, sock)
     service = starting.load_service(flags)
     return starting.make_server(service, access_rules, flags).serve_at(sock)
 

@@ -9,13 +9,13 @@ from finetune.placing import PlacementFlags, add_placing_flags
 from serving.engines import ENGINES
 from serving.policies.continuous import OBJECTIVE_HELP, POLICIES
 from serving.policies.gittins import OBJECTIVES
+from serving.server.keys import KEY_VARIABLE
 from serving.tools.flags import add_tool_flags
 
 DESCRIPTION = """Serve a model over OpenAI's chat API, scheduled by predicted length.
 
 python -m serving.server --model DIR --predictor DIR --policy deadline
 """
-KEY_VARIABLE = "GLM_API_KEY"
 SERVED = [name for name in POLICIES if "oracle" not in name]  # an oracle needs true lengths
 
 

@@ -27,6 +27,7 @@ from chatglm.saving import flush
 
 log = logging.getLogger(__name__)
 
+KEY_VARIABLE = "GLM_API_KEY"  # of the environment: the flag's key
 FLAG_NAME = "--api_key"  # of the flag's key; no name in a file begins with "-"
 PREFIX = "glm-"
 KEY_BYTES = 32

@@ -2,9 +2,7 @@
 
 import logging
 import os
-import socket
 from dataclasses import replace
-from pathlib import Path
 
 from chatglm import load_tokenizer
 from finetune.evaluation.predict import pick_device
@@ -20,10 +18,9 @@ from serving.replicas.served_model import (
     limits_of_flags,
     load_predictor,
 )
-from serving.server.access import AccessRules, access_logger, host_name, is_loopback
+from serving.server.access import AccessRules
 from serving.server.chat import tokenizer_family
-from serving.server.flags import KEY_VARIABLE, SERVED, ServerFlags, check_bounds
-from serving.server.keys import KeyRing
+from serving.server.flags import SERVED, ServerFlags, check_bounds
 from serving.server.listener import Server
 from serving.server.monitor import Monitor
 from serving.server.page.feedback import FeedbackFile
@@ -174,26 +171,6 @@ def service_name(flags: ServerFlags, predictor: LengthPredictor | None) -> str:
     return name
 
 
-def access_rules_of(flags: ServerFlags, sock: socket.socket) -> AccessRules:
-    """The hosts and the keys that are accepted, from the flags and the environment.
-
-    Raises:
-        ValueError, OSError: a key that no header can hold, or a file of keys that is wrong.
-    """
-    key = flags.api_key if flags.api_key is not None else os.environ.get(KEY_VARIABLE)
-    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
-        wanted = "printable ASCII characters, not empty, without spaces around them"
-        raise ValueError(f"--api_key (or {KEY_VARIABLE}) must be {wanted}")
-    keys = None
-    if key is not None or flags.api_keys is not None:
-        keys = KeyRing(key, Path(flags.api_keys) if flags.api_keys is not None else None)
-    hosts = filter(None, map(str.strip, flags.allowed_hosts.split(",")))
-    named = set(map(host_name, hosts))
-    if named or is_loopback(sock.getsockname()[0]):
-        return AccessRules(keys, frozenset(named | {flags.host.lower()}))
-    return AccessRules(keys)
-
-
 def make_server(service: Service, access_rules: AccessRules, flags: ServerFlags) -> Server:
     """The serving.server.listener.Server of a service, from the flags."""
     origins = map(str.strip, flags.cors_origins.split(","))
@@ -207,12 +184,3 @@ def make_server(service: Service, access_rules: AccessRules, flags: ServerFlags)
         access_log=flags.access_log,
         page=not flags.no_page,
     )
-
-
-def write_access_log() -> None:
-    """Write the access log's lines to standard error as they are, without a logger's name."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    access_logger.addHandler(handler)
-    access_logger.setLevel(logging.INFO)
-    access_logger.propagate = False

@@ -25,11 +25,12 @@ from benchmarks.serving_attack import main as attack
 from serving.engines import Sampling, make_engine
 from serving.engines import answers as sampling_code
 from serving.request import Limits, Plan, Record, Request
+from serving.server.access import access_rules_of
 from serving.server.chat import parse_body
 from serving.server.command import bind, main
 from serving.server.fields import CHAT_REFUSED, CHAT_TABLE, FIELDS, REFUSED, Number
 from serving.server.flags import parse_flags
-from serving.server.starting import access_rules_of, load_service, make_server
+from serving.server.starting import load_service, make_server
 from serving.simulate.engine import LinearCost
 from tests.conftest import tiny_model
 from tests.warm import warm_python

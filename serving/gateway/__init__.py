@@ -1,0 +1,1 @@
+"""A proxy that adds predicted lengths to engines' requests: python -m serving.gateway."""

@@ -1,0 +1,607 @@
+"""The gateway itself: from a client's request to an upstream's answer, byte for byte.
+
+An answer is tried again elsewhere as long as nothing of it has been sent to the client.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDict
+from yarl import URL
+
+from serving.gateway.bodies import AskedAnswer, asked_answer
+from serving.gateway.dispatch import Dispatcher, NoUpstream, QueueIsFull
+from serving.gateway.figures import GatewayFigures
+from serving.gateway.kinds import LENGTH_HEADER, NEUTRAL_TOKENS, Added, Hints, Kind
+from serving.gateway.observed import AnswerTail, LengthDrift, PromptSizes
+from serving.gateway.predicting import MADE, GuardedPredictor, Predicted, cut_prediction
+from serving.gateway.upstreams import (
+    PREFIX_CHARACTERS,
+    Passage,
+    Upstream,
+    request_numbers,
+)
+from serving.request import Record, Request
+from serving.server.access import (
+    CLIENT_CLOSED_REQUEST,
+    FIT_ID,
+    REQUEST_ID,
+    AccessRules,
+    ApiError,
+    Exchange,
+    access_logger,
+)
+from serving.server.monitor import LogFile
+from serving.server.predictors import one_line_of
+
+if TYPE_CHECKING:
+    from predictor.prediction import LengthPrediction
+
+log = logging.getLogger(__name__)
+
+MOST_TRIES = 4  # of a request, in all; it may be the reason why upstreams fail
+MOST_BODY_BYTES = 64 * 2**20
+BODY_S = 60.0  # for a client to send a body
+RETRY_AFTER_S = "2"
+BUSY_STATUSES = (429, 502, 503, 504)  # that another upstream may answer better
+# Of one connection (RFC 9110, 7.6.1), or written anew for the next one.
+HOP_HEADERS = (
+    "connection",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "host",
+    "content-length",
+    "expect",
+)
+OUTCOME_HEADER = "x-glm-prediction"
+
+
+class UpstreamFailed(Exception):
+    """An upstream has not answered, and the client has seen nothing of it."""
+
+
+class ClientGone(Exception):
+    """The client has left while it was written to."""
+
+
+class AnswerBroken(Exception):
+    """An upstream broke off after a part of its answer had been sent."""
+
+
+@dataclass(eq=False)
+class Call:
+    """One request of a client while it is served.
+
+    Attributes:
+        body: as it came. path: with the query.
+        asked: what its body asks; None where it makes no answer.
+        is_answer: its path makes answers.
+        predicted: its length; passage: its place in the queue and at an upstream.
+        exchange: for the log. arrival_s: of time.monotonic.
+    """
+
+    request: web.BaseRequest
+    body: bytes
+    exchange: Exchange
+    is_answer: bool
+    asked: AskedAnswer | None
+    predicted: Predicted
+    passage: Passage
+    arrival_s: float = field(default_factory=time.monotonic)
+    first_byte_s: float = 0.0
+    tries: int = 0
+
+
+class Gateway:
+    """Answers clients by upstreams.
+
+    Attributes:
+        kind: of the upstreams.
+        dispatcher: the queue, and the upstreams' load.
+        guarded: the predictor.
+        observe: called with each answer's prompt, tokens and whether it ended by itself.
+        log_file: of the same, as rows of a length predictor; None without --log.
+        session: of HTTP to the upstreams; set while it serves.
+        open: requests in it. draining: it takes no more.
+        untold: answers whose upstream said no length.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        dispatcher: Dispatcher,
+        guarded: GuardedPredictor,
+        *,
+        rules: AccessRules,
+        slo_s: float = 30.0,
+        ttft_ms: float | None = None,
+        tpot_ms: float | None = None,
+        wait_s: float = 30.0,
+        max_requests: int = 8192,
+        upstream_key: str | None = None,
+        access_log: bool = False,
+    ) -> None:
+        self.kind, self.dispatcher, self.guarded, self.rules = kind, dispatcher, guarded, rules
+        self.slo_s, self.ttft_ms, self.tpot_ms = slo_s, ttft_ms, tpot_ms
+        self.wait_s, self.max_requests, self.upstream_key = wait_s, max_requests, upstream_key
+        self.access_log = access_log
+        self.drift, self.sizes = LengthDrift(), PromptSizes()
+        self.observe: Callable[[str, int, bool], None] = lambda prompt, tokens, finished: None
+        self.log_file: LogFile | None = None
+        self.session: aiohttp.ClientSession | None = None
+        self.open = self.untold = 0
+        self.draining = False
+        gauges: dict[str, Callable[[], float]] = {
+            "waiting_requests": lambda: dispatcher.waiting,
+            "length_drift_log_ratio": self.drift.drift,
+            "q90_coverage_ratio": self.drift.coverage,
+            "pace_seconds": lambda: dispatcher.pace_s,
+        }
+        self.figures = GatewayFigures(dispatcher.upstreams, gauges)
+
+    # ---- one request
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """The handler of every request."""
+        exchange = Exchange(request_id_of_headers(request))
+        try:
+            return await self._answer(request, exchange)
+        except ApiError as error:
+            exchange.status = error.status
+            self.figures.count("refusals", error.code or str(error.status))
+            return refusal_response(error, exchange)
+        except asyncio.CancelledError:
+            exchange.disconnected = True
+            raise
+        except ClientGone:
+            exchange.disconnected = True
+            return web.Response(status=CLIENT_CLOSED_REQUEST)  # nobody reads it
+        except Exception:
+            exchange.status = 500
+            log.exception("request %s failed", exchange.request_id)
+            return refusal_response(ApiError(500, "internal error"), exchange)
+        finally:
+            if self.access_log:
+                access_logger.info(exchange.line(scope_of(request)))
+
+    async def _answer(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
+        headers = {name.lower(): value for name, value in request.raw_headers}
+        own = OWN_PATHS.get(request.path)
+        # Paths that serving.server answers without a key, such as its page's, need one here.
+        exchange.key = self.rules.check(request.path if own is not None else "", headers)
+        if not request.raw_path.startswith("/"):  # else it could name another host
+            raise ApiError(400, "wanted a path that begins with a slash", "bad_path")
+        if own is not None and request.method in ("GET", "HEAD"):
+            own_response = own(self)
+            exchange.status, exchange.ended = own_response.status, True
+            return own_response
+        if self.draining:
+            raise ApiError(503, "the gateway is shutting down", "unavailable", retry_later())
+        if self.open >= self.max_requests:
+            text = f"{self.open} requests are open (--max_requests)"
+            raise ApiError(429, text, "queue_full", retry_later())
+        self.open += 1
+        try:
+            body = await body_of_request(request)
+            call = await self._call_of(request, body, exchange)
+            response = await self._forward(call)
+            exchange.ended = True
+            return response
+        finally:
+            self.open -= 1
+
+    async def _call_of(self, request: web.BaseRequest, body: bytes, exchange: Exchange) -> Call:
+        """A request with its prediction, and its place in the order."""
+        arrival_s = self.dispatcher.now_s()
+        is_answer = request.method == "POST" and request.path in self.kind.answer_paths
+        asked = asked_answer(body) if is_answer else None
+        predicted = Predicted("")
+        if is_answer:
+            began_s = time.perf_counter()
+            predicted = await self.guarded.predict(asked.prompt if asked else None)
+            if predicted.outcome == MADE:
+                self.figures.observe("predict_seconds", time.perf_counter() - began_s)
+            self.figures.count("predictions", predicted.outcome)
+        passage = self._passage_of(asked, predicted.prediction, len(body), arrival_s, is_answer)
+        return Call(request, body, exchange, is_answer, asked, predicted, passage)
+
+    def _passage_of(
+        self,
+        asked: AskedAnswer | None,
+        prediction: "LengthPrediction | None",
+        body_bytes: int,
+        arrival_s: float,
+        is_answer: bool,
+    ) -> Passage:
+        most = asked.max_tokens if asked else None
+        answers = asked.answers if asked else 1
+        tokens = q90 = 0.0
+        if is_answer:
+            if prediction is not None and most is not None:
+                prediction = cut_prediction(prediction, most)
+            tokens = q90 = min(NEUTRAL_TOKENS, most or NEUTRAL_TOKENS)
+            if prediction is not None:
+                tokens, q90 = prediction.expected_tokens, prediction.quantile(0.9)
+        slo_s = asked.slo_s if asked and asked.slo_s else self.slo_s
+        request = Request(
+            next(request_numbers),
+            self.sizes.tokens(body_bytes) if is_answer else 1,
+            arrival_s,
+            slo_s,
+            prediction or unknown_length(most),
+        )
+        beginning = asked.prompt[:PREFIX_CHARACTERS] if asked and asked.prompt else None
+        return Passage(Record(request), tokens * answers, q90 * answers, beginning)
+
+    async def _forward(self, call: Call) -> web.StreamResponse:
+        """Try upstreams until one answers. Raises ApiError."""
+        dispatcher, passage = self.dispatcher, call.passage
+        why = ""
+        while call.tries < MOST_TRIES:
+            try:
+                if call.is_answer:
+                    upstream = await dispatcher.acquire(passage, self.wait_s)
+                else:  # a list of models does not wait for answers
+                    upstream = dispatcher.any_upstream(passage)
+            except QueueIsFull as error:
+                raise ApiError(429, str(error), "queue_full", retry_later()) from None
+            except NoUpstream as error:
+                text = f"{error}{why}"
+                raise ApiError(503, text, "unavailable", retry_later()) from None
+            call.tries += 1
+            try:
+                queue_s = dispatcher.now_s() - passage.record.request.arrival_s
+                self.figures.observe("queue_seconds", queue_s)
+                return await self._try(call, upstream)
+            except UpstreamFailed as failure:
+                why = f" (last: {failure})"
+                passage.failed.add(upstream.base)
+                self.figures.count("retries", upstream.base)
+            finally:
+                dispatcher.release(passage)
+        raise ApiError(502, f"{call.tries} attempts failed{why}", "upstream_failed")
+
+    async def _try(self, call: Call, upstream: Upstream) -> web.StreamResponse:
+        """One attempt. Raises UpstreamFailed while the client has seen nothing."""
+        added = self._added(call, upstream)
+        body = call.body
+        if added.fields and call.asked is not None:
+            body = call.asked.with_fields(added.fields).encode()
+        request = call.request
+        assert self.session is not None
+        try:
+            async with self.session.request(
+                request.method,
+                URL(upstream.base + request.raw_path, encoded=True),
+                data=body or None,
+                headers=self._headers(call, added),
+                allow_redirects=False,
+            ) as reply:
+                return await self._relay(call, upstream, reply)
+        except aiohttp.ClientConnectorError as error:
+            self._note_failure(upstream, error)
+            raise UpstreamFailed(f"{upstream.base}: {upstream.why}") from None
+        except (aiohttp.ClientError, OSError) as error:
+            # A connection that an upstream has closed while it was idle fails so, too.
+            upstream.failures += 1
+            if not call.is_answer and request.method not in ("GET", "HEAD"):
+                text = f"{upstream.base}: {type(error).__name__}"
+                raise ApiError(502, text, "upstream_failed") from None
+            raise UpstreamFailed(f"{upstream.base}: {type(error).__name__}") from None
+
+    def _note_failure(self, upstream: Upstream, error: Exception) -> None:
+        upstream.failures += 1
+        upstream.why = one_line_of(error)
+        if upstream.up:
+            log.warning("%s does not answer: %s", upstream.base, upstream.why)
+        upstream.up = False
+
+    def _added(self, call: Call, upstream: Upstream) -> Added:
+        """What this upstream gets beside the client's own request; nothing without a prediction."""
+        prediction = call.passage.record.request.prediction
+        is_made = call.predicted.outcome == MADE
+        if call.asked is None or (self.dispatcher.policy.predicts and not is_made):
+            return Added()
+        expected = q90 = None
+        if is_made and prediction is not None:
+            expected = round(prediction.expected_tokens)
+            q90 = round(prediction.quantile(0.9))
+        key, _ = self.dispatcher.order(call.passage.record)
+        arrival_s = call.passage.record.request.arrival_s
+        hints = Hints(
+            key,
+            self.dispatcher.in_tokens,
+            arrival_s,
+            expected,
+            q90,
+            self.ttft_ms,
+            self.tpot_ms,
+            call.exchange.key,
+        )
+        return self.kind.added(hints, upstream.facts)
+
+    def _headers(self, call: Call, added: Added) -> CIMultiDict[str]:
+        """The client's headers, without those of its connection, and what is added."""
+        headers = CIMultiDict(call.request.headers)
+        drop_hop_headers(headers)
+        headers.popall(LENGTH_HEADER, None)
+        if self.rules.keys is not None:
+            headers.popall("authorization", None)  # a key of the gateway's
+        if self.upstream_key is not None:
+            headers["Authorization"] = f"Bearer {self.upstream_key}"
+        headers[REQUEST_ID] = call.exchange.request_id
+        for name, value in added.headers.items():
+            headers[name] = value
+        return headers
+
+    # ---- its answer
+
+    async def _relay(
+        self, call: Call, upstream: Upstream, reply: aiohttp.ClientResponse
+    ) -> web.StreamResponse:
+        """Send an upstream's answer on. Raises UpstreamFailed before anything is sent."""
+        if reply.status in BUSY_STATUSES and self._may_go_elsewhere(call, upstream):
+            raise UpstreamFailed(f"{upstream.base}: HTTP {reply.status}")
+        headers = CIMultiDict(reply.headers)
+        drop_hop_headers(headers)
+        headers[REQUEST_ID] = call.exchange.request_id
+        if call.is_answer:
+            headers[OUTCOME_HEADER] = call.predicted.outcome
+            prediction = call.passage.record.request.prediction
+            if call.predicted.outcome == MADE and prediction is not None:
+                headers[LENGTH_HEADER] = str(round(prediction.expected_tokens))
+        call.exchange.status = reply.status
+        is_stream = is_streamed(reply)
+        tail = AnswerTail(is_stream)
+        if not is_stream and call.is_answer:
+            response = await self._relay_whole(call, reply, headers, tail)
+        else:
+            response = await self._relay_stream(call, upstream, reply, headers, tail)
+        call.exchange.sent_bytes = tail.sent
+        self._note_answer(call, upstream, reply, tail)
+        return response
+
+    def _may_go_elsewhere(self, call: Call, upstream: Upstream) -> bool:
+        if not call.is_answer or call.tries >= MOST_TRIES:
+            return False
+        seen = {*call.passage.failed, upstream.base}
+        return any(other.up and other.base not in seen for other in self.dispatcher.upstreams)
+
+    async def _relay_whole(
+        self,
+        call: Call,
+        reply: aiohttp.ClientResponse,
+        headers: CIMultiDict[str],
+        tail: AnswerTail,
+    ) -> web.StreamResponse:
+        body = await reply.read()
+        call.first_byte_s = time.monotonic()
+        tail.add(body)
+        return web.Response(body=body, status=reply.status, reason=reply.reason, headers=headers)
+
+    async def _relay_stream(
+        self,
+        call: Call,
+        upstream: Upstream,
+        reply: aiohttp.ClientResponse,
+        headers: CIMultiDict[str],
+        tail: AnswerTail,
+    ) -> web.StreamResponse:
+        """Send chunks on as they come, the first with the head."""
+        content = reply.content
+        chunk = await content.readany()
+        call.first_byte_s = time.monotonic()
+        response = web.StreamResponse(status=reply.status, reason=reply.reason, headers=headers)
+        if reply.content_length is not None:
+            response.content_length = reply.content_length
+        await deliver(response.prepare(call.request))
+        try:
+            while chunk:
+                call.passage.progress(tail.add(chunk))
+                await deliver(response.write(chunk))
+                chunk = await self._next_chunk(content)
+        except AnswerBroken as error:
+            self.figures.count("broken_streams", upstream.base)
+            log.warning("%s broke off an answer: %s", upstream.base, error)
+            upstream.failures += 1
+            call.exchange.disconnected = True
+            if call.request.transport is not None:
+                call.request.transport.abort()  # its client must not take it for whole
+            return response
+        await deliver(response.write_eof())
+        return response
+
+    @staticmethod
+    async def _next_chunk(content: aiohttp.StreamReader) -> bytes:
+        try:
+            return await content.readany()
+        except (aiohttp.ClientError, OSError) as error:
+            raise AnswerBroken(one_line_of(error)) from None
+
+    def _note_answer(
+        self, call: Call, upstream: Upstream, reply: aiohttp.ClientResponse, tail: AnswerTail
+    ) -> None:
+        """Count an answer, and learn of its length."""
+        figures, now_s = self.figures, time.monotonic()
+        figures.count("requests", upstream.base, str(reply.status))
+        if not call.is_answer or reply.status != 200 or call.exchange.disconnected:
+            return
+        figures.observe("first_byte_seconds", call.first_byte_s - call.arrival_s)
+        figures.observe("latency_seconds", now_s - call.arrival_s)
+        if (prompt_tokens := tail.prompt_tokens()) is not None:
+            self.sizes.note(len(call.body), prompt_tokens)
+        tokens = tail.output_tokens()
+        if tokens is None:
+            self.untold += 1
+            return
+        figures.observe("answer_tokens", tokens)
+        if tail.is_stream:
+            self.dispatcher.note_pace(now_s - call.first_byte_s, tokens)
+        if call.asked is None or call.asked.answers != 1 or call.asked.prompt is None:
+            return
+        finished = tail.is_whole()
+        if finished and call.predicted.prediction is not None:
+            figures.observe("length_ratio", self.drift.add(call.predicted.prediction, tokens))
+        self.observe(call.asked.prompt, tokens, finished)
+        if self.log_file is not None:
+            self.log_file.write(answered_row(call.asked, tokens, finished))
+
+    # ---- itself
+
+    def status(self) -> dict[str, Any]:
+        """What GET /gateway/status answers."""
+        upstreams = []
+        for upstream in self.dispatcher.upstreams:
+            upstreams.append(
+                {
+                    "base": upstream.base,
+                    "up": upstream.up,
+                    "why": None if upstream.up else upstream.why,
+                    "obeys_priorities": upstream.facts.priorities,
+                    "kv_tokens": upstream.kv_tokens,
+                    "requests": upstream.running,
+                    "outstanding_tokens": round(upstream.outstanding_tokens),
+                    "failures": upstream.failures,
+                }
+            )
+        return {
+            "upstreams": upstreams,
+            "waiting": self.dispatcher.waiting,
+            "open": self.open,
+            "draining": self.draining,
+            "predictions": dict(self.guarded.outcomes),
+            "prediction_failure": self.guarded.reason or None,
+            "drift": number_or_none(self.drift.drift()),
+            "q90_coverage": number_or_none(self.drift.coverage()),
+            "answers_without_length": self.untold,
+        }
+
+    def ready_response(self) -> web.Response:
+        is_ready = not self.draining and any(u.up for u in self.dispatcher.upstreams)
+        text = "ok" if is_ready else "draining" if self.draining else "no upstream answers"
+        return json_response({"status": text}, 200 if is_ready else 503)
+
+
+OWN_PATHS: Mapping[str, Callable[[Gateway], web.Response]] = {
+    "/health": Gateway.ready_response,
+    "/health/ready": Gateway.ready_response,
+    "/health/live": lambda gateway: json_response({"status": "ok"}),
+    "/metrics": lambda gateway: web.Response(
+        body=gateway.figures.exposition(), headers={"Content-Type": "text/plain; version=0.0.4"}
+    ),
+    "/gateway/status": lambda gateway: json_response(gateway.status()),
+}
+
+
+def json_response(value: Mapping[str, Any], status: int = 200) -> web.Response:
+    return web.Response(
+        body=json.dumps(value).encode(),
+        status=status,
+        headers={"Content-Type": "application/json"},
+    )
+
+
+def refusal_response(error: ApiError, exchange: Exchange) -> web.Response:
+    """OpenAI's error object."""
+    response = json_response(error.body(), error.status)
+    response.headers.update(error.headers or {})
+    response.headers[REQUEST_ID] = exchange.request_id
+    return response
+
+
+def retry_later() -> dict[str, str]:
+    return {"Retry-After": RETRY_AFTER_S}
+
+
+async def deliver(writing: Awaitable[Any]) -> None:
+    """Write to the client. Raises ClientGone, never what an upstream's failure raises."""
+    try:
+        await writing
+    except ConnectionError:
+        raise ClientGone from None
+
+
+async def body_of_request(request: web.BaseRequest) -> bytes:
+    """The body of a request. Raises ApiError."""
+    if request.headers.get("Expect", "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    try:
+        async with asyncio.timeout(BODY_S):
+            return await request.read()
+    except TimeoutError:
+        raise ApiError(408, f"the body did not come within {BODY_S:g} s", "slow_body") from None
+    except web.HTTPRequestEntityTooLarge:
+        limit = MOST_BODY_BYTES // 2**20
+        raise ApiError(413, f"the body is over {limit} MiB", "large_body") from None
+
+
+def request_id_of_headers(request: web.BaseRequest) -> str:
+    """The client's X-Request-Id where it is fit to be logged, else a new one."""
+    given = request.headers.get(REQUEST_ID)
+    if given is not None and FIT_ID.fullmatch(given.encode("utf-8", "surrogateescape")):
+        return given
+    return new_request_id()
+
+
+def new_request_id() -> str:
+    import uuid
+
+    return uuid.uuid4().hex
+
+
+def drop_hop_headers(headers: CIMultiDict[str]) -> None:
+    """Take out what is of one connection, and what the header Connection names."""
+    named = headers.get("connection", "").lower().split(",")
+    for name in [*HOP_HEADERS, *(name.strip() for name in named)]:
+        if name and name in headers:
+            headers.popall(name)
+
+
+def is_streamed(reply: aiohttp.ClientResponse) -> bool:
+    """Whether an answer comes in parts that its client should see as they are made."""
+    return reply.content_type in ("text/event-stream", "application/x-ndjson")
+
+
+def unknown_length(most: int | None) -> "LengthPrediction":
+    """The place in the order of an answer of which nothing is known."""
+    import numpy as np
+
+    from predictor.prediction import from_bins
+
+    longest = float(min(2 * NEUTRAL_TOKENS, most or 2 * NEUTRAL_TOKENS))
+    return from_bins(np.ones(1), np.array([0.0, longest]))
+
+
+def answered_row(asked: AskedAnswer, tokens: int, finished: bool) -> str:
+    """A line that train.py --task predictor and predictor.update read."""
+    row: dict[str, Any] = {"prompt": asked.prompt, "output_tokens": tokens, "finished": finished}
+    model = asked.members.get("model")
+    if model is not None and isinstance(model.value, str):
+        row["served_model"] = model.value
+    return json.dumps(row)
+
+
+def scope_of(request: web.BaseRequest) -> dict[str, Any]:
+    """What Exchange.line reads of a request."""
+    return {
+        "raw_path": request.raw_path.partition("?")[0].encode("utf-8", "surrogateescape"),
+        "client": (request.remote,),
+        "method": request.method,
+    }
+
+
+def number_or_none(value: float) -> float | None:
+    return None if value != value else round(value, 4)

@@ -1,0 +1,163 @@
+"""The servers behind the gateway, their load by predicted tokens, and which one is chosen."""
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from serving.gateway.kinds import UNTOLD, Facts
+from serving.request import Record
+
+PROMPT_TOKEN_WEIGHT = (
+    0.1  # of a prompt's token among outstanding ones: many are computed in one pass
+)
+MOST_PREFIXES = 65536
+PREFIX_CHARACTERS = 512  # by which prompts are taken to share a beginning
+
+
+@dataclass(eq=False)
+class Upstream:
+    """One server.
+
+    Attributes:
+        base: its address, without a path's slash at the end.
+        facts: what it said of itself.
+        up: it answers. why: where it does not, in one line.
+        kv_tokens: of its KV cache; None where nobody knows.
+        limit: requests that it gets at once; None for any number.
+        running: requests that it has.
+        outstanding_tokens: predicted tokens that it still has to make, parts of prompts with them.
+        kv_taken: tokens of its requests' prompts and of their answers' predicted q90.
+    """
+
+    base: str
+    facts: Facts = UNTOLD
+    up: bool = False
+    why: str = "not asked yet"
+    kv_tokens: int | None = None
+    limit: int | None = None
+    running: int = 0
+    outstanding_tokens: float = 0.0
+    kv_taken: float = 0.0
+    served: int = 0
+    failures: int = 0
+
+    @property
+    def has_place(self) -> bool:
+        return self.up and (self.limit is None or self.running < self.limit)
+
+    def has_kv(self, tokens: float) -> bool:
+        return self.kv_tokens is None or self.kv_taken + tokens <= self.kv_tokens
+
+
+@dataclass(eq=False)
+class Passage:
+    """A request on its way through the gateway.
+
+    Attributes:
+        record: as a policy looks at it.
+        tokens: expected of its answers. q90: of their length; both of all answers that it asks for.
+        beginning: of its prompt, for the affinity to where it was computed; None without one.
+        upstream: that has it; None while it waits.
+        left: of its outstanding tokens.
+        failed: the addresses of the upstreams that have failed it.
+    """
+
+    record: Record
+    tokens: float
+    q90: float
+    beginning: str | None = None
+    upstream: Upstream | None = None
+    left: float = 0.0
+    failed: set[str] = field(default_factory=set)
+
+    @property
+    def kv_tokens(self) -> float:
+        return self.record.request.prompt_tokens + self.q90
+
+    def enter(self, upstream: Upstream) -> None:
+        """Count it as the upstream's."""
+        self.upstream = upstream
+        self.left = PROMPT_TOKEN_WEIGHT * self.record.request.prompt_tokens + max(self.tokens, 1.0)
+        upstream.running += 1
+        upstream.outstanding_tokens += self.left
+        upstream.kv_taken += self.kv_tokens
+
+    def progress(self, tokens: int) -> None:
+        """Note that its answer has grown."""
+        made = min(float(tokens), self.left - 1.0)
+        if made > 0 and self.upstream is not None:
+            self.left -= made
+            self.upstream.outstanding_tokens -= made
+
+    def leave(self) -> None:
+        """Count it no longer."""
+        upstream, self.upstream = self.upstream, None
+        if upstream is None:
+            return
+        upstream.running -= 1
+        upstream.outstanding_tokens -= self.left
+        upstream.kv_taken -= self.kv_tokens
+        if not upstream.running:  # no rounding stays behind
+            upstream.outstanding_tokens = upstream.kv_taken = 0.0
+
+
+class PrefixPlaces:
+    """Where prompts of each beginning were last computed; the oldest are forgotten.
+
+    Args:
+        slack_tokens: an upstream is preferred for its prefix while it has at most so many more
+            outstanding tokens than the least loaded one.
+    """
+
+    def __init__(self, slack_tokens: float) -> None:
+        self.slack_tokens = slack_tokens
+        self._places: OrderedDict[str, str] = OrderedDict()
+
+    def note(self, passage: Passage, upstream: Upstream) -> None:
+        if passage.beginning is None:
+            return
+        self._places[passage.beginning] = upstream.base
+        self._places.move_to_end(passage.beginning)
+        if len(self._places) > MOST_PREFIXES:
+            self._places.popitem(last=False)
+
+    def place(self, passage: Passage) -> str | None:
+        return None if passage.beginning is None else self._places.get(passage.beginning)
+
+
+def chosen_upstream(
+    upstreams: Sequence[Upstream],
+    passage: Passage,
+    places: PrefixPlaces | None = None,
+) -> Upstream | None:
+    """The upstream that a request goes to; None where none has a place for it.
+
+    The fewest predicted outstanding tokens among those whose KV memory has room for its q90, among
+    all where none has; of equals the one that has served least. One that has failed it is taken
+    only where no other is left.
+    """
+    free = [upstream for upstream in upstreams if upstream.has_place]
+    fresh = [upstream for upstream in free if upstream.base not in passage.failed]
+    free = fresh or free
+    roomy = [upstream for upstream in free if upstream.has_kv(passage.kv_tokens)]
+    chosen = min(roomy or free, key=load_of, default=None)
+    if chosen is None or places is None:
+        return chosen
+    known = places.place(passage)
+    for upstream in roomy:
+        if upstream.base == known:
+            behind = upstream.outstanding_tokens - chosen.outstanding_tokens
+            return upstream if behind <= places.slack_tokens else chosen
+    return chosen
+
+
+def load_of(upstream: Upstream) -> tuple[float, int]:
+    return upstream.outstanding_tokens, upstream.served
+
+
+def any_up(upstreams: Collection[Upstream]) -> bool:
+    return any(upstream.up for upstream in upstreams)
+
+
+request_numbers = itertools.count()

@@ -1,0 +1,78 @@
+"""Bodies: what is read of them, and that nothing but the added fields changes."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.gateway.bodies import asked_answer
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), VALUES, max_size=4), st.sampled_from([None, 0, 3]), st.booleans())
+def test_added_fields_are_all_that_changes(values, indent, ascii_only):
+    values.pop("priority", None)
+    text = json.dumps(values, indent=indent, ensure_ascii=ascii_only)
+    try:
+        body = text.encode()
+    except UnicodeEncodeError:
+        return  # lone surrogates cannot be sent
+    added = asked_answer(body).with_fields({"priority": -7})
+    assert json.loads(added) == {"priority": -7} | json.loads(text)
+    assert added.replace('"priority":-7' + ("," if values else ""), "", 1) == text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[1]", b"{", b'{"a":1', b'{"a" 1}', b'{"a":1}x', b"\xff", b'{"a":1,}', b"{1:2}", b"x"],
+)
+def test_what_is_no_object_is_left_alone(body):
+    assert asked_answer(body) is None
+
+
+def test_deep_nesting_is_left_alone():
+    assert asked_answer(b'{"a":' + b"[" * 200_000 + b"}") is None
+
+
+@pytest.mark.parametrize(
+    "body, prompt",
+    [
+        ({"messages": [{"role": "user", "content": "a"}]}, "a"),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "old"},
+                    {"role": "assistant", "content": "x"},
+                    {"role": "user", "content": [{"type": "text", "text": "n"}, {"type": "image"}]},
+                ]
+            },
+            "s\n\nn",
+        ),
+        ({"prompt": "go"}, "go"),
+        ({"prompt": ["go"]}, "go"),
+        ({"prompt": [1, 2]}, None),
+        ({"prompt": ["a", "b"]}, None),
+        ({"prompt": "go", "system": "s"}, "s\n\ngo"),
+        ({"input": "go", "instructions": "s"}, "s\n\ngo"),
+        ({"input": [{"role": "user", "content": "q"}], "instructions": "s"}, "s\n\nq"),
+        ({"messages": [3]}, None),
+        ({"messages": []}, None),
+        ({}, None),
+    ],
+)
+def test_the_prompt_for_the_predictor(body, prompt):
+    assert asked_answer(json.dumps(body).encode()).prompt == prompt
+
+
+def test_limits_and_counts():
+    asked = asked_answer(b'{"max_tokens": 9, "max_completion_tokens": 5, "n": 3, "slo_s": 2}')
+    assert (asked.max_tokens, asked.answers, asked.slo_s) == (5, 3, 2.0)
+    asked = asked_answer(b'{"options": {"num_predict": 4}, "max_tokens": -1, "n": "x"}')
+    assert (asked.max_tokens, asked.answers, asked.slo_s) == (4, 1, None)
