@@ -34,8 +34,8 @@ SHARED = ["--max_len", 64, "--per_device_train_batch_size", 16, "--data_cache="]
 SHARED += ["--show_loss_step", 1000, "--save_model_step", 100_000]
 RULE = ["--rewards", "pattern", "--reward_pattern", "|".join(ADVICE)]
 KNOBS = {
-    "grpo": ["--num_generations", 8, "--learning_rate", "2e-3", "--kl_coef", "0.04"],
-    "ppo": ["--num_generations", 4, "--learning_rate", "3e-3", "--kl_coef", "0.02"],
+    "grpo": ["--num_generations", 8, "--learning_rate", "2e-3", "--kl_coef", "0.1"],
+    "ppo": ["--num_generations", 4, "--learning_rate", "3e-3", "--kl_coef", "0.1"],
 }
 RUNS = ("grpo-rule", "grpo-model", "ppo-rule", "ppo-model")
 METRICS = ("reward", "kl", "answer_tokens")
