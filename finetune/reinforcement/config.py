@@ -234,7 +234,9 @@ class PpoConfig(RolloutConfig):
     vf_coef: float = fixed_flag(0.1, "weight of the critic's loss")
     gamma: float = fixed_flag(1.0, "discount of later rewards")
     gae_lambda: float = fixed_flag(0.95, "GAE: weight of longer returns")
-    whiten_rewards: bool = fixed_flag(False, "divide a rollout's rewards by their deviation")
+    whiten_rewards: bool = fixed_flag(
+        False, "scale a rollout's rewards to a deviation of 1, around their mean"
+    )
     pretrain_path: str = fixed_flag(
         "", "PPO-ptx: rows of questions and answers that are learnt beside, as --train_path"
     )
