@@ -247,7 +247,7 @@ OLD_FLAGS: dict[str, OldFlag] = {
     "reference_model_name_or_path": OldFlag(
         RLHF, reason="the reference of --task dpo is the model that the run starts from"
     ),
-    "beta": OldFlag(RLHF, reason="--task dpo has it"),
+    "beta": OldFlag(RLHF, reason="--task dpo has it; of --task grpo it is --kl_coef"),
     "max_length_prompt": OldFlag(RLHF, "max_src_len"),
     "sft_model_path": OldFlag(RLHF, "model_name_or_path"),
     "reward_model_path": OldFlag(

@@ -85,7 +85,7 @@ def test_a_row_without_answers_has_no_metric():
         ([], "--rewards or --reward_model is required"),
         (["--rewards", "length", "--num_generations", "1"], "at least 2; got 1"),
         (["--rewards", "length", "--max_new_tokens", "999"], "must be at most --max_len"),
-        (["--rewards", "length", "--temperature", "0"], "--temperature must be above 0"),
+        (["--rewards", "length", "--temperature", "0"], "--temperature must be a number from 0.01"),
         (["--rewards", "length", "--top_p", "0"], "--top_p must be above 0"),
         (["--rewards", "length", "--kl_coef", "-1"], "--kl_coef must be a number not below 0"),
         (["--rewards", "length", "--batching", "padded"], "--batching ragged; got padded"),
