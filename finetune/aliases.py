@@ -234,20 +234,26 @@ OLD_FLAGS: dict[str, OldFlag] = {
     "data_types": OldFlag(RLHF, reason="--data_format auto finds the format of each row"),
     "max_grad_norm": OldFlag(TRAINER, reason="gradient_clipping of --ds_file is the largest norm"),
     "max_length_generation": OldFlag(RLHF, "eval_max_new_tokens"),
-    "do_sample": OldFlag(RLHF, reason="answers in training are greedy; finetune.evaluate samples"),
+    "do_sample": OldFlag(
+        RLHF,
+        reason="answers in training are greedy, but of --task grpo and ppo always sampled; "
+        "finetune.evaluate samples",
+    ),
     "num_return_sequences": OldFlag(
-        RLHF, reason="answers in training are greedy; finetune.evaluate samples"
+        RLHF,
+        reason="answers in training are greedy; finetune.evaluate samples; --num_generations of "
+        "--task grpo and ppo are the answers to a prompt",
     ),
     "top_k": OldFlag(RLHF, reason="answers in training are greedy; finetune.evaluate samples"),
     "top_p": OldFlag(RLHF, reason="answers in training are greedy; finetune.evaluate samples"),
     "temperature": OldFlag(
         RLHF, reason="answers in training are greedy; finetune.evaluate samples"
     ),
-    "repetition_penalty": OldFlag(RLHF, reason="answers in training are greedy, without a penalty"),
+    "repetition_penalty": OldFlag(RLHF, reason="answers in training are written without a penalty"),
     "reference_model_name_or_path": OldFlag(
         RLHF, reason="the reference of --task dpo is the model that the run starts from"
     ),
-    "beta": OldFlag(RLHF, reason="--task dpo has it"),
+    "beta": OldFlag(RLHF, reason="--task dpo has it; of --task grpo it is --kl_coef"),
     "max_length_prompt": OldFlag(RLHF, "max_src_len"),
     "sft_model_path": OldFlag(RLHF, "model_name_or_path"),
     "reward_model_path": OldFlag(

@@ -437,7 +437,7 @@ class Checkpointer:
         if lora_b and not any(map(Tensor.any, lora_b)):
             say(
                 "WARNING: every LoRA B is still zero, so this adapter changes nothing: "
-                "is the learning rate 0, or every answer empty?"
+                "is the learning rate 0, every answer empty, or every reward of a prompt the same?"
             )
 
     def resume(self, folder: Path) -> dict[str, Any]:

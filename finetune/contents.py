@@ -10,7 +10,7 @@ from pathlib import Path
 from chatglm.adapters import adapter_file
 from chatglm.files import read_json
 from chatglm.folders import check_folder
-from chatglm.hub import model_short_name
+from chatglm.hub import model_short_name, resolve_folder
 from chatglm.runs import MANIFEST
 from finetune.config import RowsConfig, RunConfig
 from finetune.ds_file import read_ds_file
@@ -43,7 +43,7 @@ def path_contents(
     if pretrain := getattr(config, "pretrain_path", ""):  # of --task ppo; its hash is in `data` too
         contents["pretrain_path"] = describe_sources(pretrain)
     if folder := getattr(config, "reward_model", ""):
-        contents["reward_model"] = hash_weights(Path(folder))
+        contents["reward_model"] = hash_weights(resolve_folder(folder, weights=True))
     for name in ("model_name_or_path", "encoder_path"):
         if folder := getattr(config, name, ""):
             weights = fingerprint if folder == model_path else None

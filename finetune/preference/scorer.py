@@ -105,18 +105,11 @@ class RewardScorer:
 
         from chatglm import load_tokenizer
         from chatglm.families import family_of
-        from chatglm.hub import resolve_folder
-        from finetune.preference.reward import REWARD_CARD, VALUE_HEAD, RewardNetwork
+        from finetune.preference.reward import VALUE_HEAD, RewardNetwork
         from finetune.rows.encoding import RowEncoder
 
         style = options.pop("prompt_style", None)
-        folder = resolve_folder(str(path), weights=True)
-        if not (folder / REWARD_CARD).is_file() or not (folder / VALUE_HEAD).is_file():
-            raise ValueError(
-                f"--model_path {folder} is no reward model: it has no {REWARD_CARD} and "
-                f"{VALUE_HEAD}, which train.py --task reward writes"
-            )
-        card = read_reward_card(folder / REWARD_CARD)
+        folder, card = find_reward_model(path)
         tokenizer = load_tokenizer(
             folder,
             mode=options.get("mode"),
@@ -161,6 +154,30 @@ class RewardScorer:
             for number, value in zip(numbers, values):
                 found[number] = value
         return found
+
+
+def find_reward_model(path: str | Path, flag: str = "--model_path") -> tuple[Path, dict[str, Any]]:
+    """(folder, content of its reward.json) of a reward model, whose weights are not read.
+
+    Args:
+        flag: that named it, for messages.
+
+    Raises:
+        ValueError: the folder is no reward model's.
+        FileNotFoundError: it is not there.
+    """
+    from chatglm.hub import resolve_folder
+    from finetune.preference.reward import REWARD_CARD, VALUE_HEAD
+
+    folder = resolve_folder(str(path), weights=True)
+    if not folder.exists():
+        raise FileNotFoundError(f"{flag}: no such folder: {folder}")
+    if not (folder / REWARD_CARD).is_file() or not (folder / VALUE_HEAD).is_file():
+        raise ValueError(
+            f"{flag} {folder} is no reward model: it has no {REWARD_CARD} and "
+            f"{VALUE_HEAD}, which train.py --task reward writes"
+        )
+    return folder, read_reward_card(folder / REWARD_CARD)
 
 
 def read_reward_card(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from finetune.reinforcement.rewards import MODEL, RewardKnobs, parse_rewards
 
 NORMS = ("sequence", "token", "constant")
 SCALES = ("group", "batch", "none")
+MIN_TEMPERATURE = 0.01  # lower ones leave fp32's range: all answers would be the likeliest
 STARTS_FROM_WEIGHTS = ("pissa", "olora")  # --init_lora_weights that change the base's weights
 
 
@@ -155,8 +156,11 @@ class RolloutConfig(RowsConfig):
                 f"--max_new_tokens ({self.max_new_tokens}) and --max_src_len ({self.max_src_len}) "
                 f"together must be at most --max_len ({self.max_len})"
             )
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"--temperature must be above 0; got {self.temperature}")
+        if not MIN_TEMPERATURE <= self.temperature < float("inf"):
+            raise ValueError(
+                f"--temperature must be a number from {MIN_TEMPERATURE:g} up (answers must be "
+                f"sampled to differ); got {self.temperature}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must be above 0 and at most 1; got {self.top_p}")
         if self.ema_decay is not None:
@@ -234,7 +238,9 @@ class PpoConfig(RolloutConfig):
     vf_coef: float = fixed_flag(0.1, "weight of the critic's loss")
     gamma: float = fixed_flag(1.0, "discount of later rewards")
     gae_lambda: float = fixed_flag(0.95, "GAE: weight of longer returns")
-    whiten_rewards: bool = fixed_flag(False, "divide a rollout's rewards by their deviation")
+    whiten_rewards: bool = fixed_flag(
+        False, "scale a rollout's rewards to a deviation of 1, around their mean"
+    )
     pretrain_path: str = fixed_flag(
         "", "PPO-ptx: rows of questions and answers that are learnt beside, as --train_path"
     )

@@ -111,11 +111,32 @@ def load_experience(path: Path) -> tuple[Experience | None, dict[str, Any]]:
         with safe_open(path, "numpy") as file:
             found = json.loads((file.metadata() or {})["rollouts"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if found["phase"] is None:
-            return None, found["state"]
-        return Experience(int(found["phase"]), read_groups(tensors)), found["state"]
+        phase, state = found["phase"], found["state"]
+        if not isinstance(state, dict):
+            raise ValueError(f"wanted a state, got {state!r:.60}")
+        if phase is None:
+            return None, state
+        check_arrays(tensors)
+        return Experience(int(phase), read_groups(tensors)), state
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not the rollouts of a checkpoint ({error})") from None
+
+
+def check_arrays(tensors: dict[str, np.ndarray]) -> None:
+    """Raises ValueError where arrays of save_experience do not fit together, KeyError where one
+    is not there.
+    """
+    lengths = tensors["lengths"]
+    count, tokens = len(lengths), int(lengths.sum())
+    if not count or lengths.min() < 1:
+        raise ValueError("wanted answers of one token or more")
+    shapes: dict[str, tuple[int, ...]] = {"places": (count, 2)}
+    shapes |= dict.fromkeys(("lengths", "finished", "rewards"), (count,))
+    for name in ("tokens", "column.old", *tensors):
+        shapes.setdefault(name, (tokens,))
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise ValueError(f"{name}: wanted {shape}, got {tensors[name].shape}")
 
 
 def read_groups(tensors: dict[str, np.ndarray]) -> dict[Place, list[Sample]]:

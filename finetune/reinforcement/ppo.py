@@ -85,12 +85,12 @@ class Ppo:
     def add_advantages(self, experience: Experience) -> None:
         """GAE by answer, whitened over the rollout; the returns are not."""
         samples = list(experience.samples())
-        scale = 1.0
-        if self.whiten_rewards:
-            scale = float(rewards_of(samples).std()) + 1e-8
+        scored = rewards_of(samples)
+        if self.whiten_rewards:  # around their mean: equal ones stay as they are
+            scored = scored.mean() + whitened([scored])[0]
         parts = []
-        for sample in samples:
-            rewards = token_rewards(sample, sample.reward / scale, self.kl_coef)
+        for sample, reward in zip(samples, scored):
+            rewards = token_rewards(sample, float(reward), self.kl_coef)
             values = sample.columns["values"].astype(np.float64)
             parts.append(advantages_of(rewards, values, self.gamma, self.gae_lambda))
             sample.columns["returns"] = (parts[-1] + values).astype(np.float32)

@@ -14,9 +14,15 @@ from typing import Any
 import numpy as np
 
 from chatglm.conversations import Turn, encode_conversation
+from finetune.preference.formats import (
+    DISLIKED,
+    Preference,
+    PreferenceReader,
+    preference_format,
+)
 from finetune.rows.arrays import Dataset, EncodedRow, RowArrays, chosen_rows
 from finetune.rows.encoding import RowEncoder, count_ignored
-from finetune.rows.formats import FORMATS, BadRow, Row, rename, without_missing
+from finetune.rows.formats import FORMATS, BadRow, Row, all_objects, rename, without_missing
 from finetune.rows.groups import RowGroups, join_groups
 from finetune.rows.sources import RowReader
 
@@ -37,16 +43,48 @@ class PromptReader(RowReader):
                 item = rename(item, self.columns) if self.columns else item
             except ValueError as error:
                 raise BadRow(f"{place}: {error}") from None
+            item = without_missing(item)
+            if self.data_format == "auto" and is_preference(item):
+                return better_answer(BetterReader(family=self.family).row(item, place))
             reader = replace(self, columns=None if self.columns else self.columns)
-            item = with_answer(without_missing(item))
+            item = with_answer(item)
         row = RowReader.row(reader, item, place)
         if row.is_document:
             raise BadRow(f"{place}: wanted a question to answer, this row is a text without one")
         return row
 
 
+class BetterReader(PreferenceReader):
+    """Preferences of which one answer is read, so that none need be comparable."""
+
+    def check(self, row: Preference) -> None:
+        """Nothing."""
+
+
+def is_preference(item: dict[str, Any]) -> bool:
+    """Whether a row has answers that are compared or labelled; scored ones are in FORMATS too."""
+    try:
+        name = preference_format(item)
+    except ValueError:
+        return False
+    if name == "labelled_messages":  # else a conversation beside whose label nothing is missing
+        return isinstance(item["label"], bool) and with_answer(item) is item
+    return name != "scored_answers"
+
+
+def better_answer(row: Preference) -> Row:
+    """The question with the answer of the highest score; an empty one where none is liked."""
+    number = row.scores.index(max(row.scores))
+    liked = max(row.scores) > DISLIKED or len(row.scores) > 1
+    found = row.with_answer(number)
+    return found if liked else with_reply(found, "")
+
+
 def with_answer(item: dict[str, Any]) -> dict[str, Any]:
-    """A row with an empty answer where only that is missing."""
+    """A row with an empty answer where only that is missing; `item` itself where nothing is."""
+    turns = item.get("prompt")
+    if isinstance(turns, list) and turns and all_objects(turns):  # TRL's, without an answer
+        item = item | {"messages": turns}
     for key, (speaker, content) in SPEAKERS.items():
         turns = item.get(key)
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
@@ -54,6 +92,8 @@ def with_answer(item: dict[str, Any]) -> dict[str, Any]:
             if turns[-1].get(role_key) in ("user", "human"):
                 text_key = content if content in turns[-1] else "content"
                 return item | {key: [*turns, {role_key: "assistant", text_key: ""}]}
+    if any(item.keys() >= set(form.keys) for form in FORMATS.values() if len(form.keys) > 1):
+        return item
     for form in FORMATS.values():
         missing = [name for name in form.keys if name not in item]
         if len(form.keys) > 1 and len(missing) == 1 and missing[0] in ANSWER_KEYS:

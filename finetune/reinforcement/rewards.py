@@ -103,6 +103,11 @@ def function_reward(
     return {name: REWARDS[name](answer, knobs) for name in weights if name != MODEL}
 
 
+def reference_rewards(weights: dict[str, float]) -> Sequence[str]:
+    """The names of rewards that compare with a row's own answers."""
+    return [name for name in weights if name in METRICS or name == "contains"]
+
+
 def metric_packages(weights: dict[str, float]) -> Sequence[str]:
     """The names of metrics among the rewards, whose packages must be there."""
     return [name for name in weights if name in METRICS]

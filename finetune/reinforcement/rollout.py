@@ -50,7 +50,7 @@ class Rollouts(Protocol):
         """The answers, in the order of the requests.
 
         Raises:
-            ValueError: it cannot run such a model.
+            ValueError: it cannot run such a model, or its output was not finite.
         """
 
     def learn(self, lengths: Mapping[str, Sequence[int]]) -> None:

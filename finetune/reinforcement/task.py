@@ -26,7 +26,7 @@ from finetune.epochs import StepBatches
 from finetune.evaluation.generation import decoded_text
 from finetune.evaluation.metrics import check_packages
 from finetune.files import write_aside
-from finetune.preference.scorer import RewardScorer
+from finetune.preference.scorer import RewardScorer, find_reward_model
 from finetune.reinforcement.averaging import WeightAverage
 from finetune.reinforcement.config import RolloutConfig
 from finetune.reinforcement.experience import (
@@ -49,7 +49,13 @@ from finetune.reinforcement.prompts import (
     prompt_rows,
     with_reply,
 )
-from finetune.reinforcement.rewards import MODEL, ScoredAnswer, function_reward, metric_packages
+from finetune.reinforcement.rewards import (
+    MODEL,
+    ScoredAnswer,
+    function_reward,
+    metric_packages,
+    reference_rewards,
+)
 from finetune.reinforcement.rollout import (
     MakeRollouts,
     RolloutAnswer,
@@ -65,6 +71,7 @@ from finetune.rows.sources import Source
 from finetune.rows.streaming import Stream
 
 EMA = "ema"  # the folder of the averaged policy in a checkpoint
+LARGEST_REWARD = 1e30  # its square, and sums of many, are finite in fp64
 EVALUATION = -1  # in place of a step's number, in seeds
 
 Config = TypeVar("Config", bound=RolloutConfig)
@@ -75,6 +82,8 @@ class RolloutTask(RowTask[Config, PromptRows]):
 
     def __init__(self, config: Config, make_rollouts: MakeRollouts):
         check_packages(metric_packages(config.reward_weights))
+        if MODEL in config.reward_weights:  # before anything of an earlier run is replaced
+            find_reward_model(config.reward_model, "--reward_model")
         super().__init__(config)
         self.title = f"{config.task} of {self.family.title}"
         self.default_output_dir = f"output-{self.family.name}-{config.task}-{config.train_type}"
@@ -109,6 +118,23 @@ class RolloutTask(RowTask[Config, PromptRows]):
 
     def choose(self, rows: RowArrays, *, is_evaluation: bool) -> PromptRows:
         return choose_prompts(rows, self.config.is_skip and not is_evaluation)
+
+    def load_training_rows(self, sources: list[Source], replay: list[Source]) -> None:
+        """As RowTask's; raises ValueError where a reward compares with answers and there are none.
+
+        A stream's rows are not known: there such a reward may be 0 for all.
+        """
+        super().load_training_rows(sources, replay)
+        names = reference_rewards(self.config.reward_weights)
+        if not names:
+            return
+        for row in range(len(self.data)):
+            if any(self.data.question(row).answers):
+                return
+        raise ValueError(
+            f"--rewards {names[0]} compares with the rows' own answers: no row of "
+            f"--train_path {self.config.train_path} has one"
+        )
 
     def join(self, parts: Sequence[PromptRows]) -> PromptRows:
         return join_prompts(parts)
@@ -216,7 +242,10 @@ class RolloutTask(RowTask[Config, PromptRows]):
     def load_state(self, folder: Path) -> None:
         """Go on with the rollout of a checkpoint."""
         self.experience, state = load_experience(folder / STATE_FILE)
-        self.rollouts.load_state(state)
+        try:
+            self.rollouts.load_state(state)
+        except ValueError as error:
+            raise ValueError(f"{folder / STATE_FILE}: {error}") from None
         if self.average is not None:
             self.average.load(folder)
 
@@ -229,6 +258,8 @@ class RolloutTask(RowTask[Config, PromptRows]):
             self.average.see(loss_module.network.model, step)
         metrics: dict[str, float] = {}
         if self.experience is None or self.experience.phase != phase:
+            if within:  # other weights would answer than those that did
+                raise ValueError(f"{STATE_FILE} of the checkpoint lacks the answers of its step")
             self.experience, metrics = self.roll_out(loss_module, phase)
         self.done = step + 1
         number = self.prompts_number(step)
@@ -239,11 +270,27 @@ class RolloutTask(RowTask[Config, PromptRows]):
             data: Any = made.data
             groups: list[list[Sample]] = []
             for row in rows:
-                groups.append(self.experience.groups.get((number, row), []))
+                groups.append(self.answers_of(number, row))
                 for sample in groups[-1]:
                     tokens += len(sample.tokens)
             batches.append(self.batch(list(zip([data] * len(rows), rows)), groups))
         return replace(made, batches=batches, tokens=made.tokens + tokens, metrics=metrics)
+
+    def answers_of(self, number: int, row: int) -> list[Sample]:
+        """The answers to a prompt in this phase; none to an empty place.
+
+        Raises:
+            ValueError: a checkpoint's rollout has none, or not what the loss reads.
+        """
+        if row < 0 or self.experience is None:
+            return []
+        samples = self.experience.groups.get((number, row), [])
+        wanted = {"old", *self.algorithm.columns}
+        if not self.has_reference:
+            wanted.discard("reference")
+        if not samples or wanted - samples[0].columns.keys():
+            raise ValueError(f"{STATE_FILE} of the checkpoint lacks answers, or their statistics")
+        return samples
 
     def roll_out(self, loss_module: Any, phase: int) -> tuple[Experience, dict[str, float]]:
         """(the answers of a phase, all that is learnt from them; its metrics)."""
@@ -332,6 +379,13 @@ class RolloutTask(RowTask[Config, PromptRows]):
             if config.reward_clip is not None:
                 reward = min(max(reward, -config.reward_clip), config.reward_clip)
             reward -= 0.0 if answer.finished else config.missing_end_penalty
+            if not abs(reward) < LARGEST_REWARD:
+                step, row = places[number // count]
+                found = ", ".join(f"{name} {parts[name]:g}" for name in config.reward_weights)
+                raise ValueError(
+                    f"{prompts[step].place(row)}: wanted a finite reward of an answer, got "
+                    f"{reward:g} of {found}"
+                )
             tokens = np.array(answer.tokens, np.int32)
             groups[places[number // count]].append(Sample(tokens, answer.finished, reward))
         return groups

@@ -57,8 +57,7 @@ class ContinuousRollouts:
         """The answers, in the order of the requests.
 
         Raises:
-            ValueError: the continuous engine cannot run the model.
-            RuntimeError: the model's output was not finite.
+            ValueError: the continuous engine cannot run the model, or its output was not finite.
         """
         arrivals = RolloutArrivals(self, model, requests, sampling)
         arrivals.run()
@@ -178,10 +177,13 @@ class RolloutArrivals:
         return listen
 
     def result(self, number: int) -> RolloutAnswer:
-        """An ended answer; raises RuntimeError where it failed."""
+        """An ended answer; raises ValueError where it failed."""
         answer = self.made[number]
         if answer.reason not in ("stop", "length"):
-            raise RuntimeError(f"the answer to prompt {number} ended: {answer.reason}")
+            raise ValueError(
+                f"no answer could be sampled to {self.requests[number].question!r:.80}: "
+                f"it ended by {answer.reason!r}, as where the model's output is not finite"
+            )
         return RolloutAnswer(list(answer.tokens), answer.reason == "stop")
 
 
@@ -189,13 +191,16 @@ def make_rollouts(setup: RolloutSetup) -> ContinuousRollouts:
     """As finetune.reinforcement.rollout.MakeRollouts.
 
     Raises:
-        ValueError, FileNotFoundError: as LengthPredictor.from_pretrained.
+        ValueError: --length_predictor is none, or one of another tokenizer.
     """
     predictor = None
     if setup.length_predictor:
         from predictor.runtime import LengthPredictor
 
-        predictor = LengthPredictor.from_pretrained(
-            setup.length_predictor, served_model=setup.model_path
-        )
+        try:
+            predictor = LengthPredictor.from_pretrained(
+                setup.length_predictor, served_model=setup.model_path
+            )
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"--length_predictor: {error}") from None
     return ContinuousRollouts(setup.stop_ids, setup.max_batch, predictor)

@@ -33,6 +33,9 @@ class LengthHistory:
         means = state.get("means")
         if not isinstance(means, dict):
             raise ValueError(f"wanted the mean lengths of answers, got {means!r:.60}")
+        for mean in means.values():
+            if not (isinstance(mean, (int, float)) and 0 < mean < float("inf")):
+                raise ValueError(f"wanted the mean length of a prompt's answers, got {mean!r:.60}")
         self.means = {str(group): float(mean) for group, mean in means.items()}
 
 

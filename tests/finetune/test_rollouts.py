@@ -6,11 +6,14 @@ import re
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file as load_numpy
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file
 
 from chatglm import load_model, load_tokenizer
 from chatglm.conversations import Turn
 from chatglm.families import family_of
+from finetune.epochs import StepBatches
 from finetune.memory.command import make_run
 from finetune.memory.formula import estimate
 from finetune.reinforcement.experience import (
@@ -82,7 +85,7 @@ def test_a_row_without_answers_has_no_metric():
         ([], "--rewards or --reward_model is required"),
         (["--rewards", "length", "--num_generations", "1"], "at least 2; got 1"),
         (["--rewards", "length", "--max_new_tokens", "999"], "must be at most --max_len"),
-        (["--rewards", "length", "--temperature", "0"], "--temperature must be above 0"),
+        (["--rewards", "length", "--temperature", "0"], "--temperature must be a number from 0.01"),
         (["--rewards", "length", "--top_p", "0"], "--top_p must be above 0"),
         (["--rewards", "length", "--kl_coef", "-1"], "--kl_coef must be a number not below 0"),
         (["--rewards", "length", "--batching", "padded"], "--batching ragged; got padded"),
@@ -108,6 +111,10 @@ def test_weights_of_rewards():
 
 # ---- prompts
 
+ASKED = [{"role": "user", "content": "水泵"}]
+ANSWERED = {"role": "assistant", "content": "好"}
+SCORED = [{"answer": "坏", "score": 0}, {"answer": "好", "score": 1}]
+
 
 @pytest.mark.parametrize(
     "item, answers",
@@ -118,6 +125,17 @@ def test_weights_of_rewards():
         ({"prompt": "水泵", "chosen": "好", "rejected": "坏"}, ("好",)),
         ({"messages": [{"role": "user", "content": "水泵"}]}, ("",)),
         ({"conversations": [{"from": "human", "value": "水泵"}]}, ("",)),
+        ({"prompt": [{"role": "user", "content": "水泵"}]}, ("",)),
+        ({"question": "水泵", "response_chosen": "好", "response_rejected": "坏"}, ("好",)),
+        ({"prompt": "水", "prefix": "泵", "answers": SCORED}, ("好",)),
+        (
+            {"chosen": [*ASKED, ANSWERED], "rejected": [*ASKED, ANSWERED | {"content": "坏"}]},
+            ("好",),
+        ),
+        ({"prompt": ASKED, "chosen": [ANSWERED], "rejected": "坏"}, ("好",)),
+        ({"messages": [*ASKED, ANSWERED], "label": True}, ("好",)),
+        ({"messages": [*ASKED, ANSWERED], "label": False}, ("",)),
+        ({"prompt": "水泵", "completion": "坏", "label": False}, ("",)),
     ],
 )
 def test_rows_need_no_answers(item, answers):
@@ -130,6 +148,11 @@ def test_columns_are_renamed():
     assert row.prompt == "水泵"
     with pytest.raises(BadRow, match=r'^f:1: no column "q"'):
         PromptReader(columns={"prompt": "q"}).row({"prompt": "x"}, "f:1")
+
+
+def test_a_preference_that_is_no_text_is_one_line():
+    with pytest.raises(BadRow, match='^f:1: "chosen" must be text, got 5'):
+        PromptReader(family="glm3").row({"prompt": "水泵", "chosen": 5, "rejected": "坏"}, "f:1")
 
 
 def test_a_text_is_no_prompt():
@@ -307,6 +330,14 @@ def test_gae_at_its_ends():
     assert np.concatenate(parts).std() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("rewards, wanted", [((2, 2), (2, 2)), ((1, 3), (1, 3)), ((0, 8), (3, 5))])
+def test_whitened_rewards_keep_their_mean(rewards, wanted):
+    """Equal ones stay as they are: nothing is divided by no deviation."""
+    given = samples(*rewards)
+    Ppo(0.0, 0.2, None, 0.2, 0.1, 1.0, 1.0, True).add_advantages(Experience(0, {(0, 0): given}))
+    assert [s.columns["returns"][-1] for s in given] == pytest.approx(wanted, rel=1e-4)
+
+
 def test_the_reward_is_the_last_tokens():
     (sample,) = samples(2.0)
     assert token_rewards(sample, 2.0, 0.5) == pytest.approx([-0.05, -0.05, 1.95], rel=1e-4)
@@ -347,6 +378,8 @@ def test_the_history_remembers_the_newest_most():
     assert again.means == {"a": 6.0}
     with pytest.raises(ValueError, match="wanted the mean lengths"):
         again.load_state({})
+    with pytest.raises(ValueError, match="wanted the mean length of a prompt's answers, got None"):
+        again.load_state({"means": {"a": None}})
 
 
 def requests_of(base, count=12):
@@ -431,9 +464,27 @@ def test_a_torn_rollout_is_one_line(tmp_path):
         for a, b in zip(experience.groups[place], wanted, strict=True):
             assert (a.tokens == b.tokens).all() and a.reward == b.reward and a.finished
             assert all((a.columns[name] == b.columns[name]).all() for name in b.columns)
+    whole = load_numpy(path)
+    header = {"rollouts": json.dumps({"phase": 4, "state": {}})}
+    for name in whole:
+        save_numpy(whole | {name: whole[name][:-1]}, path, header)
+        with pytest.raises(ValueError, match="not the rollouts of a checkpoint .*wanted"):
+            load_experience(path)
+    save_numpy(whole, path, {"rollouts": json.dumps({"phase": 4, "state": [1]})})
+    with pytest.raises(ValueError, match="wanted a state"):
+        load_experience(path)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="not the rollouts of a checkpoint"):
         load_experience(path)
+
+
+def test_a_resume_amid_a_rollout_needs_its_answers(bases, tmp_path):
+    """Others would be sampled, by other weights."""
+    task = GrpoTraining(
+        parse(task_flags("grpo", CASES["grpo"], bases["glm2"], tmp_path)), make_rollouts
+    )
+    with pytest.raises(ValueError, match="lacks the answers of its step"):
+        task.step_batches(None, StepBatches(None, [], 0, []), 1)
 
 
 def test_a_reward_model_scores(bases, tmp_path):
@@ -453,8 +504,38 @@ def test_a_reward_model_scores(bases, tmp_path):
 def test_a_folder_that_is_no_reward_model_is_one_line(bases, tmp_path):
     words = task_flags("grpo", CASES["grpo"], bases["glm2"], tmp_path)
     words += ["--rewards", "model", "--reward_pattern=", "--reward_model", str(bases["glm2"])]
-    with pytest.raises(ValueError, match="is no reward model"):
-        run(words)
+    earlier = tmp_path / "out" / "epoch-1-step-1"
+    earlier.mkdir(parents=True)
+    with pytest.raises(ValueError, match="^--reward_model .* is no reward model"):
+        run([*words, "--overwrite_output_dir"])
+    assert earlier.is_dir()
+
+
+def test_a_folder_that_is_no_predictor_is_one_line(bases, tmp_path):
+    words = task_flags("grpo", CASES["grpo"], bases["glm2"], tmp_path)
+    with pytest.raises(ValueError, match="^--length_predictor: .* is no length predictor"):
+        run([*words, "--length_predictor", str(bases["glm2"])])
+
+
+def test_rewards_by_answers_need_answers(bases, tmp_path):
+    words = task_flags("grpo", CASES["grpo"], bases["glm2"], tmp_path, "--reward_pattern=")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match="--rewards contains compares .* no row of --train_path"):
+        run([*words, "--rewards", "length,contains"])
+
+
+def test_rewards_that_are_not_finite_are_one_line(bases, tmp_path):
+    words = task_flags("grpo", CASES["grpo"], bases["glm2"], tmp_path)
+    with pytest.raises(ValueError, match=r"train.jsonl:\d+: wanted a finite reward"):
+        run([*words, "--rewards", "pattern_share:1e300,length:1e300"])
+
+
+def test_answers_that_are_not_finite_are_one_line(bases):
+    _, requests = requests_of(bases["glm2"], 1)
+    model = load_model(bases["glm2"])
+    torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
+    with pytest.raises(ValueError, match=f"no answer could be sampled to '{requests[0].question}'"):
+        ContinuousRollouts([], 4).answers(model, requests, RolloutSampling())
 
 
 def test_other_rows_are_learnt_beside(bases, tmp_path):
