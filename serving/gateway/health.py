@@ -13,6 +13,7 @@ from serving.server.predictors import one_line_of
 log = logging.getLogger(__name__)
 
 CHECK_S = 5.0  # for an answer
+CHECK = aiohttp.ClientTimeout(total=CHECK_S)
 
 
 class HealthWatch:
@@ -80,11 +81,10 @@ class HealthWatch:
     async def _failure(self, upstream: Upstream) -> str | None:
         """Why an upstream does not serve; None where it does."""
         try:
-            async with asyncio.timeout(CHECK_S):
-                url = upstream.base + self.kind.health_path
-                async with self.session.get(url, headers=self.headers) as reply:
-                    status = reply.status
-        except TimeoutError:
+            url = upstream.base + self.kind.health_path
+            async with self.session.get(url, headers=self.headers, timeout=CHECK) as reply:
+                status = reply.status
+        except asyncio.TimeoutError:
             return f"no answer within {CHECK_S:g} s"
         except (aiohttp.ClientError, OSError) as error:
             return one_line_of(error)
@@ -95,13 +95,12 @@ class HealthWatch:
         replies: dict[str, str] = {}
         for path in self.kind.fact_paths:
             try:
-                async with asyncio.timeout(CHECK_S):
-                    async with self.session.get(
-                        upstream.base + path, headers=self.headers
-                    ) as reply:
-                        if reply.status == 200:
-                            replies[path] = await reply.text(errors="replace")
-            except (TimeoutError, aiohttp.ClientError, OSError):
+                async with self.session.get(
+                    upstream.base + path, headers=self.headers, timeout=CHECK
+                ) as reply:
+                    if reply.status == 200:
+                        replies[path] = await reply.text(errors="replace")
+            except (asyncio.TimeoutError, aiohttp.ClientError, OSError):
                 continue
         return self.kind.read_facts(replies)
 

@@ -106,9 +106,9 @@ class GuardedPredictor:
         future = self._pool.submit(timed_predictions, predictor, text)
         self._pending.append(future)
         try:
-            async with asyncio.timeout(self.limit_s):
-                predictions, seconds = await asyncio.wrap_future(future)
-        except TimeoutError:
+            made = asyncio.wait_for(asyncio.wrap_future(future), self.limit_s)
+            predictions, seconds = await made
+        except asyncio.TimeoutError:
             raise TimeoutError(f"over {self.limit_s * 1000:g} ms") from None
         self._note_time(predictor, seconds)
         return predictions

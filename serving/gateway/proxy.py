@@ -539,9 +539,8 @@ async def body_of_request(request: web.BaseRequest) -> bytes:
     if request.headers.get("Expect", "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     try:
-        async with asyncio.timeout(BODY_S):
-            return await request.read()
-    except TimeoutError:
+        return await asyncio.wait_for(request.read(), BODY_S)
+    except asyncio.TimeoutError:
         raise ApiError(408, f"the body did not come within {BODY_S:g} s", "slow_body") from None
     except web.HTTPRequestEntityTooLarge:
         limit = MOST_BODY_BYTES // 2**20

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -196,7 +196,7 @@ class Exchange:
     sent_bytes: int = 0
     ended: bool = False
     disconnected: bool = False
-    began: datetime = field(default_factory=lambda: datetime.now(UTC))
+    began: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
     _began_s: float = field(default_factory=time.perf_counter)
 
     @property
