@@ -379,6 +379,7 @@ def make_task(config: "TrainConfig", spec: Spec, folder: Path, data: "Dataset") 
         build_model=lambda dtype: method.make_trainable(make_model(spec, dtype)),
         loss_module=LossModule,
         count_labels=count_labels,
+        step_batches=lambda loss_module, made, step: made,
         collate=lambda data, rows: collate(data, rows, **layout),
     )
     # `chosen` holds the rows of the next step; run_ours sets it.
