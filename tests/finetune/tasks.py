@@ -90,12 +90,13 @@ def last_metrics(folder: Path) -> dict[str, float]:
 
 
 def learns(out: Path, case: Case) -> bool:
-    """Whether the loss of a run fell; of sampled answers from the first pass over them to the last,
-    on average: those of another rollout are others.
+    """Whether the loss of a run of three epochs fell from the first to the last, on average; of
+    sampled answers from the first pass over them to the last: those of another rollout are others.
     """
     losses = metrics(out)
     if case.passes == 1:
-        return losses[-1] < losses[0]
+        epoch = max(1, len(losses) // 3)  # the steps of one: the same rows
+        return fmean(losses[-epoch:]) < fmean(losses[:epoch])
     assert min(metrics(out, "rollout_seconds")) > 0
     return fmean(losses[case.passes - 1 :: case.passes]) < fmean(losses[:: case.passes])
 

@@ -464,7 +464,7 @@ def test_a_preference_is_learnt(bases, tmp_path, loss_type):
     folder = run([*words, "--per_device_train_batch_size", "16"])
     margins = metrics(tmp_path / "out", "eval_margin")
     print(loss_type, margins, last_metrics(folder))
-    assert margins[0] < margins[-1] and margins[-1] > (0.02 if loss_type == "orpo" else 0.3)
+    assert margins[0] < margins[-1] and margins[-1] > (0.01 if loss_type == "orpo" else 0.3)
     if loss_type != "kto":
         assert last_metrics(folder)["accuracy"] >= 0.9
 

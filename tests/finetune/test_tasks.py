@@ -73,6 +73,8 @@ def test_help_imports_no_torch():
 def test_trains(bases, tmp_path, task, family, method):
     """The loss falls, the metrics are there, and what is exported loads."""
     more = ["--num_train_epochs", 3]
+    if (task, method) == ("dpo", "ptuning-v2"):  # a few vectors move a random model little
+        more += ["--learning_rate", "0.1"]
     folder = run(task_flags(task, CASES[task], bases[family], tmp_path, *more, method=method))
     assert learns(tmp_path / "out", CASES[task])
     assert set(last_metrics(folder)) == {"loss", *CASES[task].metrics}

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 
 import pytest
@@ -13,6 +12,7 @@ from benchmarks.client_env import environment_python
 from chatglm import load_model, load_tokenizer
 from chatglm.families import CHATGLM_FAMILIES, FAMILIES
 from tests.conftest import REPO_ROOT
+from tests.finetune.runs import child_env
 
 QUESTIONS = ["你好", "hello world 今天天气"]
 GOOD, BAD = ["世界 hello", "好"], ["天气", "a b c"]
@@ -50,7 +50,7 @@ def test_trainers_by_a_folders_name(tiny_folders, family, tmp_path):
     folder = tiny_folders[family]
     script = REPO_ROOT / "tests" / "peers" / "trl_runs.py"
     command = [environment_python("trl"), "-m", "chatglm", script, folder, tmp_path]
-    env = os.environ | {"PYTHONPATH": str(REPO_ROOT), "HF_HUB_OFFLINE": "1"}
+    env = child_env(HF_HUB_OFFLINE="1")
     done = subprocess.run(
         list(map(str, command)), cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
     )

@@ -84,11 +84,11 @@ def test_a_converted_adapter_equals_ours_outside(trained, tmp_path):
     with torch.inference_mode():
         assert (load_model(base)(ids).logits - found["plain"]).abs().max() <= 1e-5
         wanted = load_model(adapter)(ids).logits
-        assert (wanted - found["adapted"]).abs().max() <= 1e-5
+        assert (wanted - found["adapted"]).abs().max() <= 3e-5
         # merged == adapted
         model = AutoModelForCausalLM.from_pretrained(output)
         merged = PeftModel.from_pretrained(model, str(output / "adapter")).merge_and_unload()
-        assert (merged(ids).logits - wanted).abs().max() <= 1e-5
+        assert (merged(ids).logits - wanted).abs().max() <= 3e-5
     config = read_json(output / "adapter/adapter_config.json")
     assert config["base_model_name_or_path"] == str(output)
 
