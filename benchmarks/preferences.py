@@ -169,19 +169,31 @@ PANELS = {  # title -> (run, metric) of each line
 }
 
 
+Curve = list[tuple[int, float]]
+
+
 def draw(figures: dict[str, Any], path: Path) -> None:
     """Draw PANELS; raises ValueError where matplotlib is not installed."""
-    from predictor.pictures import new_figure, save_figure
-
-    figure = new_figure()
-    figure.set_size_inches(10, 6.5)
-    panels = figure.subplots(2, 2).flat
-    for panel, (title, lines) in zip(panels, PANELS.items()):
+    panels: dict[str, dict[str, Curve]] = {}
+    for title, lines in PANELS.items():
+        panels[title] = {}
         for name, metric in lines:
             curve = figures.get(name, {}).get("curves", {}).get(metric)
             if curve:
                 label = f"{name} {metric.replace('_reward', '')}" if title == "rewards" else name
-                panel.plot(*zip(*curve), label=label)
+                panels[title][label] = curve
+    draw_curves(panels, path)
+
+
+def draw_curves(panels: dict[str, dict[str, Curve]], path: Path) -> None:
+    """Draw up to four panels, {title: {label: points by step}}; ValueError without matplotlib."""
+    from predictor.pictures import new_figure, save_figure
+
+    figure = new_figure()
+    figure.set_size_inches(10, 6.5)
+    for panel, (title, curves) in zip(figure.subplots(2, 2).flat, panels.items()):
+        for label, curve in curves.items():
+            panel.plot(*zip(*curve), label=label)
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("step", fontsize=8)
         panel.grid(alpha=0.3)

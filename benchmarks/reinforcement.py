@@ -25,6 +25,8 @@ from benchmarks.preferences import (
     HELD_OUT,
     LORA,
     ROWS,
+    Curve,
+    draw_curves,
     make_advice,
     make_base,
     write_rows,
@@ -124,20 +126,13 @@ PANELS = {  # title -> (metric, ending of the runs that it shows)
 
 def draw(figures: dict[str, Any], path: Path) -> None:
     """Draw PANELS; raises ValueError where matplotlib is not installed."""
-    from predictor.pictures import new_figure, save_figure
-
-    figure = new_figure()
-    figure.set_size_inches(10, 6.5)
-    for panel, (title, (metric, ending)) in zip(figure.subplots(2, 2).flat, PANELS.items()):
+    panels: dict[str, dict[str, Curve]] = {}
+    for title, (metric, ending) in PANELS.items():
+        panels[title] = {}
         for name, found in figures.items():
             if name.endswith(ending) and metric in found["curves"]:
-                panel.plot(*zip(*found["curves"][metric]), label=name.removesuffix(ending))
-        panel.set_title(title, fontsize=10)
-        panel.set_xlabel("step", fontsize=8)
-        panel.grid(alpha=0.3)
-        if panel.lines:
-            panel.legend(fontsize=8)
-    save_figure(figure, path)
+                panels[title][name.removesuffix(ending)] = found["curves"][metric]
+    draw_curves(panels, path)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,15 +113,8 @@ def export_glm(
         FileNotFoundError: a folder or its tokenizer is not there.
         OSError: the output cannot be written.
     """
-    folder = check_folder(path, weights=True)
-    adapter = folder if (folder / "adapter_config.json").is_file() else None
-    if keep_adapter and adapter is None:
-        raise ValueError(f"--keep_adapter: {folder} is no adapter")
-    family = family_to_export(folder, mode, base)
-    model = folder
-    if adapter is not None:
-        model = base_of_adapter(folder, base)
-        check_folder_files(folder, verify, wanted=is_top)
+    source = export_source(path, mode, base, keep_adapter, verify, "a GlmForCausalLM")
+    folder, model, adapter, family = source
 
     def write(aside: Path) -> str:
         with verified(model, verify):
@@ -139,9 +132,40 @@ def export_glm(
     return written_aside(output, write)
 
 
-def family_to_export(
-    folder: Path, mode: str | None, base: str | Path | None, target: str = "a GlmForCausalLM"
-) -> str:
+class ExportSource(NamedTuple):
+    """The folder that was named, the model's, the adapter's (None without one), and the family."""
+
+    folder: Path
+    model: Path
+    adapter: Path | None
+    family: str
+
+
+def export_source(
+    path: str | Path,
+    mode: str | None,
+    base: str | Path | None,
+    keep_adapter: bool,
+    verify: str | None,
+    target: str,
+) -> ExportSource:
+    """What is exported as `target`; an adapter's files are compared with their checksums.
+
+    The other arguments and errors are those of `export_glm`.
+    """
+    folder = check_folder(path, weights=True)
+    adapter = folder if (folder / "adapter_config.json").is_file() else None
+    if keep_adapter and adapter is None:
+        raise ValueError(f"--keep_adapter: {folder} is no adapter")
+    family = family_to_export(folder, mode, base, target)
+    model = folder
+    if adapter is not None:
+        model = base_of_adapter(folder, base)
+        check_folder_files(folder, verify, wanted=is_top)
+    return ExportSource(folder, model, adapter, family)
+
+
+def family_to_export(folder: Path, mode: str | None, base: str | Path | None, target: str) -> str:
     """The family of a folder. Raises ValueError where `target` cannot be that family's."""
     family = resolve_mode(folder, mode, base)
     if family == "causal":

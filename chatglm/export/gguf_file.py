@@ -16,15 +16,14 @@ import numpy as np
 from torch import Tensor
 
 from ..byte_pairs import byte_names
-from ..checksums import check_folder_files, is_top, verified
+from ..checksums import verified
 from ..configuration import ChatGLM2Config
 from ..families import FAMILIES
-from ..folders import check_folder
-from ..loading import base_of_adapter, load_tokenizer
+from ..loading import load_tokenizer
 from ..lora_layouts import Update
 from ..saving import check_disk
 from ..tokenization import ChatGLMTokenizer
-from .folders import GlmExport, family_to_export
+from .folders import GlmExport, export_source
 from .layout import BASE, CHATGLM_LAYER
 from .templates import exported_template
 from .vocabularies import UNKNOWN, fast_tokenizer, read_sentencepiece, written_name
@@ -91,20 +90,13 @@ def export_gguf(
         OSError: the output cannot be written.
     """
     require_gguf()
-    folder = check_folder(path, weights=True)
-    adapter = folder if (folder / "adapter_config.json").is_file() else None
-    if keep_adapter and adapter is None:
-        raise ValueError(f"--keep_adapter: {folder} is no adapter")
+    target = "a GGUF file that llama.cpp reads"
+    folder, model, adapter, family = export_source(path, mode, base, keep_adapter, verify, target)
     output = output.absolute()
     beside = file_beside(output)
     for file in (output, beside) if keep_adapter else (output,):
         if file.exists():
             raise ValueError(f"--output {file} is there already: name a new file")
-    family = family_to_export(folder, mode, base, "a GGUF file that llama.cpp reads")
-    model = folder
-    if adapter is not None:
-        model = base_of_adapter(folder, base)
-        check_folder_files(folder, verify, wanted=is_top)
     tokenizer = load_tokenizer(folder, mode=family, base=base)
     assert isinstance(tokenizer, ChatGLMTokenizer)
     aside = output.with_name(f".{output.name}.tmp")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from chatglm.commands import Parser, number, whole
 from serving.gateway.dispatch import ORDERS
 from serving.gateway.kinds import KINDS
-from serving.server.keys import KEY_VARIABLE
+from serving.server.shared_flags import add_access_flags, add_recalibration_flags
 
 DESCRIPTION = """Add predicted lengths to the requests of engines that run.
 
@@ -74,7 +74,7 @@ def gateway_parser() -> argparse.ArgumentParser:
     add_objective_flags(parser)
     add_time_flags(parser)
     add_learning_flags(parser)
-    add_access_flags(parser)
+    add_listening_flags(parser)
     return parser
 
 
@@ -125,25 +125,13 @@ def add_time_flags(parser: argparse.ArgumentParser) -> None:
 def add_learning_flags(parser: argparse.ArgumentParser) -> None:
     rows = "append prompt, model and length of each answer to this file: rows of a predictor"
     parser.add_argument("--log", metavar="FILE", help=rows)
-    update = "update the predictor in the background from the lengths of the answers"
-    parser.add_argument("--recalibrate", action="store_true", help=update)
-    every = "with --recalibrate: whole answers from one update to the next [500]"
-    parser.add_argument("--recalibrate_every", type=int, default=500, help=every)
-    output = "with --recalibrate: folder of the best update (default: PREDICTOR-recalibrated)"
-    parser.add_argument("--recalibrated_dir", metavar="DIR", help=output)
+    add_recalibration_flags(parser)
 
 
-def add_access_flags(parser: argparse.ArgumentParser) -> None:
+def add_listening_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at [127.0.0.1]")
     parser.add_argument("--port", type=int, default=8080, help="port to listen at [8080]")
-    key = f"key that all requests but /health must carry (better: the environment's {KEY_VARIABLE})"
-    parser.add_argument("--api_key", help=key)
-    keys = "file of more keys, by name and hash (python -m serving.server.keys adds one)"
-    parser.add_argument("--api_keys", metavar="FILE", help=keys)
-    hosts = "names, with commas, that the header Host may have (default on loopback: --host)"
-    parser.add_argument("--allowed_hosts", default="", help=hosts)
-    lines = "a JSON line for each request on the standard error output"
-    parser.add_argument("--access_log", action="store_true", help=lines)
+    add_access_flags(parser)
 
 
 def parse_gateway_flags(argv: list[str] | None = None) -> GatewayFlags:

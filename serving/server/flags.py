@@ -9,7 +9,7 @@ from finetune.placing import PlacementFlags, add_placing_flags
 from serving.engines import ENGINES
 from serving.policies.continuous import OBJECTIVE_HELP, POLICIES
 from serving.policies.gittins import OBJECTIVES
-from serving.server.keys import KEY_VARIABLE
+from serving.server.shared_flags import add_access_flags, add_recalibration_flags
 from serving.tools.flags import add_tool_flags
 
 DESCRIPTION = """Serve a model over OpenAI's chat API, scheduled by predicted length.
@@ -136,18 +136,11 @@ def server_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_connections", type=int, default=1024, help=connections)
     client = "seconds for a client to send a header, a body, or to read the response [30]"
     parser.add_argument("--client_s", type=float, default=30.0, help=client)
-    key = f"key that all requests but /health must carry (better: the environment's {KEY_VARIABLE})"
-    parser.add_argument("--api_key", help=key)
-    keys = "file of more keys, by name and hash (python -m serving.server.keys adds one)"
-    parser.add_argument("--api_keys", metavar="FILE", help=keys)
-    hosts = "names, with commas, that the header Host may have (default on loopback: --host)"
-    parser.add_argument("--allowed_hosts", default="", help=hosts)
+    add_access_flags(parser)
     origins = (
         'origins, with commas, of web pages that may send requests; "*" for all (default: none)'
     )
     parser.add_argument("--cors_origins", default="", help=origins)
-    lines = "a JSON line for each request on the standard error output"
-    parser.add_argument("--access_log", action="store_true", help=lines)
     add_predictor_updates(parser)
     adapter = "a LoRA adapter of the model, and the name by which requests choose it; repeatable"
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help=adapter)
@@ -165,12 +158,7 @@ def add_predictor_updates(parser: argparse.ArgumentParser) -> None:
     """Add the flags by which the predictor is replaced while serving."""
     root = "folder within which POST /v1/predictor may name another predictor (default: none)"
     parser.add_argument("--predictor_dir", metavar="DIR", help=root)
-    update = "update the predictor in the background from the lengths of the answers"
-    parser.add_argument("--recalibrate", action="store_true", help=update)
-    every = "with --recalibrate: whole answers from one update to the next [500]"
-    parser.add_argument("--recalibrate_every", type=int, default=500, help=every)
-    output = "with --recalibrate: folder of the best update (default: PREDICTOR-recalibrated)"
-    parser.add_argument("--recalibrated_dir", metavar="DIR", help=output)
+    add_recalibration_flags(parser)
 
 
 def parse_flags(argv: list[str] | None = None) -> ServerFlags:
