@@ -19,7 +19,8 @@ import tomllib
 import yaml
 
 import glm_foundry
-from serving.server.flags import KEY_VARIABLE, ServerFlags, check_bounds, parse_flags
+from serving.server.flags import ServerFlags, check_bounds, parse_flags
+from serving.server.keys import KEY_VARIABLE
 from tests.conftest import REPO_ROOT
 
 DOCKERFILE = REPO_ROOT / "Dockerfile"
