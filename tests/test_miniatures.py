@@ -78,7 +78,7 @@ ELSEWHERE = {  # file -> the test that runs it
     "scripts/collected_states.py": (
         "tests/predictor/test_collected_states.py::test_states_of_every_line"
     ),
-    "scripts/launch_slurm.sh": "tests/finetune/test_launching.py::test_slurm_script",
+    "scripts/launch/slurm.sh": "tests/finetune/test_launching.py::test_slurm_script",
     "scripts/prepare_sample_data.py": (
         "tests/test_sample_data.py::test_generator_writes_the_committed_bytes"
     ),

@@ -1,4 +1,4 @@
-"""Launchers but deepspeed and torchrun: accelerate's files, SLURM; several seeds of a run."""
+"""Launchers but plain deepspeed and torchrun: accelerate, SLURM, several nodes; several seeds."""
 
 import json
 import os
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from deepspeed.launcher.runner import fetch_hostfile
 
+from benchmarks.client_env import environment_python
 from finetune import seeds
 from finetune.checkpoint import committed_checkpoints, read_manifest
 from finetune.config import parse_config
@@ -85,7 +87,7 @@ def slurm(tmp_path, *words, **extra) -> subprocess.CompletedProcess:
     env = child_env(**job | extra)
     env["PATH"] = f"{tools}{os.pathsep}/usr/bin{os.pathsep}/bin"
     return subprocess.run(
-        ["bash", str(ROOT / "scripts" / "launch_slurm.sh"), *words],
+        ["bash", str(ROOT / "scripts" / "launch" / "slurm.sh"), *words],
         env=env,
         capture_output=True,
         text=True,
@@ -94,7 +96,7 @@ def slurm(tmp_path, *words, **extra) -> subprocess.CompletedProcess:
 
 
 def test_slurm_script(tmp_path):
-    subprocess.run(["bash", "-n", ROOT / "scripts" / "launch_slurm.sh"], check=True)
+    subprocess.run(["bash", "-n", ROOT / "scripts" / "launch" / "slurm.sh"], check=True)
     lost = slurm(tmp_path)
     assert lost.returncode == 1 and f"no train.py in {tmp_path}" in lost.stderr
     (tmp_path / "train.py").touch()
@@ -115,6 +117,93 @@ def test_slurm_script(tmp_path):
         told["--rdzv_id"],
         told["--rdzv_endpoint"],
     ) == ("2", "8", "40123", "node-a:20123")
+
+
+def run_nodes(commands: list[list], environments: list[dict]):
+    """A launcher for each node, at the same time; both must succeed."""
+    processes = []
+    for words, extra in zip(commands, environments, strict=True):
+        start = [warm_python(), *map(str, words)]
+        env = child_env(**extra)
+        pipe, both = subprocess.PIPE, subprocess.STDOUT
+        process = subprocess.Popen(start, cwd=ROOT, env=env, stdout=pipe, stderr=both, text=True)
+        processes.append(process)
+    for process in processes:
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said[-3000:]
+
+
+def torchrun_nodes(port: int, train_flags: list, folder: Path):
+    """As the operator of pytorchjob.yaml starts its two workers, with a process on each."""
+    (job,) = read_manifests(LAUNCH / "pytorchjob.yaml")
+    policy = job["spec"]["elasticPolicy"]
+    environment = {
+        "PET_RDZV_BACKEND": policy["rdzvBackend"],
+        "PET_RDZV_ENDPOINT": f"127.0.0.1:{port}",
+        "PET_RDZV_ID": policy["rdzvId"],
+        "PET_NNODES": f"{policy['minReplicas']}:{policy['maxReplicas']}",
+        "PET_NPROC_PER_NODE": "1",
+        "PET_MAX_RESTARTS": str(policy["maxRestarts"]),
+    }
+    words = ["-m", "torch.distributed.run", "--module", "train", *train_flags]
+    run_nodes([words, words], [environment, environment])
+
+
+def deepspeed_nodes(port: int, train_flags: list, folder: Path):
+    """As on nodes without ssh: the same hostfile on both, one command on each."""
+    hosts = folder / "hosts"
+    hosts.write_text((LAUNCH / "hosts").read_text().replace("slots=8", "slots=1"))
+    commands = []
+    for rank in range(2):
+        node = ["--no_ssh", "--node_rank", rank, "--master_addr", "127.0.0.1"]
+        start = ["-m", "deepspeed.launcher.runner", "--hostfile", hosts, *node]
+        commands.append([*start, "--master_port", port, "train.py", *train_flags])
+    run_nodes(commands, [{}, {}])
+
+
+@pytest.mark.launch
+@pytest.mark.slow
+@pytest.mark.parametrize("launch_nodes", [torchrun_nodes, deepspeed_nodes])
+def test_two_nodes_are_one(launch_nodes, flags, train, tmp_path):
+    """Two launchers that meet over loopback: the losses of one process."""
+    more = ["--per_device_train_batch_size", 2, "--max_steps", 3, "--ds_file"]
+    words = flags(tmp_path / "two", *more, "ds_zero3_no_offload.json", method="all")
+    launch_nodes(free_port(), words, tmp_path)
+    manifest = read_manifest(committed_checkpoints(tmp_path / "two")[-1])
+    assert (manifest["world_size"], manifest["zero_stage"]) == (2, 3)
+    train(flags(tmp_path / "one", "--max_steps", 3, method="all"))
+    assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "one"), rel=1e-5)
+
+
+def read_manifests(path: Path) -> list[dict]:
+    return list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+
+
+def test_the_hostfile():
+    resources = fetch_hostfile(str(LAUNCH / "hosts"))
+    assert list(resources.items()) == [("worker-1", 8), ("worker-2", 8)]
+
+
+def test_the_job_of_kubernetes():
+    (job,) = read_manifests(LAUNCH / "pytorchjob.yaml")
+    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
+    policy = job["spec"]["elasticPolicy"]
+    (container,) = worker["template"]["spec"]["containers"]
+    assert policy["minReplicas"] == policy["maxReplicas"] == worker["replicas"]
+    assert policy["nProcPerNode"] == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert container["command"] == ["torchrun", "--module", "train"]
+    config = parse_config(container["args"])
+    mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert str(Path(config.output_dir).parent) in mounts
+
+
+@pytest.mark.slow
+def test_the_job_has_the_fields_of_its_kind():
+    """Against the client's own classes: kubeflow-training 1.9.4 and kubernetes."""
+    python = environment_python("kubernetes")
+    script, job = ROOT / "tests" / "manifests.py", LAUNCH / "pytorchjob.yaml"
+    done = subprocess.run([python, script, job], capture_output=True, text=True)
+    assert done.stdout == "PyTorchJob glm-foundry\n", done.stderr
 
 
 def test_seeds(flags, train, tmp_path, capsys, rows_file):
@@ -215,7 +304,8 @@ def test_the_documented_loop_names_flags_that_exist():
     )
 
 
-SCRIPTS = sorted((ROOT / "scripts" / "launch").glob("*.sh"))
+LAUNCH = ROOT / "scripts" / "launch"
+SCRIPTS = sorted(set(LAUNCH.glob("*.sh")) - {LAUNCH / "slurm.sh"})
 
 
 def run_script(script: Path, *words) -> subprocess.CompletedProcess:

@@ -1,6 +1,6 @@
 #!/bin/bash
 # train.py on the nodes of a SLURM job, one torchrun a node. From the project's folder, which every node must see:
-#   sbatch --nodes 2 --gpus-per-node 8 scripts/launch_slurm.sh --train_path rows.json --model_name_or_path chatglm2-6b --output_dir /shared/out
+#   sbatch --nodes 2 --gpus-per-node 8 scripts/launch/slurm.sh --train_path rows.json --model_name_or_path chatglm2-6b --output_dir /shared/out
 # A requeued job goes on from its newest checkpoint. GPUS_PER_NODE: processes a node, where SLURM does not tell.
 #SBATCH --job-name=glm-foundry
 #SBATCH --ntasks-per-node=1
@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 if [ ! -f train.py ]; then
-    echo "scripts/launch_slurm.sh: no train.py in $PWD: submit from the project's folder" >&2
+    echo "scripts/launch/slurm.sh: no train.py in $PWD: submit from the project's folder" >&2
     exit 1
 fi
 if [ -f .venv/bin/activate ]; then
