@@ -125,8 +125,8 @@ class PrefixAffinity:
     """Where the prompt's beginning was last computed, unless that replica has much more to do.
 
     Attributes:
-        longest: by the longest beginning that was seen, block by block; else by the first block
-            alone, as a gateway that looks at the first characters.
+        longest: by the longest beginning that was seen, as serving.gateway; else by the first block
+            alone.
         slack_tokens: more outstanding tokens than the least loaded replica's.
     """
 
