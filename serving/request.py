@@ -28,6 +28,8 @@ class Request:
         priority: requests of a lower one leave the queue first, whatever the policy; what runs is
             not preempted for them.
         generated: answer tokens that were made before it came here, by a replica that has ended.
+        cached_tokens: of its prompt, tokens whose KV is there already; a simulated engine alone
+            reads it, a real one looks for itself.
     """
 
     id: int
@@ -39,6 +41,7 @@ class Request:
     predict_s: float = 0.0
     priority: int = 0
     generated: int = 0
+    cached_tokens: int = 0
 
     @property
     def deadline_s(self) -> float:
@@ -291,7 +294,7 @@ class Event(NamedTuple):
     Attributes:
         kind: arrived, refused, withdrawn (while it waited), admitted, preempted, overran, grew (a
             plan reserves more for it while it runs), reread (its length is predicted anew), started
-            or finished.
+            or finished; turn after each step, where it is asked for.
         what: the record; for refused the reason, for withdrawn and finished the completion.
     """
 

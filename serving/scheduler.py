@@ -224,16 +224,19 @@ def run_scheduler(
     clock: Clock,
     arrivals: Arrivals,
     monitor: Callable[[Event], None] | None = None,
+    turns: bool = False,
 ) -> Iterator[Event]:
     """Serve all arrivals; yields every event in order of time, those of a plan or step together.
 
     Args:
         monitor: called with every event before it is yielded.
+        turns: yield an event `turn` after each step, so that who reads the events can let time pass
+            elsewhere.
     Raises:
         RuntimeError: the policy exceeded a limit, admitted a record that does not wait, neither
             grew nor preempted an overrun, or makes no progress.
     """
-    events = _Run(policy, engine, clock, arrivals).events()
+    events = _Run(policy, engine, clock, arrivals).events(turns)
     return events if monitor is None else _monitored(events, monitor)
 
 
@@ -281,7 +284,7 @@ class _Run:
         engine = self.engine
         return self.policy.order(record, self.queue.now_s, self.pace_s, engine.cost, engine.limits)
 
-    def events(self) -> Iterator[Event]:
+    def events(self, turns: bool = False) -> Iterator[Event]:
         queue, running, arrivals, clock = self.queue, self.running, self.arrivals, self.clock
         news, step = self.news, self.engine.step
         while True:
@@ -315,6 +318,8 @@ class _Run:
             result = step(plan, wake_s - now)
             clock.advance(result.elapsed_s)
             self._record_result(result, now)
+            if turns:
+                news.append(Event(clock.now_s(), "turn", -1, None))
 
     def _receive(self, now_s: float) -> None:
         """Queue the requests that have arrived, drop those that were cancelled."""

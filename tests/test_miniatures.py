@@ -123,6 +123,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/rollouts.py": "test_rollouts",
     "benchmarks/real_input.py": "test_real_input",
     "benchmarks/reread_cost.py": "test_reread_cost",
+    "benchmarks/scale.py": "test_scale",
     "benchmarks/serving_engine.py": "test_serving_engine",
     "benchmarks/simulator_fidelity.py": "test_simulator_fidelity",
     "benchmarks/smollm2.py": "test_smollm2",
@@ -175,6 +176,29 @@ def test_b1_every_script_has_a_miniature(path):
 
 
 # ---- benchmarks
+
+
+def test_scale(tmp_path):
+    """Two routers on a trace of a few conversations; a second call runs what is missing."""
+    rows = []
+    for i in range(60):
+        length = {"input_length": 600, "output_length": 3 + 7 * i % 40}
+        rows.append({"timestamp": 500 * i, **length, "hash_ids": [0, 1 + i % 9]})
+    with gzip.open(tmp_path / "mooncake_conversation_trace.jsonl.gz", "wt") as file:
+        file.write("\n".join(map(json.dumps, rows)))
+    cells = tmp_path / "cells.jsonl"
+    words = ["benchmarks/scale.py", "--cells", cells, "--trace_folder", tmp_path]
+    words += ["--traces", "mooncake", "--loads", "0.9", "--replicas", "3", "--requests", "200"]
+    run(*words, "--routers", "round_robin")
+    done = run(*words, "--routers", "round_robin,prefix_longest")
+    assert [json.loads(line)["router"] for line in cells.read_text().splitlines()] == [
+        "round_robin",
+        "prefix_longest",
+    ]
+    assert "mooncake at 0.9 of capacity" in done.stdout and "| prefix_longest |" in done.stdout
+    assert "A gateway's CPU: " in done.stdout
+    bad = run_any(*words, "--routers", "fastest")
+    assert bad.returncode and "got fastest" in bad.stderr
 
 
 def test_length_policies(tmp_path):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 WHITESPACE = " \t\n\r"
+BEGINNING_CHARACTERS = 512  # from one beginning of a long message to the next
+MOST_BEGINNINGS = 256  # of a prompt
 _decoder = json.JSONDecoder()
 
 
@@ -158,6 +160,32 @@ def text_to_predict(values: Mapping[str, Any]) -> str | None:
     if not isinstance(prompt, str):
         return None
     return f"{system}\n\n{prompt}" if isinstance(system, str) and system else prompt
+
+
+def prompt_beginnings(asked: AskedAnswer) -> tuple[int, ...]:
+    """Names of a prompt's beginnings, of growing length: prompts that share one begin alike.
+
+    One after each message, whoever wrote it, and within a message every BEGINNING_CHARACTERS.
+    """
+    values = {name: member.value for name, member in asked.members.items()}
+    texts = []
+    for name in ("instructions", "system", "prompt"):
+        if isinstance(values.get(name), str):
+            texts.append(values[name])
+    messages = values.get("messages") or values.get("input")
+    if isinstance(messages, str):
+        texts.append(messages)
+    elif isinstance(messages, list):
+        for message in messages:
+            if isinstance(message, dict):
+                texts.append(f"{message.get('role')}\n{content_text(message.get('content'))}")
+    names: list[int] = []
+    last = 0
+    for text in texts:
+        for start in range(0, len(text), BEGINNING_CHARACTERS):
+            last = hash((last, text[start : start + BEGINNING_CHARACTERS]))
+            names.append(last)
+    return tuple(names[:MOST_BEGINNINGS])
 
 
 def chat_text(messages: Sequence[Any], instructions: Any = None) -> str | None:

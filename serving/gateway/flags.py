@@ -92,8 +92,8 @@ def add_routing_flags(parser: argparse.ArgumentParser) -> None:
     most = "requests in the gateway at once; more get 429 [8192]"
     parser.add_argument("--max_requests", type=whole(1), default=8192, metavar="N", help=most)
     affinity = (
-        "send prompts of one beginning to one upstream, while it has at most so many more "
-        "outstanding tokens than the least loaded; 0: off [0]"
+        "send a prompt where its longest known beginning was computed, while that upstream has at "
+        "most so many more outstanding tokens than the least loaded; 0: off [0]"
     )
     parser.add_argument(
         "--prefix_affinity", type=whole(0), default=0, metavar="TOKENS", help=affinity

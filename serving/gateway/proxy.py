@@ -16,14 +16,13 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
-from serving.gateway.bodies import AskedAnswer, asked_answer
+from serving.gateway.bodies import AskedAnswer, asked_answer, prompt_beginnings
 from serving.gateway.dispatch import Dispatcher, NoUpstream, QueueIsFull
 from serving.gateway.figures import GatewayFigures
 from serving.gateway.kinds import LENGTH_HEADER, NEUTRAL_TOKENS, Added, Hints, Kind
 from serving.gateway.observed import AnswerTail, LengthDrift, PromptSizes
 from serving.gateway.predicting import MADE, GuardedPredictor, Predicted, cut_prediction
 from serving.gateway.upstreams import (
-    PREFIX_CHARACTERS,
     Passage,
     Upstream,
     request_numbers,
@@ -243,8 +242,10 @@ class Gateway:
             slo_s,
             prediction or unknown_length(most),
         )
-        beginning = asked.prompt[:PREFIX_CHARACTERS] if asked and asked.prompt else None
-        return Passage(Record(request), tokens * answers, q90 * answers, beginning)
+        beginnings: tuple[int, ...] = ()
+        if is_answer and asked is not None and self.dispatcher.places is not None:
+            beginnings = prompt_beginnings(asked)
+        return Passage(Record(request), tokens * answers, q90 * answers, beginnings)
 
     async def _forward(self, call: Call) -> web.StreamResponse:
         """Try upstreams until one answers. Raises ApiError."""

@@ -12,7 +12,6 @@ PROMPT_TOKEN_WEIGHT = (
     0.1  # of a prompt's token among outstanding ones: many are computed in one pass
 )
 MOST_PREFIXES = 65536
-PREFIX_CHARACTERS = 512  # by which prompts are taken to share a beginning
 
 
 @dataclass(eq=False)
@@ -57,7 +56,8 @@ class Passage:
     Attributes:
         record: as a policy looks at it.
         tokens: expected of its answers. q90: of their length; both of all answers that it asks for.
-        beginning: of its prompt, for the affinity to where it was computed; None without one.
+        beginnings: names of its prompt's, of growing length, for the affinity to where they were
+            computed.
         upstream: that has it; None while it waits.
         left: of its outstanding tokens.
         failed: the addresses of the upstreams that have failed it.
@@ -66,7 +66,7 @@ class Passage:
     record: Record
     tokens: float
     q90: float
-    beginning: str | None = None
+    beginnings: tuple[int, ...] = ()
     upstream: Upstream | None = None
     left: float = 0.0
     failed: set[str] = field(default_factory=set)
@@ -103,7 +103,7 @@ class Passage:
 
 
 class PrefixPlaces:
-    """Where prompts of each beginning were last computed; the oldest are forgotten.
+    """Where each beginning of prompts was last computed; the oldest are forgotten.
 
     Args:
         slack_tokens: an upstream is preferred for its prefix while it has at most so many more
@@ -112,18 +112,21 @@ class PrefixPlaces:
 
     def __init__(self, slack_tokens: float) -> None:
         self.slack_tokens = slack_tokens
-        self._places: OrderedDict[str, str] = OrderedDict()
+        self._places: OrderedDict[int, str] = OrderedDict()
 
     def note(self, passage: Passage, upstream: Upstream) -> None:
-        if passage.beginning is None:
-            return
-        self._places[passage.beginning] = upstream.base
-        self._places.move_to_end(passage.beginning)
-        if len(self._places) > MOST_PREFIXES:
+        for beginning in passage.beginnings:
+            self._places[beginning] = upstream.base
+            self._places.move_to_end(beginning)
+        while len(self._places) > MOST_PREFIXES:
             self._places.popitem(last=False)
 
     def place(self, passage: Passage) -> str | None:
-        return None if passage.beginning is None else self._places.get(passage.beginning)
+        """The upstream of the longest beginning that is known."""
+        for beginning in reversed(passage.beginnings):
+            if beginning in self._places:
+                return self._places[beginning]
+        return None
 
 
 def chosen_upstream(

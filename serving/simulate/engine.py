@@ -124,7 +124,8 @@ class SimulatedSequence:
         self.target = 0 if ended else max(min(full_length, max_tokens) - record.generated, 1)
         self.cut = record.generated + self.target < full_length
         self.joined = -1
-        self.prefilled, self.ends_at, self.alive = 0, -1, True
+        self.prefilled = min(request.cached_tokens, context - 1)  # the last one makes the answer
+        self.ends_at, self.alive = -1, True
         self.read_at = record.generated
 
 
@@ -216,6 +217,18 @@ class SimulatedEngine:
 
     def computed(self, record: Record) -> int:
         return self.rows[record.request.id].prefilled
+
+    def next_end_s(self) -> float:
+        """Seconds until a row ends or fills its reservation, if none joins or leaves before.
+
+        No more than it really is, where prompts are still to be computed.
+        """
+        steps = NO_STEP_LIMIT
+        if ends := self._current_ends():
+            steps = max(ends[0][0] - self.steps, 1)
+        for row in self._prefills:
+            steps = min(steps, max(min(row.target, row.reserve - row.base), 1))
+        return self.cost.decode_s(max(self._decoding, 1), self._context, steps)
 
     # ---- one step
 
@@ -328,9 +341,7 @@ class SimulatedEngine:
     def _next_event(self, last_step: int, chunk: int) -> int:
         """The step, at most last_step, at which a row ends or fills its reservation, or at which
         the prompt at the queue's head is done."""
-        ends = self._ends
-        while ends and not (ends[0][3].alive and ends[0][0] == ends[0][3].ends_at):
-            heapq.heappop(ends)
+        ends = self._current_ends()
         until = last_step
         if ends and ends[0][0] < until:
             until = ends[0][0]
@@ -340,6 +351,13 @@ class SimulatedEngine:
             if done < until:
                 until = done
         return until
+
+    def _current_ends(self) -> list[tuple[int, int, int, SimulatedSequence]]:
+        """The heap of ends, whose first one is a living row's."""
+        ends = self._ends
+        while ends and not (ends[0][3].alive and ends[0][0] == ends[0][3].ends_at):
+            heapq.heappop(ends)
+        return ends
 
     def _seconds(self, k: int, chunk: int) -> float:
         """k iterations without an event."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.gateway.bodies import asked_answer
+from serving.gateway.bodies import asked_answer, prompt_beginnings
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -76,3 +76,23 @@ def test_limits_and_counts():
     assert (asked.max_tokens, asked.answers, asked.slo_s) == (5, 3, 2.0)
     asked = asked_answer(b'{"options": {"num_predict": 4}, "max_tokens": -1, "n": "x"}')
     assert (asked.max_tokens, asked.answers, asked.slo_s) == (4, 1, None)
+
+
+def beginnings(**fields) -> tuple[int, ...]:
+    asked = asked_answer(json.dumps(fields).encode())
+    assert asked is not None
+    return prompt_beginnings(asked)
+
+
+def test_beginnings_of_prompts():
+    """A conversation that goes on begins as it was; another one shares the system's text alone."""
+    system = {"role": "system", "content": "s" * 700}
+    first = [system, {"role": "user", "content": "hello"}]
+    more = [*first, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "why?"}]
+    other = [system, {"role": "user", "content": [{"type": "text", "text": "bye"}]}]
+    names = beginnings(messages=first)
+    assert len(names) == 3 and beginnings(messages=more)[:3] == names
+    assert beginnings(messages=other)[:2] == names[:2] != beginnings(messages=other)[1:]
+    assert len(beginnings(prompt="p" * 1025)) == 3 == len(beginnings(input="p" * 1025))
+    assert beginnings(prompt="p" * 1025)[:2] == beginnings(prompt="p" * 1024)
+    assert beginnings(prompt=[1, 2]) == () and len(beginnings(prompt="p" * 10**6)) == 256

@@ -1,0 +1,203 @@
+# ruff: noqa: E402
+"""A thousand replicas behind one gateway, simulated: routing by predicted work and its rivals.
+
+    python benchmarks/scale.py --cells FILE [--traces azure_conv,mooncake] [--loads 0.8,0.95]
+        [--routers predicted_work,...] [--replicas 1000] [--requests 500000]
+    python benchmarks/scale.py --cells FILE --routers predicted_work --requests 10000000
+
+A cell is one router on one trace at one load, a line of --cells: the same command goes on where it
+was stopped. A recorded trace is laid many times over itself, so that conversations keep their
+rhythm. Loads are shares of what one replica answers of that trace when it always has work, times
+the replicas. Replicas are alike and serve first come first served by LinearCost, near ChatGLM2-6B
+in fp16 on one A100; mooncake's keep the last --cache_tokens of prompts' beginnings beside.
+
+After the tables: what a gateway needs at that rate, by the measured costs of --gateway_ms
+(benchmarks/gateway_overhead.py) and --predict_ms (benchmarks/predictor.py) of CPU a request.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tqdm import tqdm
+
+from benchmarks.rows import read_lines
+from chatglm.commands import Parser, number, run_command, whole
+from serving.policies.continuous import POLICIES
+from serving.request import Limits
+from serving.simulate.compare import simulate
+from serving.simulate.engine import LinearCost
+from serving.simulate.fleet import FleetSetting, simulate_fleet
+from serving.simulate.routers import ROUTERS
+from serving.simulate.scaled_trace import scale_trace
+from serving.simulate.workload import TRACES, PredictorModel
+
+KV_TOKENS = 200_000  # of a replica: 28 KiB a token of ChatGLM2-6B are 5.5 GB
+LIMITS = Limits(64, KV_TOKENS, 32_768, 2048)
+COST = LinearCost(KV_TOKENS)
+FULL_REQUESTS = 3000  # of the run that measures what one replica answers
+SHOWN = {
+    "mean s": "latency_mean_s",
+    "p50 s": "latency_p50_s",
+    "p99 s": "latency_p99_s",
+    "first token p99 s": "ttft_p99_s",
+    "in time %": "attainment",
+    "spread of work %": "busy_spread",
+    "prompts cached %": "cached_share",
+    "KV in use %": "kv_used",
+    "CPU s": "cpu_s",
+}
+
+
+@dataclass(frozen=True)
+class ScaleFlags:
+    """The command's flags; build_parser has their meaning and defaults."""
+
+    cells: Path
+    traces: str
+    trace_folder: Path
+    loads: str
+    routers: str
+    policy: str
+    replicas: int
+    requests: int
+    sigma: float
+    cache_tokens: int
+    gateway_ms: float
+    predict_ms: float
+
+    def cell_list(self) -> list[dict[str, Any]]:
+        """What tells each cell from the others."""
+        cells = []
+        for trace in self.traces.split(","):
+            for load in map(float, self.loads.split(",")):
+                for router in self.routers.split(","):
+                    if router.startswith("prefix") and not has_blocks(trace):
+                        continue
+                    cell = {"trace": trace, "load": load, "router": router, "policy": self.policy}
+                    size = {"replicas": self.replicas, "requests": self.requests}
+                    cells.append(cell | size | {"sigma": self.sigma})
+        return cells
+
+
+def has_blocks(trace: str) -> bool:
+    """Whether a trace names the beginnings that its prompts share."""
+    return trace.startswith("mooncake")
+
+
+def full_rate(trace: str, folder: Path) -> float:
+    """Requests a second that one replica answers when it always has work."""
+    count = FULL_REQUESTS
+    made = scale_trace(trace, count, 1e6, COST, traces=folder, max_tokens=LIMITS.max_tokens)
+    metrics, _ = simulate(POLICIES["fcfs"], made.workload, COST, LIMITS)
+    return metrics["requests"] / metrics["span_s"]
+
+
+def run_cell(cell: dict[str, Any], rate: float, flags: ScaleFlags) -> dict[str, Any]:
+    """The cell with its metrics; deterministic but for cpu_s."""
+    begin = time.process_time()
+    predictor = PredictorModel.normal(flags.sigma)
+    trace = scale_trace(
+        cell["trace"],
+        flags.requests,
+        rate,
+        COST,
+        predictor=predictor,
+        traces=flags.trace_folder,
+        max_tokens=LIMITS.max_tokens,
+    )
+    cache = flags.cache_tokens if has_blocks(cell["trace"]) else 0
+    setting = FleetSetting(flags.replicas, POLICIES[flags.policy], COST, LIMITS, cache)
+    name = f"{cell['router']} {cell['trace']} {cell['load']}"
+    with tqdm(total=flags.requests, desc=name, unit="request", disable=None) as bar:
+
+        def show(arrived: int) -> None:
+            bar.update(arrived - bar.n)
+
+        metrics = simulate_fleet(trace, setting, ROUTERS[cell["router"]](), show)
+    return cell | {"rate": rate, **metrics, "cpu_s": time.process_time() - begin}
+
+
+def run_cells(flags: ScaleFlags) -> list[dict[str, Any]]:
+    """The wanted cells, those that are missing run and written first."""
+    kept = read_lines(flags.cells) if flags.cells.exists() else []
+    wanted, rates = flags.cell_list(), {}
+    for cell in wanted:
+        if any(is_of(line, cell) for line in kept):
+            continue
+        trace = cell["trace"]
+        if trace not in rates:
+            rates[trace] = full_rate(trace, flags.trace_folder)
+        line = run_cell(cell, cell["load"] * rates[trace] * flags.replicas, flags)
+        with flags.cells.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        kept.append(line)
+    return [line for line in kept if any(is_of(line, cell) for cell in wanted)]
+
+
+def is_of(line: dict[str, Any], cell: dict[str, Any]) -> bool:
+    return all(line[name] == value for name, value in cell.items())
+
+
+def print_tables(rows: list[dict[str, Any]], flags: ScaleFlags) -> None:
+    """One for each trace and load, and under it what the gateway needs."""
+    places = dict.fromkeys((row["trace"], row["load"]) for row in rows)
+    for trace, load in places:
+        group = [row for row in rows if (row["trace"], row["load"]) == (trace, load)]
+        rate = group[0]["rate"]
+        print(f"\n{trace} at {load} of capacity, {rate:,.0f} requests a second\n")
+        print(f"| router | {' | '.join(SHOWN)} |")
+        print("|---" * (1 + len(SHOWN)) + "|")
+        for row in group:
+            values = []
+            for heading, metric in SHOWN.items():
+                factor = 100 if "%" in heading else 1
+                values.append(f"{factor * row[metric]:.4g}")
+            print(f"| {row['router']} | {' | '.join(values)} |")
+        streams = rate * min(row["latency_mean_s"] for row in group)
+        print(
+            f"\nA gateway's CPU: {rate * flags.gateway_ms / 1000:.1f} cores, of predictions "
+            f"{rate * flags.predict_ms / 1000:.1f}; open streams: {streams:,.0f}"
+        )
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--cells", type=Path, required=True, help="file of the cells; what is there is not run")
+    add("--traces", default="azure_conv,mooncake", help=f"of {', '.join(TRACES)} [%(default)s]")
+    add("--trace_folder", type=Path, default=ROOT / "../shared/data/traces", help="[%(default)s]")
+    add("--loads", default="0.8,0.95", help="shares of the capacity [%(default)s]")
+    add("--routers", default=",".join(ROUTERS), help="[%(default)s]")
+    add("--policy", default="fcfs", choices=POLICIES, help="of each replica's queue [%(default)s]")
+    add("--replicas", type=whole(1), default=1000, help="[%(default)s]")
+    add("--requests", type=whole(2), default=500_000, help="of a cell [%(default)s]")
+    add("--sigma", type=number(0, 10), default=0.8, help="of predictions' log errors [%(default)s]")
+    add("--cache_tokens", type=whole(0), default=400_000, help="of a replica [%(default)s]")
+    add("--gateway_ms", type=number(0), default=2.68, help="CPU a streamed request [%(default)s]")
+    add("--predict_ms", type=number(0), default=0.4, help="of it, the prediction [%(default)s]")
+    return parser
+
+
+def main() -> int:
+    flags = ScaleFlags(**vars(build_parser().parse_args()))
+
+    def run() -> int:
+        for name, known in (("routers", ROUTERS), ("traces", TRACES)):
+            for given in getattr(flags, name).split(","):
+                if given not in known:
+                    raise ValueError(f"--{name}: wanted some of {', '.join(known)}; got {given}")
+        print_tables(run_cells(flags), flags)
+        return 0
+
+    return run_command("scale", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
