@@ -92,6 +92,8 @@ class Kind:
         health_path: answers below 500 while the engine serves.
         fact_paths: what is asked at start.
         answer_paths: what makes answers; everything else is forwarded as it is.
+        refused_field: of a body, that the gateway reads and the engine refuses; it is taken out;
+            None: none.
     """
 
     text: ClassVar[str] = "any server of OpenAI's API, llama.cpp's too; the gateway queues"
@@ -100,6 +102,7 @@ class Kind:
     health_path: ClassVar[str] = "/v1/models"
     fact_paths: ClassVar[tuple[str, ...]] = ()
     answer_paths: ClassVar[tuple[str, ...]] = CHAT_PATHS
+    refused_field: ClassVar[str | None] = None
 
     def read_facts(self, replies: Mapping[str, str]) -> Facts:
         """Facts of the bodies of fact_paths, by path; those that failed are missing."""
@@ -206,6 +209,7 @@ class DynamoKind(Kind):
     holds = False
     needs = "--router-track-output-blocks, and --router-queue-threshold with fcfs or wspt"
     health_path = "/health"
+    refused_field = "slo_s"
     steps: ClassVar[int] = 10  # priorities of one doubling of the answer
     head_start: ClassVar[int] = 300  # of an answer of NEUTRAL_TOKENS, or of one that is due now
 
