@@ -3,12 +3,13 @@
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,10 +180,17 @@ class WordPredictor:
 def serving_process(
     words: Sequence[object], port: int, path: str, log: Path, seconds=60.0, **environment: str
 ) -> Iterator[subprocess.Popen]:
-    """A server of another program, from its first good answer at `path` on."""
+    """A server of another program, from its first good answer at `path` on.
+
+    Its own processes are of its group, and end with it.
+    """
     with open(log, "w") as out:
         process = subprocess.Popen(
-            list(map(str, words)), env=os.environ | environment, stdout=out, stderr=out
+            list(map(str, words)),
+            env=os.environ | environment,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
 
     def serves() -> bool:
@@ -196,8 +204,14 @@ def serving_process(
         wait_until(serves, seconds)
         yield process
     finally:
-        process.kill()
-        process.wait()
+        kill_group(process)
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """Kill a process of a session of its own, and all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def free_port() -> int:

@@ -65,7 +65,7 @@ def test_a_server_killed_under_load_loses_nothing_that_had_not_begun(folders, tm
     with two_servers(folders, tmp_path) as servers:
         bases = [address for _, address in servers]
         with gateway_command(folders, bases) as (_, address):
-            kill_under_load(bases[0], address, servers[1][0].kill, tokens=40)
+            kill_under_load(bases, address, servers[1][0].kill, tokens=40)
 
 
 @pytest.fixture(scope="module")

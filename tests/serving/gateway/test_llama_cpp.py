@@ -3,9 +3,6 @@
 The program runs in an environment of its own (benchmarks/client_env.py llama_cpp, llama_server).
 """
 
-import re
-import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
@@ -26,9 +23,8 @@ from tests.serving.gateway.engines import (
     free_port,
     gateway_before,
     serving_process,
-    wait_until,
 )
-from tests.serving.gateway.load import ask, kill_under_load
+from tests.serving.gateway.load import ask, kill_under_load, order_of_answers, same_names
 
 pytestmark = pytest.mark.slow
 TOKENS = 200
@@ -67,11 +63,6 @@ def server(model, tmp_path_factory):
         yield address
 
 
-def same_names(answer: bytes) -> bytes:
-    """An answer without what is another's at each request: its id and its second."""
-    return re.sub(rb'"(id|created)": ?("[^"]*"|\d+)', b'"\\1"', answer)
-
-
 @pytest.mark.parametrize("path", [PATH, "/v1/completions"])
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_answers_are_those_of_the_server(server, path, is_stream):
@@ -94,26 +85,11 @@ def test_answers_are_those_of_the_server(server, path, is_stream):
 
 @pytest.mark.parametrize("policy", ["sjf", "fcfs"])
 def test_the_gateway_s_queue_decides_the_order(server, policy):
-    words, ended = ["--concurrency", 1, "--policy", policy], []
+    words, lengths = ["--concurrency", 1, "--policy", policy], [150, 900, 5, 200, 30]
     before = gateway_before(server, kind="openai", predictor=WordPredictor(), words=words)
-    lengths = [150, 900, 5, 200, 30]
-    with before as gateway, ThreadPoolExecutor(8) as pool:
-
-        def ask_one(tokens: int) -> None:
-            reply = gateway.ask(f"say {tokens}", max_tokens=TOKENS, temperature=0)
-            ended.append((time.monotonic(), tokens, reply.status_code))
-
-        futures = []
-        for number, tokens in enumerate(lengths):
-            futures.append(pool.submit(ask_one, tokens))
-            wait_until(lambda n=number: gateway.gateway.open > n)
-        assert gateway.gateway.dispatcher.waiting == len(lengths) - 1
-        for future in futures:
-            future.result()
-    assert {status for _, _, status in ended} == {200}
-    order = [tokens for _, tokens, _ in sorted(ended)]
-    assert order[0] == 150
-    assert order[1:] == (sorted(lengths[1:]) if policy == "sjf" else lengths[1:])
+    with before as gateway:
+        order = order_of_answers(gateway, lengths, TOKENS)
+    assert order == (lengths if policy == "fcfs" else [150, 5, 30, 200, 900])
 
 
 def test_a_long_answer_is_no_failure(server, monkeypatch, caplog):
@@ -132,4 +108,5 @@ def test_a_server_killed_under_load_loses_nothing_that_had_not_begun(server, mod
             server, other, kind="openai", predictor=WordPredictor(), words=words
         )
         with before as gateway:
-            kill_under_load(server, gateway.process.address, second.kill, TOKENS, count=16)
+            bases = [server, other]
+            kill_under_load(bases, gateway.process.address, second.kill, TOKENS, count=16)
