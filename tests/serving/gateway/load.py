@@ -63,10 +63,13 @@ def same_names(answer: bytes) -> bytes:
     return re.sub(rb'"(id|created)": ?("[^"]*"|\d+)', b'"\\1"', answer)
 
 
-def order_of_answers(gateway: RunningGateway, lengths: Sequence[int], tokens: int) -> list[int]:
+def order_of_answers(
+    gateway: RunningGateway, lengths: Sequence[int], tokens: int, pause_s: float = 0.0
+) -> list[int]:
     """The predicted lengths of requests in the order in which their answers ended.
 
-    The upstream takes one at a time, and all others have come before the first is answered.
+    The upstream takes one at a time, and all others have come before the first is answered;
+    `pause_s` is for them to reach the upstream.
     """
     ended: list[tuple[float, int]] = []
 
@@ -80,7 +83,7 @@ def order_of_answers(gateway: RunningGateway, lengths: Sequence[int], tokens: in
         for number, length in enumerate(lengths):
             futures.append(pool.submit(ask_one, length))
             wait_until(lambda n=number: gateway.gateway.open > n)
-            time.sleep(0.05)  # from the gateway to the upstream
+            time.sleep(pause_s)
         assert gateway.gateway.open == len(lengths)
         for future in futures:
             future.result()

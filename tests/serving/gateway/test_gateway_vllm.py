@@ -98,7 +98,7 @@ def test_vllm_serves_in_the_policy_s_order(vllm, policy, wanted):
     words = ["--policy", policy]
     before = gateway_before(vllm[1], kind="vllm", predictor=WordPredictor(), words=words)
     with before as gateway:
-        assert order_of_answers(gateway, [150, 900, 5, 200, 30], 200) == wanted
+        assert order_of_answers(gateway, [150, 900, 5, 200, 30], 200, pause_s=0.05) == wanted
 
 
 def test_a_priority_beyond_its_range_is_refused(vllm):
