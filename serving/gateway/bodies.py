@@ -13,11 +13,20 @@ _decoder = json.JSONDecoder()
 
 @dataclass(frozen=True)
 class Member:
-    """One member of a JSON object: its value, and the place of the value in the text."""
+    """One member of a JSON object: its value, and the places of its name and value in the text."""
 
     value: Any
+    name_start: int
     start: int
     end: int
+
+    def place_in(self, text: str) -> tuple[int, int]:
+        """From its name to its end, with the comma that parts it from its neighbour."""
+        after = _after_space(text, self.end)
+        if text[after] == ",":
+            return self.name_start, after + 1
+        before = len(text[: self.name_start].rstrip(WHITESPACE))
+        return before - (text[before - 1] == ","), self.end
 
 
 @dataclass(frozen=True)
@@ -40,25 +49,30 @@ class AskedAnswer:
     answers: int
     slo_s: float | None
 
-    def with_fields(self, fields: Mapping[str, Any]) -> str:
+    def with_fields(self, fields: Mapping[str, Any], without: str | None = None) -> str:
         """The JSON with these fields in front, or merged into objects that are there.
 
-        Fields that the client has given stay; all other bytes stay as they are.
+        Fields that the client has given stay; all other bytes stay as they are. The field `without`
+        is taken out.
         """
         text, fresh = self.text, dict[str, Any]()
-        replaced: list[tuple[Member, Any]] = []
+        edits: list[tuple[int, int, str]] = []
         for name, value in fields.items():
             member = self.members.get(name)
             if member is None:
                 fresh[name] = value
             elif isinstance(value, Mapping) and isinstance(member.value, dict):
-                replaced.append((member, merged(member.value, value)))
-        for member, value in sorted(replaced, key=lambda pair: -pair[0].start):
-            text = text[: member.start] + json.dumps(value) + text[member.end :]
+                edits.append((member.start, member.end, json.dumps(merged(member.value, value))))
+        left = len(self.members)
+        if without is not None and without in self.members:
+            edits.append((*self.members[without].place_in(text), ""))
+            left -= 1
+        for start, end, replacement in sorted(edits, reverse=True):
+            text = text[:start] + replacement + text[end:]
         if not fresh:
             return text
         brace = text.index("{") + 1
-        comma = "," if self.members else ""
+        comma = "," if left else ""
         return text[:brace] + json.dumps(fresh, separators=(",", ":"))[1:-1] + comma + text[brace:]
 
 
@@ -107,13 +121,14 @@ def object_members(text: str) -> dict[str, Member]:
     if text[place : place + 1] == "}":
         return members
     while True:
-        name, place = _decoder.raw_decode(text, place)
+        name_start = place
+        name, place = _decoder.raw_decode(text, name_start)
         place = _after_space(text, place)
         if not isinstance(name, str) or text[place : place + 1] != ":":
             raise ValueError("no JSON object")
         start = _after_space(text, place + 1)
         value, place = _decoder.raw_decode(text, start)
-        members[name] = Member(value, start, place)
+        members[name] = Member(value, name_start, start, place)
         place = _after_space(text, place)
         if text[place : place + 1] == "}":
             break

@@ -63,7 +63,13 @@ class HealthWatch:
                 log.exception("%s could not be looked at", upstream.base)
 
     async def check(self, upstream: Upstream) -> None:
-        """Ask once; one that has come back is asked for its facts before it gets requests."""
+        """Ask once; one that has come back is asked for its facts before it gets requests.
+
+        An engine that takes a request at a time would answer this only after the request that it
+        has; llama-cpp-python's even ends a stream for it. So it is left alone while it has some.
+        """
+        if self.kind.holds and upstream.up and upstream.running:
+            return
         why = await self._failure(upstream)
         if why is not None:
             if upstream.up:

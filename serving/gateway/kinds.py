@@ -1,6 +1,7 @@
 """What the gateway adds to a request, by the kind of engine, and what it asks an engine at start.
 
-Names and signs are those of vLLM 0.33, SGLang 0.5, Dynamo 1.7, and llm-d's router of August 2026.
+Names and signs are those of vLLM 0.32, SGLang 0.5.23, Dynamo 1.6.1 and llm-d's router of August
+2026.
 KINDS, all kinds that can be chosen, is at the foot. No HTTP here.
 """
 
@@ -91,6 +92,8 @@ class Kind:
         health_path: answers below 500 while the engine serves.
         fact_paths: what is asked at start.
         answer_paths: what makes answers; everything else is forwarded as it is.
+        refused_field: of a body, that the gateway reads and the engine refuses; it is taken out;
+            None: none.
     """
 
     text: ClassVar[str] = "any server of OpenAI's API, llama.cpp's too; the gateway queues"
@@ -99,6 +102,7 @@ class Kind:
     health_path: ClassVar[str] = "/v1/models"
     fact_paths: ClassVar[tuple[str, ...]] = ()
     answer_paths: ClassVar[tuple[str, ...]] = CHAT_PATHS
+    refused_field: ClassVar[str | None] = None
 
     def read_facts(self, replies: Mapping[str, str]) -> Facts:
         """Facts of the bodies of fact_paths, by path; those that failed are missing."""
@@ -160,9 +164,9 @@ class VllmKind(Kind):
 class SglangKind(Kind):
     """SGLang with --enable-priority-scheduling: higher ones first, unless its flag turns the sign.
 
-    A waiting request preempts a running one where they differ by the threshold, 10 by default: here
-    an answer half as long, or PREEMPT_S seconds more urgent. Without the flag it may refuse
-    requests that have the field.
+    A waiting request preempts a running one where they differ by more than the threshold, 10 by
+    default: here an answer less than half as long, or over PREEMPT_S seconds more urgent. A request
+    without a priority is the last of all. Without the flag it may refuse requests that have one.
     """
 
     text = "SGLang: priority, higher first unless the engine says otherwise"
@@ -197,18 +201,21 @@ class DynamoKind(Kind):
     """NVIDIA Dynamo: higher ones first; it turns the sign for its engines itself.
 
     The length helps with --router-track-output-blocks. Its router orders by priority under
-    --router-queue-policy fcfs or wspt, not under edf.
+    --router-queue-policy fcfs or wspt, not under edf, and takes those below 0 for 0, which is also
+    that of a request without one: hence the head start.
     """
 
     text = "NVIDIA Dynamo: nvext.agent_hints.osl and priority, higher first"
     holds = False
     needs = "--router-track-output-blocks, and --router-queue-threshold with fcfs or wspt"
     health_path = "/health"
+    refused_field = "slo_s"
     steps: ClassVar[int] = 10  # priorities of one doubling of the answer
+    head_start: ClassVar[int] = 300  # of an answer of NEUTRAL_TOKENS, or of one that is due now
 
     def added(self, hints: Hints, facts: Facts) -> Added:
         level = self.steps * hints.doublings() if hints.in_tokens else hints.key - hints.arrival_s
-        agent_hints = {"priority": -whole_level(level)}
+        agent_hints = {"priority": max(self.head_start - whole_level(level), 0)}
         if hints.expected is not None:
             agent_hints["osl"] = hints.expected
         return Added({"nvext": {"agent_hints": agent_hints}}, length_headers(hints))

@@ -278,9 +278,9 @@ class Gateway:
     async def _try(self, call: Call, upstream: Upstream) -> web.StreamResponse:
         """One attempt. Raises UpstreamFailed while the client has seen nothing."""
         added = self._added(call, upstream)
-        body = call.body
-        if added.fields and call.asked is not None:
-            body = call.asked.with_fields(added.fields).encode()
+        body, refused = call.body, self.kind.refused_field
+        if call.asked is not None and (added.fields or refused in call.asked.members):
+            body = call.asked.with_fields(added.fields, without=refused).encode()
         request = call.request
         assert self.session is not None
         try:

@@ -2,12 +2,16 @@
 
 import asyncio
 import json
+import os
+import signal
 import socket
+import subprocess
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -60,12 +64,12 @@ class RecordingEngine:
     Attributes:
         got: the requests that make answers, in order. now: that it has; most: of them at once.
         seconds: that an answer takes. holds: no answer ends.
-        pages: bodies by path; other paths get 404.
+        pages: bodies by path; other paths get 404. looks: how many of them were asked for.
     """
 
     def __init__(self, port: int = 0, pages: dict[str, Any] | None = None) -> None:
         self.got: list[Got] = []
-        self.now = self.most = 0
+        self.now = self.most = self.looks = 0
         self.pages = {"/health": {}, "/health/ready": {}, "/v1/models": {"data": []}}
         self.pages |= {"/api/version": {}} | (pages or {})
         self.respond: Callable[[web.BaseRequest, bytes], Awaitable[web.StreamResponse]]
@@ -109,6 +113,7 @@ class RecordingEngine:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         body = await request.read()
         if request.method != "POST":
+            self.looks += 1
             page = self.pages.get(request.raw_path)
             if page is None:
                 return web.Response(status=404)
@@ -169,6 +174,50 @@ class WordPredictor:
     def predict(self, text: str) -> list[Any]:
         tokens = float(text.split()[-1])
         return [from_bins(np.array([0.5, 0.5]), np.array([0.0, tokens, 2 * tokens]))]
+
+
+@contextmanager
+def serving_process(
+    words: Sequence[object], port: int, path: str, log: Path, seconds=60.0, **environment: str
+) -> Iterator[subprocess.Popen]:
+    """A server of another program, from its first good answer at `path` on.
+
+    Its own processes are of its group, and end with it.
+    """
+    with open(log, "w") as out:
+        process = subprocess.Popen(
+            list(map(str, words)),
+            env=os.environ | environment,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+
+    def serves() -> bool:
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}{path}").is_success
+        except httpx.HTTPError:
+            return False
+
+    try:
+        wait_until(serves, seconds)
+        yield process
+    finally:
+        kill_group(process)
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """Kill a process of a session of its own, and all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @contextmanager

@@ -28,6 +28,19 @@ def test_added_fields_are_all_that_changes(values, indent, ascii_only):
     assert added.replace('"priority":-7' + ("," if values else ""), "", 1) == text
 
 
+@given(st.dictionaries(st.text(), VALUES, max_size=4), VALUES, st.integers(0, 4), st.booleans())
+def test_a_field_is_taken_out(values, value, place, is_alone):
+    """Wherever it stands; a member that is named twice would stay once."""
+    for name in ("slo_s", "priority", "slo"):
+        values.pop(name, None)
+    rows = list(values.items())
+    rows.insert(place, ("slo_s", value))
+    text = json.dumps(dict(rows), indent=2 if place % 2 else None)
+    fields = {} if is_alone else {"priority": -7, "slo": {"a": 1}}
+    found = json.loads(asked_answer(text.encode()).with_fields(fields, without="slo_s"))
+    assert found == fields | values
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"[1]", b"{", b'{"a":1', b'{"a" 1}', b'{"a":1}x', b"\xff", b'{"a":1,}', b"{1:2}", b"x"],

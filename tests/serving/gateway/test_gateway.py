@@ -361,6 +361,23 @@ def test_without_any_upstream_there_is_a_503(engine):
 # ---- the gateway's own queue
 
 
+@pytest.mark.parametrize("kind, is_asked", [("openai", False), ("vllm", True)])
+def test_an_engine_that_answers_one_at_a_time_is_not_asked_meanwhile(engine, kind, is_asked):
+    """llama-cpp-python's server would end a stream for it."""
+    engine.holds = True
+    words = ["--health_s", 0.05]
+    with gateway_before(engine, kind=kind, words=words) as gateway, ThreadPoolExecutor(1) as pool:
+        future = pool.submit(gateway.ask)
+        wait_until(lambda: engine.now == 1)
+        time.sleep(0.1)  # for a look that was under way
+        looks = engine.looks
+        time.sleep(0.3)
+        assert (engine.looks > looks) is is_asked
+        engine.holds = False
+        assert future.result().status_code == 200
+        wait_until(lambda: engine.looks > looks)
+
+
 def asked_words(engine):
     return [got.json["messages"][0]["content"] for got in engine.got]
 

@@ -8,7 +8,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import httpx
 import pytest
@@ -18,6 +17,7 @@ pytest.importorskip("aiohttp", reason="aiohttp is of the extra serve")
 from chatglm.commands import child_environment
 from tests.finetune.runs import ROOT
 from tests.serving.gateway.engines import PATH, wait_until
+from tests.serving.gateway.load import ask, body_of, kill_under_load
 from tests.serving.server.conftest import folders, start
 
 __all__ = ["folders"]  # a fixture
@@ -60,77 +60,12 @@ def gateway_command(folders, bases, *words):
         process.communicate()
 
 
-@dataclass
-class Outcome:
-    """What a client saw of one request.
-
-    Attributes:
-        text: of its answer, whole or not. status: 0 where the connection broke.
-    """
-
-    number: int
-    is_stream: bool
-    status: int
-    text: str
-    is_whole: bool
-
-
-def body_of(number: int, is_stream: bool, tokens: int) -> dict:
-    messages = [{"role": "user", "content": f"explain {'river lamp ' * (number % 5)}{number}"}]
-    body = {"messages": messages, "temperature": 0, "max_tokens": tokens}
-    return body | ({"stream": True} if is_stream else {})
-
-
-def ask(address: str, number: int, is_stream: bool, tokens: int, begun=None) -> Outcome:
-    body = body_of(number, is_stream, tokens)
-    url = f"{address}{PATH}"
-    if not is_stream:
-        reply = httpx.post(url, json=body, timeout=120)
-        text = reply.json()["choices"][0]["message"]["content"] if reply.is_success else reply.text
-        return Outcome(number, False, reply.status_code, text, reply.is_success)
-    text, status, is_whole = "", 0, False
-    try:
-        with httpx.stream("POST", url, json=body, timeout=120) as reply:
-            status = reply.status_code
-            for line in reply.iter_lines():
-                if line == "data: [DONE]":
-                    is_whole = True
-                elif line.startswith("data: "):
-                    choice = json.loads(line[6:])["choices"][0]
-                    text += choice["delta"].get("content") or ""
-                    if begun is not None and text:
-                        begun.set()
-    except httpx.RemoteProtocolError:
-        pass
-    return Outcome(number, True, status, text, is_whole)
-
-
 @pytest.mark.slow
 def test_a_server_killed_under_load_loses_nothing_that_had_not_begun(folders, tmp_path):
-    count, tokens = 24, 40
     with two_servers(folders, tmp_path) as servers:
         bases = [address for _, address in servers]
-        wanted = {n: ask(bases[0], n, False, tokens).text for n in range(count)}
-        with gateway_command(folders, bases) as (_, address), ThreadPoolExecutor(count) as pool:
-            begun = threading.Event()
-            futures = []
-            for number in range(count):
-                futures.append(pool.submit(ask, address, number, number % 2 == 0, tokens, begun))
-            assert begun.wait(60)
-            servers[1][0].kill()
-            outcomes = [future.result() for future in futures]
-            status = httpx.get(f"{address}/gateway/status").json()
-            # It serves on with one, whose answers are all counted.
-            after = ask(address, 3, False, tokens)
-        assert after.text == wanted[3]
-    assert [upstream["up"] for upstream in status["upstreams"]] == [True, False]
-    for outcome in outcomes:
-        if outcome.is_whole:
-            assert outcome.status == 200 and outcome.text == wanted[outcome.number]
-        else:  # it had begun, and nothing of it came twice
-            assert outcome.is_stream and outcome.status == 200
-            assert outcome.text and wanted[outcome.number].startswith(outcome.text)
-    assert sum(outcome.is_whole for outcome in outcomes) >= count // 2
+        with gateway_command(folders, bases) as (_, address):
+            kill_under_load(bases, address, servers[1][0].kill, tokens=40)
 
 
 @pytest.fixture(scope="module")

@@ -35,13 +35,23 @@ def test_the_sign_of_priorities(kind, first, then):
     assert difference > 0 if LOWER_FIRST[kind] else difference < 0
 
 
+@pytest.mark.parametrize("key, in_tokens", [(1e6, True), (290.0, False), (5000.0, False)])
+def test_dynamo_gets_no_priority_below_0(key, in_tokens):
+    """Its router takes them for 0, so that long answers would keep their order of arrival."""
+    level = priority("dynamo", Hints(key, in_tokens, arrival_s=5.0))
+    assert level == {1e6: 181, 290.0: 15, 5000.0: 0}[key]
+
+
 def test_sglang_turns_the_sign_with_its_flag():
     turned = Facts(priorities=True, lower_first=True)
     assert priority("sglang", SHORT, turned) == -priority("sglang", SHORT) < 0
 
 
-def test_sglang_preempts_for_half_the_length():
-    """10 apart by default, or what the engine says, is an answer of half the tokens."""
+def test_sglang_preempts_for_less_than_half_the_length():
+    """10 apart by default, or what the engine says, is an answer of half the tokens.
+
+    It preempts where they are further apart.
+    """
     half = Hints(key=100.0, in_tokens=True, arrival_s=0.0)
     whole = Hints(key=201.0, in_tokens=True, arrival_s=0.0)
     assert priority("sglang", half) - priority("sglang", whole) == 10
@@ -61,7 +71,7 @@ def test_what_is_added_to_the_body():
     assert KINDS["vllm"].added(SHORT, UNTOLD).fields == {"priority": 20 - 256}
     assert KINDS["vllm"].added(SOON, UNTOLD).fields == {"priority": 4000}
     hints = KINDS["dynamo"].added(SHORT, UNTOLD).fields["nvext"]["agent_hints"]
-    assert hints == {"osl": 20, "priority": 36}
+    assert hints == {"osl": 20, "priority": 336}
     for kind in ("llm-d", "ollama", "openai", "glm-foundry"):
         assert not KINDS[kind].added(SHORT, UNTOLD).fields
 
@@ -165,4 +175,4 @@ def test_the_client_s_own_fields_stay():
     assert asked.with_fields({"priority": 8}) == body.decode()
     added = asked.with_fields(KINDS["dynamo"].added(SHORT, UNTOLD).fields)
     assert added.startswith('{ "priority" : 3, "nvext":{') and added.endswith(' ,"model":"m"}')
-    assert json.loads(added)["nvext"] == {"agent_hints": {"osl": 9, "priority": 36}, "x": [1]}
+    assert json.loads(added)["nvext"] == {"agent_hints": {"osl": 9, "priority": 336}, "x": [1]}
