@@ -46,6 +46,9 @@ PACKAGES = {
 }
 # Taken out again: they do not load beside the others.
 REMOVED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
+# A distribution that programs ask for under another name than it was installed by, with the
+# version that they want to read: vLLM finds out from "cpu" in it what it runs on.
+OTHER_NAMES = {"vllm": ("vllm", "0.32.0+cpu")}
 
 
 def environments_folder() -> Path:
@@ -59,6 +62,15 @@ def environment_folder(name: str) -> Path:
     """Where an environment of PACKAGES lies; it is whole once its file `complete` is there."""
     key = repr((sys.version_info[:2], PACKAGES[name]))
     return environments_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def write_metadata(environment: Path, name: str, version: str) -> None:
+    """Let importlib.metadata find a distribution `name` in an environment."""
+    [packages] = environment.glob("lib/python*/site-packages")
+    place = packages / f"{name}-{version}.dist-info"
+    place.mkdir()
+    lines = ("Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", "")
+    (place / "METADATA").write_text("\n".join(lines))
 
 
 def environment_python(name: str) -> Path:
@@ -83,6 +95,8 @@ def environment_python(name: str) -> Path:
         if name in REMOVED:
             words = [python, "-m", "pip", "uninstall", "-q", "-y", *REMOVED[name]]
             subprocess.run(words, check=True, capture_output=True)
+        if name in OTHER_NAMES:
+            write_metadata(folder, *OTHER_NAMES[name])
         complete.touch()
     return python
 
