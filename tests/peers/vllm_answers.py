@@ -33,11 +33,12 @@ def read_folder(case: dict) -> dict:
         lora = LoRARequest("adapter", 1, adapter)
     model = LLM(case["folder"], **options)
     tokenizer = model.get_tokenizer()
-    found: dict = {"answers": [], "ids": [], "chats": []}
+    found: dict = {"answers": [], "spoken": [], "ids": [], "chats": []}
     prompts = [{"prompt_token_ids": ids} for ids in case["prompts"]]
     sampling = SamplingParams(temperature=0.0, max_tokens=case["tokens"])
     for answer in model.generate(prompts, sampling, use_tqdm=False, lora_request=lora):
         found["answers"].append(list(answer.outputs[0].token_ids))
+        found["spoken"].append(answer.outputs[0].text)
     for text in case.get("texts", []):
         found["ids"].append(tokenizer.encode(text))
     if chats := case.get("chats"):
