@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
 # Our modules register with transformers' Auto classes when they are imported. The hook below
 # imports them right after transformers' own auto modules, whoever imports those: importing them
 # with this package would cost every command seconds, on first use would be too late. peft's table
-# of what its methods train, lm-evaluation-harness's models and vLLM's are completed in the same way.
+# of what its methods train and models of lm-evaluation-harness and vLLM are completed the same way.
 WITH_AUTO_MODULE = {
     "transformers.models.auto.configuration_auto": ("chatglm.configuration",),
     "transformers.models.auto.tokenization_auto": ("chatglm.tokenization",),

@@ -33,8 +33,8 @@ def refuse_unservable(config: dict[str, Any], name: str) -> None:
         raise ValueError(f"{name} has a P-Tuning prefix, for which vLLM has no place: {OWN_SERVER}")
 
 
-class ServedConfig(ChatGLMConfig):  # type: ignore[misc]  # vLLM is not installed beside mypy
-    """vLLM's ChatGLMConfig, with `glm_family` and `eos_token_id` as the tokenizer's family has them.
+class ServedConfig(ChatGLMConfig):
+    """vLLM's ChatGLMConfig, with the `glm_family` and its tokenizer's `eos_token_id`.
 
     Raises ValueError as `refuse_unservable`, and where nothing tells how to read `rope_ratio`.
     """

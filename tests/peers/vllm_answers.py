@@ -2,7 +2,8 @@
 
 python vllm_answers.py CASE.json: {name: {folder, prompts: [[ids]], tokens, texts: [str],
 chats: [[messages]], adapter: a LoRA's folder, options: of vllm.LLM}}, all but the first three
-optional; writes CASE.json.found: {name: {answers, ids, chats}}, greedy ids with their end token.
+optional; writes CASE.json.found: {name: {answers: greedy ids up to an end token, spoken: their
+texts, ids, chats, registered: whether this project's plug-in is there}}.
 """
 
 import gc
@@ -44,6 +45,7 @@ def read_folder(case: dict) -> dict:
     if chats := case.get("chats"):
         for answer in model.chat(chats, SamplingParams(max_tokens=1), use_tqdm=False):
             found["chats"].append(list(answer.prompt_token_ids))
+    found["registered"] = "chatglm" in sys.modules
     del model
     gc.collect()
     cleanup_dist_env_and_memory()
