@@ -183,7 +183,7 @@ def test_folders_in_chatglms_layout(raw, folders, name):
     found = raw[name]
     answers = check(found, folders[name], list(folders).index(name), [*CHATS, *TYPED])
     assert found["registered"]
-    assert any(len(answer) < TOKENS for answer in answers) or name == "glm2"
+    assert any(len(answer) < TOKENS for answer in answers) or name in ("glm2", "merged")
     tokenizer = load_tokenizer(folders[name])
     for spoken, answer in zip(found["spoken"], answers):
         said = [index for index in answer if index not in tokenizer.stop_ids]
