@@ -19,7 +19,7 @@ from serving.policies.continuous import POLICIES
 from serving.replicas.served_model import ServedModel
 from serving.replicas.vllm_serving import open_vllm, server_words, with_parallel_sizes
 from serving.request import Limits, Request
-from tests.peers.test_vllm import draw_prompts, made_python, make_release
+from tests.peers.vllm_folders import draw_prompts, made_python, make_release
 
 LIMITS = Limits(max_batch=4, kv_tokens=4096, max_tokens=256)
 EAGER = ("--enforce-eager",)
