@@ -60,6 +60,9 @@ PACKAGES = {
 REMOVED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
 # Without their dependencies, of which a GPU's libraries are a part.
 BARE = {"gateway": ("sglang==0.5.23",)}
+# A distribution that programs ask for under another name than it was installed by, with the
+# version that they want to read: vLLM finds out from "cpu" in it what it runs on.
+OTHER_NAMES = {"vllm": ("vllm", "0.32.0+cpu")}
 
 
 def environments_folder() -> Path:
@@ -73,6 +76,15 @@ def environment_folder(name: str) -> Path:
     """Where an environment of PACKAGES lies; it is whole once its file `complete` is there."""
     key = repr((sys.version_info[:2], PACKAGES[name], *BARE.get(name, ())))
     return environments_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def write_metadata(environment: Path, name: str, version: str) -> None:
+    """Let importlib.metadata find a distribution `name` in an environment."""
+    [packages] = environment.glob("lib/python*/site-packages")
+    place = packages / f"{name}-{version}.dist-info"
+    place.mkdir()
+    lines = ("Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", "")
+    (place / "METADATA").write_text("\n".join(lines))
 
 
 def environment_python(name: str) -> Path:
@@ -101,6 +113,8 @@ def environment_python(name: str) -> Path:
         if name in REMOVED:
             words = [python, "-m", "pip", "uninstall", "-q", "-y", *REMOVED[name]]
             subprocess.run(words, check=True, capture_output=True)
+        if name in OTHER_NAMES:
+            write_metadata(folder, *OTHER_NAMES[name])
         complete.touch()
     return python
 

@@ -33,15 +33,19 @@ CONFIG = {
 }
 
 
-def make_scheduler(workload: dict[str, Any], folder: Path) -> Any:
-    """A Scheduler that notes its preemptions in `preempted`."""
+def make_scheduler(workload: dict[str, Any], folder: Path, kind: Any = None) -> Any:
+    """A Scheduler that notes its preemptions in `preempted`.
+
+    Args:
+        kind: the class in place of vLLM's.
+    """
     import torch
     from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
-    class NotingScheduler(Scheduler):
+    class NotingScheduler(kind or Scheduler):
         def _preempt_request(self, request: Any, *rest: Any, **named: Any) -> None:
             self.preempted.append(int(request.request_id))
             super()._preempt_request(request, *rest, **named)

@@ -29,13 +29,15 @@ def __getattr__(name: str) -> Any:
 # Our modules register with transformers' Auto classes when they are imported. The hook below
 # imports them right after transformers' own auto modules, whoever imports those: importing them
 # with this package would cost every command seconds, on first use would be too late. peft's table
-# of what its methods train and lm-evaluation-harness's models are completed in the same way.
+# of what its methods train and models of lm-evaluation-harness and vLLM are completed the same way.
 WITH_AUTO_MODULE = {
     "transformers.models.auto.configuration_auto": ("chatglm.configuration",),
     "transformers.models.auto.tokenization_auto": ("chatglm.tokenization",),
     "transformers.models.auto.modeling_auto": ("chatglm.modeling_glm", "chatglm.modeling_glm2"),
     "peft.utils.constants": ("chatglm.peft_defaults",),
     "lm_eval.models.huggingface": ("chatglm.lm_eval_model",),
+    "vllm.transformers_utils.config": ("chatglm.vllm_plugin.config",),
+    "vllm.model_executor.models.registry": ("chatglm.vllm_plugin.registry",),
 }
 # Our models need this module, and it imports modeling_auto: while it is being imported, ours wait
 # for its end.

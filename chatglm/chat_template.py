@@ -60,12 +60,27 @@ TEMPLATES = {
 }
 
 
+class ChatText(str):
+    """A conversation as text, which a tokenizer here reads as the `ids` that it was rendered from.
+
+    A program that renders a chat and then encodes the text, as vLLM does, gets the chat's ids so:
+    the control tokens among them, but none that was typed. A text cut of it is plain text.
+    """
+
+    ids: list[int]
+
+
 class Rendered(NamedTuple):
     """A conversation: its text, its ids, and 1 for each id that the assistant writes."""
 
     text: str
     ids: list[int]
     assistant: list[int]
+
+    def as_text(self) -> ChatText:
+        text = ChatText(self.text)
+        text.ids = self.ids
+        return text
 
 
 def read_messages(conversation: Any, tools: list[Any] | None, family: str) -> list[Message]:

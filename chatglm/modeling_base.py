@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 from .adapters import read_adapter, refuse_layout
@@ -538,6 +537,22 @@ def prompt_positions(position_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return positions, torch.tensor([[count], [0]], device=device)
 
 
+def kept_positions(hidden_states: Tensor, kept: int | Tensor) -> Tensor:
+    """The states (B, S, H) that logits are wanted of: transformers' rule, which 5.19 has not yet.
+
+    Args:
+        kept: the last so many positions (0: all); or positions (K,) of every row, or (B, K) of
+            each, or a bool mask (B, S), whose states are returned as (true, H).
+    """
+    if isinstance(kept, int):
+        return hidden_states[:, -kept:]
+    if kept.ndim == 1:
+        return hidden_states[:, kept]
+    if kept.dtype == torch.bool:
+        return hidden_states[kept]
+    return hidden_states.take_along_dim(kept[..., None], dim=1)
+
+
 class ChatGLMCausalLM(ChatMethods, ChatGLMPreTrainedModel, GenerationMixin):
     """The head: logits, loss and generation over `self.transformer`.
 
@@ -574,7 +589,7 @@ class ChatGLMCausalLM(ChatMethods, ChatGLMPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        hidden_states = kept_positions(outputs.last_hidden_state, logits_to_keep)
         logits = self.get_output_embeddings()(hidden_states)
         loss = None
         if labels is not None:

@@ -396,7 +396,10 @@ def open_auto_tokenizer() -> None:
         cls: type, pretrained_model_name_or_path: Any, *inputs: Any, **kwargs: Any
     ) -> Any:
         source, config = pretrained_model_name_or_path, kwargs.get("config")
-        is_ours = isinstance(config, ChatGLMConfig) if config else holds_chatglm(source, **kwargs)
+        if config:  # another program's class for ChatGLM too, such as vLLM's
+            is_ours = getattr(config, "model_type", None) == ChatGLMConfig.model_type
+        else:
+            is_ours = holds_chatglm(source, **kwargs)
         if not is_ours:
             return original(cls, source, *inputs, **kwargs)
         for name in ("config", "trust_remote_code", "code_revision", "use_fast", "tokenizer_type"):

@@ -18,7 +18,7 @@ import sentencepiece
 from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.utils import PaddingStrategy
 
-from .chat_template import TEMPLATES, render_conversation
+from .chat_template import TEMPLATES, ChatText, render_conversation
 from .evidence import contradicts, infer_family
 from .families import CHATGLM_FAMILIES, FAMILIES, family_of
 from .family_tokenizer import FamilyTokenizer, checked_style
@@ -330,6 +330,13 @@ class ChatGLMTokenizer(FamilyTokenizer, PreTrainedTokenizer):
     def _trusted_text_ids(self, text: str) -> list[int]:
         return self.encode_text(text)
 
+    def _encode_plus(  # type: ignore[override]  # the library's, by name
+        self, text: Any, text_pair: Any = None, add_special_tokens: bool = True, **kwargs: Any
+    ) -> BatchEncoding:
+        if isinstance(text, ChatText) and text_pair is None:
+            text, add_special_tokens = list(text.ids), False
+        return super()._encode_plus(text, text_pair, add_special_tokens, **kwargs)
+
     def tokenize(
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
     ) -> list[str]:
@@ -337,6 +344,8 @@ class ChatGLMTokenizer(FamilyTokenizer, PreTrainedTokenizer):
 
         As in transformers' own Python tokenizers, `pair` and `add_special_tokens` have no effect.
         """
+        if isinstance(text, ChatText):
+            return [self._name(index) for index in text.ids]
         special = kwargs.get("encode_special_tokens", self.encode_special_tokens)
         split = kwargs.get("split_special_tokens", False)
         return [self._name(index) for index in self._ids(text, special and not split)]
@@ -362,7 +371,8 @@ class ChatGLMTokenizer(FamilyTokenizer, PreTrainedTokenizer):
         """A conversation of messages, or a batch of them, as a batch of ids, ids alone or text.
 
         The prompt is the family's own, whatever template the folder has: ids are put together
-        message by message, so text in a message never becomes a control token.
+        message by message, so text in a message never becomes a control token. A text returned is a
+        `ChatText`, which this tokenizer encodes as those ids.
 
         Args:
             conversation: [{"role": ..., "content": ...}, ...], or a list of those.
@@ -378,6 +388,8 @@ class ChatGLMTokenizer(FamilyTokenizer, PreTrainedTokenizer):
         """
         if self.prompt_style == "raw":
             raise ValueError("prompt_style raw: the model goes on with a text, without a template")
+        if chat_template == self.get_chat_template():  # as programs pass it that asked for it
+            chat_template = None
         self._check_template_options(documents=documents, chat_template=chat_template)
         if return_assistant_tokens_mask and not (tokenize and return_dict):
             raise ValueError("return_assistant_tokens_mask needs tokenize and return_dict")
@@ -393,7 +405,7 @@ class ChatGLMTokenizer(FamilyTokenizer, PreTrainedTokenizer):
                 render_conversation(self, messages, tools, add_generation_prompt, end_answer)
             )
         if not tokenize:
-            texts = [row.text for row in rows]
+            texts = [row.as_text() for row in rows]
             return texts if is_batch else texts[0]
         limit = max_length if truncation else None
         batch = self.pad(
@@ -411,6 +423,14 @@ class ChatGLMTokenizer(FamilyTokenizer, PreTrainedTokenizer):
         if not is_batch and return_tensors is None:
             batch = BatchEncoding({name: value[0] for name, value in batch.items()})
         return batch if return_dict else batch["input_ids"]
+
+    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
+        """The Jinja template that other programs are shown: one given, the folder's, the family's.
+
+        Here it renders nothing: see `apply_chat_template`.
+        """
+        own = self.chat_template
+        return chat_template or (own if isinstance(own, str) else TEMPLATES[self.family])
 
     def _check_template_options(self, **options: Any) -> None:
         """Raises ValueError where an option that these models have no use for is given."""

@@ -24,7 +24,7 @@ from chatglm.commands import Parser, run_command
 from finetune.evaluation.predict import add_loading_flags
 from finetune.files import write_aside
 from serving.cost_model.fit import Measurement
-from serving.engines import ENGINES
+from serving.engines import IN_PROCESS
 from serving.request import Limits
 
 
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, type=Path, help="profile to write, .json")
     parser.add_argument("--rows", type=Path, help="also write the timings here, .csv")
     parser.add_argument(
-        "--engine", choices=tuple(ENGINES), default="continuous", help="[continuous]"
+        "--engine", choices=tuple(IN_PROCESS), default="continuous", help="[continuous]"
     )
     parser.add_argument("--max_batch", type=int, default=16, help="most answers at once [16]")
     parser.add_argument(

@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from benchmarks.gateway_overhead import train_lexical
 from benchmarks.page_paint import find_browser
+from chatglm.export.folders import export_glm
 from tests.causal_folders import make_causal_folder
 from tests.conftest import REPO_ROOT, SHARED, shared_file, write_tokenizer
 from tests.finetune.runs import child_env
+from tests.peers.vllm_folders import made_python, make_release
 from tests.warm import warm_python
 
 FILES = sorted(
@@ -130,6 +133,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/steady.py": "test_simulator_fidelity",
     "benchmarks/tool_calling.py": "test_tool_calling",
     "benchmarks/train_speed.py": "test_b1_train_speed",
+    "benchmarks/vllm_priorities.py": "test_vllm_priorities",
     "scripts/quickstart.sh": "test_quickstart",
     "scripts/setup.sh": "test_setup_and_test_sh",
     "scripts/setup_browser.sh": "test_setup_and_test_sh",
@@ -506,6 +510,31 @@ def test_smollm2(tmp_path):
     assert "| sjf+read | 1 |" in done.stdout and {row["requests"] for row in rows} == {6}
     for row in rows:
         assert (row["reread"] > 0) == row["policy"].endswith("+read")
+
+
+@pytest.mark.slow
+def test_vllm_priorities(tmp_path):
+    """Where vLLM's environment was made: all four systems, six requests each."""
+    made_python()
+    model = tmp_path / "model"
+    export_glm(str(make_release(tmp_path, "glm3-32k")), model)
+    rows = [{"prompt": f"hello world {n} 今天"} for n in range(8)]
+    lengths, cells = tmp_path / "rows.jsonl", tmp_path / "cells.jsonl"
+    lengths.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    predictor = train_lexical(tmp_path)
+    words = ["--model", model, "--lengths", lengths, "--predictor", predictor, "--cells", cells]
+    words += ["--requests", 4, "--repetitions", 1, "--loads", 2, "--cap", 8, "--max_tokens", 128]
+    words += ["--precision", "fp32", "--eager"]
+    run("benchmarks/vllm_priorities.py", *words, "--systems", "fcfs", timeout=1200)
+    done = run("benchmarks/vllm_priorities.py", *words, timeout=1200)
+    _, machine, *found = map(json.loads, cells.read_text().splitlines())
+    assert machine["capacity"] > 0 and machine["alone_s"] > 0
+    assert [cell["system"] for cell in found] == ["fcfs", "priority", "scheduler", "continuous"]
+    for cell in found:
+        assert 0 < cell["short_s"] <= cell["p99_s"] and cell["tokens"] >= 4, cell
+        assert cell["cpu_s"] > 0 and f"| {cell['system']} | 1 |" in done.stdout
+    done = run_any("benchmarks/vllm_priorities.py", *words[:-1], "--cap", 9)
+    assert done.returncode == 1 and "made with other settings" in done.stderr
 
 
 @pytest.mark.slow

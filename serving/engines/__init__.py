@@ -14,7 +14,16 @@ from typing import Any
 from serving.engines.answers import Answer, Sampling, TextEngine
 from serving.engines.live import Inbox, WallClock
 
-__all__ = ["ENGINES", "Answer", "Inbox", "Sampling", "TextEngine", "WallClock", "make_engine"]
+__all__ = [
+    "ENGINES",
+    "IN_PROCESS",
+    "Answer",
+    "Inbox",
+    "Sampling",
+    "TextEngine",
+    "WallClock",
+    "make_engine",
+]
 
 
 def static(*args: Any, **options: Any) -> TextEngine:
@@ -29,8 +38,15 @@ def continuous(*args: Any, **options: Any) -> TextEngine:
     return ContinuousEngine(*args, **options)
 
 
+def vllm(*args: Any, **options: Any) -> TextEngine:
+    from serving.engines.vllm_engine import VllmEngine
+
+    return VllmEngine(*args, **options)
+
+
 def make_engine(name: str, *args: Any, **options: Any) -> TextEngine:
-    """An engine by its name in ENGINES: (model, limits, cost, stop_ids=None).
+    """An engine by its name in ENGINES: (model, limits, cost, stop_ids=None) of IN_PROCESS, and
+    VllmEngine's arguments.
 
     Raises:
         ValueError: no such engine.
@@ -43,4 +59,6 @@ def make_engine(name: str, *args: Any, **options: Any) -> TextEngine:
 ENGINES = {
     "static": static,  # transformers' generate, a batch at once; models spread over devices
     "continuous": continuous,  # iterations over a KV arena; several devices: engines.pipeline
+    "vllm": vllm,  # a vLLM server in a process of its own
 }
+IN_PROCESS = ("static", "continuous")  # those that hold the model themselves

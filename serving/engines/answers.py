@@ -314,6 +314,9 @@ class TextEngine:
         for request_id in self._registered_ids():
             self.forget(request_id, reason)
 
+    def close(self) -> None:
+        """Give back what outlives the answers; no step comes after."""
+
     def count(self) -> int:
         """Registered answers: waiting, running, and cancelled ones that have not left yet."""
         return len(self._answers)

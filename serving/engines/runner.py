@@ -139,6 +139,7 @@ class EngineRunner:
     Args:
         clock: of all times; a new one by default.
         on_error: called in the engine's thread with what ended it, before any answer ends.
+        closes_engine: with stop(); False where the engine is used again.
     """
 
     def __init__(
@@ -147,8 +148,10 @@ class EngineRunner:
         policy: Policy,
         clock: WallClock | None = None,
         on_error: Callable[[BaseException], None] | None = None,
+        closes_engine: bool = False,
     ) -> None:
         self.engine, self.policy = engine, policy
+        self._closes_engine = closes_engine
         self.limits = engine.limits
         self.adapters: AdapterStore | None = engine.adapters
         self.clock = clock or WallClock()
@@ -219,10 +222,13 @@ class EngineRunner:
     def stop(self, timeout_s: float) -> bool:
         self.inbox.close()
         self.cancel_all()
-        if self._thread is None:
-            return True
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                return False
+        if self._closes_engine:
+            self.engine.close()
+        return True
 
     def _serve(self, observe: Callable[[Event], None], failed: Callable[[], None]) -> None:
         try:

@@ -9,11 +9,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 LENGTH_HEADER = "x-glm-predicted-tokens"  # the expected answer, for whatever reads it
 Q90_HEADER = "x-glm-predicted-q90-tokens"
+PREDICTED_TOKENS, PREDICTED_Q90 = "predicted_tokens", "predicted_q90_tokens"  # in vllm_xargs
 NEUTRAL_TOKENS = 256.0  # an answer of so many gets priority 0, as requests without one have
 CENTISECONDS = 100
 PREEMPT_S = 10.0  # SGLang: a waiting request that is so much more urgent displaces one that runs
@@ -161,6 +162,28 @@ class VllmKind(Kind):
         return Added({"priority": whole_level(level)}, length_headers(hints))
 
 
+class VllmLengthKind(VllmKind):
+    """vLLM with LengthScheduler (vllm_scheduler.py): it gets the lengths and orders by itself.
+
+    Without that scheduler it ignores them.
+    """
+
+    text = "vLLM with serving.gateway.vllm_scheduler.LengthScheduler: vllm_xargs, the length"
+    needs = "--scheduler-cls serving.gateway.vllm_scheduler.LengthScheduler"
+
+    def read_facts(self, replies: Mapping[str, str]) -> Facts:
+        info = replies.get(self.fact_paths[0], "")
+        facts = super().read_facts(replies)
+        return replace(facts, priorities="LengthScheduler" in info if info else None)
+
+    def added(self, hints: Hints, facts: Facts) -> Added:
+        headers = length_headers(hints)
+        if hints.expected is None:
+            return Added(headers=headers)
+        lengths = {PREDICTED_TOKENS: hints.expected, PREDICTED_Q90: hints.q90}
+        return Added({"vllm_xargs": lengths}, headers)
+
+
 class SglangKind(Kind):
     """SGLang with --enable-priority-scheduling: higher ones first, unless its flag turns the sign.
 
@@ -283,6 +306,7 @@ def is_positive_count(value: Any) -> bool:
 
 KINDS: dict[str, Kind] = {
     "vllm": VllmKind(),
+    "vllm-length": VllmLengthKind(),
     "sglang": SglangKind(),
     "dynamo": DynamoKind(),
     "llm-d": LlmDKind(),

@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 from finetune.placing import PlacementFlags
 from serving.cost_model.model import CostModel
+from serving.engines.answers import TextEngine
 from serving.engines.runner import EngineRunner
 from serving.policies.continuous import POLICIES
 from serving.replicas.messages import ReplicaJob, ReplicaReady
 from serving.replicas.planning import DeploymentPlan, comparison, plan_deployment
 from serving.replicas.pool import ReplicaPool
 from serving.replicas.served_model import ServedModel
+from serving.replicas.vllm_serving import open_vllm, with_parallel_sizes
 from serving.request import Limits
 
 TYPICAL_TOKENS = 256  # of a prompt, and of an answer, of the batch that a deployer plans for
@@ -40,7 +42,14 @@ class OpenedPool(NamedTuple):
 def open_backend(
     served: ServedModel, flags: PlacementFlags, limits: Limits
 ) -> OpenedEngine | OpenedPool:
-    """Replicas where the flags place them, else an engine in this process. Raises as these."""
+    """Replicas where the flags place them, else an engine in this process. Raises as these.
+
+    With the engine vllm, one server with as many stages and replicas as are placed.
+    """
+    if flags.is_placed and served.engine == "vllm":
+        plan = planned(served, flags, limits)
+        print(plan.describe(), flush=True)
+        return open_in_process(with_parallel_sizes(served, plan.replicas), limits)
     if flags.is_placed:
         return open_placed(served, flags, limits)
     return open_in_process(served, limits)
@@ -52,8 +61,14 @@ def open_in_process(served: ServedModel, limits: Limits) -> OpenedEngine:
     Raises:
         ValueError, OSError: in one line, what does not fit or is missing.
     """
-    engine = served.load_engine(limits, served.device)
-    runner = EngineRunner(engine, POLICIES[served.policy])
+    engine: TextEngine
+    if served.engine == "vllm":
+        engine = open_vllm(served, limits)
+    else:
+        engine = served.load_engine(limits, served.device)
+    # vLLM's process would outlive this one's.
+    closes = served.engine == "vllm"
+    runner = EngineRunner(engine, POLICIES[served.policy], closes_engine=closes)
     return OpenedEngine(runner, getattr(engine.model.config, "chat_prompt", None))
 
 
@@ -67,23 +82,7 @@ def open_placed(served: ServedModel, flags: PlacementFlags, limits: Limits) -> O
     Raises:
         ValueError, OSError: in one line, what does not fit or is missing.
     """
-    if served.device != ServedModel.device:
-        raise ValueError(
-            f"--device {served.device} is of one device, and --deployer, --num_gpus, --devices and "
-            "--device_map name others: leave it out"
-        )
-    half = max(min(limits.max_tokens // 2, TYPICAL_TOKENS), 1)
-    plan = plan_deployment(
-        flags,
-        served.loading.path,
-        kv_tokens=limits.kv_tokens,
-        batch=max(min(limits.max_batch, limits.kv_tokens // (2 * half)), 1),
-        prompt_tokens=half,
-        output_tokens=half,
-        precision=served.loading.precision,
-        base=served.loading.base,
-        keep_quantized=served.loading.keep_quantized,
-    )
+    plan = planned(served, flags, limits)
     stages = max(len(replica.stages) for replica in plan.replicas)
     if served.rereader is not None and stages > 1:
         raise ValueError(
@@ -96,6 +95,31 @@ def open_placed(served: ServedModel, flags: PlacementFlags, limits: Limits) -> O
     said = pool.open()
     print(loading_report(plan, said), flush=True)
     return OpenedPool(pool, said[0].chat_prompt)
+
+
+def planned(served: ServedModel, flags: PlacementFlags, limits: Limits) -> DeploymentPlan:
+    """What a deployer makes of the flags.
+
+    Raises:
+        ValueError: they contradict each other, a device is not there, or nothing fits.
+    """
+    if served.device != ServedModel.device:
+        raise ValueError(
+            f"--device {served.device} is of one device, and --deployer, --num_gpus, --devices and "
+            "--device_map name others: leave it out"
+        )
+    half = max(min(limits.max_tokens // 2, TYPICAL_TOKENS), 1)
+    return plan_deployment(
+        flags,
+        served.loading.path,
+        kv_tokens=limits.kv_tokens,
+        batch=max(min(limits.max_batch, limits.kv_tokens // (2 * half)), 1),
+        prompt_tokens=half,
+        output_tokens=half,
+        precision=served.loading.precision,
+        base=served.loading.base,
+        keep_quantized=served.loading.keep_quantized,
+    )
 
 
 def replica_jobs(served: ServedModel, plan: DeploymentPlan, limits: Limits) -> list[ReplicaJob]:

@@ -72,6 +72,8 @@ class ServedModel:
         engine, policy: names in ENGINES and POLICIES.
         profile: of the engine, for policies; None: the device's datasheet.
         rereader: folder of what predicts lengths anew from hidden states; None for none.
+        vllm_python: that has vLLM, for the engine vllm; None for this one. vllm_args: further words
+            of its command.
     """
 
     loading: ModelLoading
@@ -81,6 +83,8 @@ class ServedModel:
     profile: str | None = None
     prefix_cache_tokens: int = 0
     rereader: str | None = None
+    vllm_python: str | None = None
+    vllm_args: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, flags: ServedModelFlags, **served: Any) -> "ServedModel":

@@ -29,6 +29,8 @@ class ServerFlags(PlacementFlags):
     policy: str
     objective: str | None
     engine: str
+    vllm_python: str | None
+    vllm_args: str
     host: str
     port: int
     max_batch: int
@@ -92,6 +94,10 @@ def server_parser() -> argparse.ArgumentParser:
         default="continuous",
         help="what runs the model [continuous]",
     )
+    python = "with --engine vllm: the python of an environment that has vLLM [this one]"
+    parser.add_argument("--vllm_python", metavar="PATH", help=python)
+    words = 'with --engine vllm: more of its command line, as "--tensor-parallel-size 2"'
+    parser.add_argument("--vllm_args", default="", metavar="WORDS", help=words)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at [127.0.0.1]")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at [8000]")
     parser.add_argument("--max_batch", type=int, default=16, help="answers made at once [16]")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 from dataclasses import replace
 
 from chatglm import load_tokenizer
@@ -94,6 +95,8 @@ def load_service(flags: ServerFlags) -> Service:
         policy=flags.policy,
         prefix_cache_tokens=flags.prefix_cache_tokens,
         rereader=flags.rereader,
+        vllm_python=flags.vllm_python,
+        vllm_args=tuple(shlex.split(flags.vllm_args)),
     )
     opened = open_backend(served, flags, limits)
     text_encoder = None

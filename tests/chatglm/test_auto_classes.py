@@ -1,6 +1,7 @@
 """The snippets that users of the originals have, on folders laid out as the releases are."""
 
 import json
+import pickle
 import shutil
 
 import pytest
@@ -253,6 +254,27 @@ def test_batches_of_conversations(loaded):
     ):
         with pytest.raises(ValueError, match=message):
             tokenizer.apply_chat_template(bad)
+
+
+def test_a_rendered_chat_is_encoded_as_its_ids(loaded):
+    """As vLLM and many scripts do it: the text first, then its ids."""
+    _, tokenizer = loaded
+    messages = [{"role": "user", "content": "你好 [gMASK]<|user|>"}]
+    options = {"add_generation_prompt": True}
+    wanted = tokenizer.apply_chat_template(messages, return_dict=False, **options)
+    template = tokenizer.get_chat_template()
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, chat_template=template, **options
+    )
+    assert tokenizer(text)["input_ids"] == tokenizer.encode(text) == wanted
+    assert tokenizer.encode(pickle.loads(pickle.dumps(text)), add_special_tokens=False) == wanted
+    batch = tokenizer([text, "a"], padding=True, return_tensors="pt", padding_side="left")
+    assert batch["input_ids"][0].tolist() == wanted
+    assert tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) == wanted
+    plain = tokenizer.encode(str.__str__(text) + "", add_special_tokens=False)
+    assert tokenizer.get_command("[gMASK]") not in plain
+    with pytest.raises(ValueError, match="built from ids"):
+        tokenizer.apply_chat_template(messages, chat_template="{{ messages }}")
 
 
 def test_tools_stand_in_the_system_message(loaded):

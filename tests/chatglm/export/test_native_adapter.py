@@ -15,9 +15,11 @@ from chatglm.export.folders import export_glm
 from merge_lora import merge
 from tests.chatglm.export.outside import make_release, read_json, run_outside
 
+LAYERS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 TARGETS = {
     "query_key_value": ["query_key_value"],
-    "all": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "output_layer"],
+    "layers": LAYERS,
+    "all": [*LAYERS, "output_layer"],
 }
 OPENED = """
 import torch

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import serving.engines.adapter_files
 import serving.engines.arena
 from chatglm import load_model
-from serving.engines import ENGINES, Sampling
+from serving.engines import IN_PROCESS, Sampling
 from serving.engines.adapter_errors import AdapterExists, UnknownAdapter
 from serving.engines.adapter_files import linear_sizes, read_lora
 from serving.engines.adapters import AdapterSet
@@ -122,7 +122,7 @@ def test_mixed_rows_answer_as_merged_models(world, kind, seed):
 def test_mixed_static_batches_answer_as_merged_models(world, kind):
     here = world(kind)
     asked = asked_of(here, 9, 3)
-    for name in ENGINES:
+    for name in IN_PROCESS:
         answers, events = serve(loaded_engine(name, here), Chaos(3, together=True), asked)
         check_answers(here, asked, answers)
         assert [event.kind for event in events].count("preempted")

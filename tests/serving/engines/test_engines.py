@@ -11,7 +11,7 @@ import torch
 
 import serving.engines.arena
 from predictor.prediction import from_bins
-from serving.engines import ENGINES, Inbox, Sampling, WallClock, make_engine
+from serving.engines import IN_PROCESS, Inbox, Sampling, WallClock, make_engine
 from serving.engines.arena import Arena, slab_tokens
 from serving.engines.kv_memory import KvMemory
 from serving.policies.continuous import POLICIES
@@ -240,7 +240,7 @@ def test_events_are_the_simulated_engines(name, together, seed):
     assert stories[0] == stories[1]
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", IN_PROCESS)
 @pytest.mark.parametrize("variant", ["glm", "glm2", "native-glm2"])
 @pytest.mark.parametrize("seed", range(2))
 def test_static_batches(name, variant, seed):

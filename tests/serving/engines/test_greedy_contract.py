@@ -6,7 +6,7 @@ random plans with preemption.
 
 import pytest
 
-from serving.engines import ENGINES, Sampling
+from serving.engines import IN_PROCESS, Sampling
 from serving.engines.constraints import Grammar, TokenVocabulary
 from serving.policies.continuous import POLICIES
 from serving.request import Limits
@@ -77,7 +77,7 @@ def check_words(answer):
     assert not ended or matcher.allowed()[answer.tokens[-1]]
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", IN_PROCESS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("seed", range(2))
 def test_tokens_do_not_depend_on_the_batch(name, family, seed):

@@ -70,6 +70,9 @@ def test_every_kind_says_the_length(kind):
 def test_what_is_added_to_the_body():
     assert KINDS["vllm"].added(SHORT, UNTOLD).fields == {"priority": 20 - 256}
     assert KINDS["vllm"].added(SOON, UNTOLD).fields == {"priority": 4000}
+    lengths = {"predicted_tokens": 20, "predicted_q90_tokens": 50}
+    assert KINDS["vllm-length"].added(SHORT, UNTOLD).fields == {"vllm_xargs": lengths}
+    assert not KINDS["vllm-length"].added(Hints(1.0, True, 0.0), UNTOLD).fields
     hints = KINDS["dynamo"].added(SHORT, UNTOLD).fields["nvext"]["agent_hints"]
     assert hints == {"osl": 20, "priority": 336}
     for kind in ("llm-d", "ollama", "openai", "glm-foundry"):
@@ -109,6 +112,17 @@ CACHE = 'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="1000"
                 "/metrics": f"# TYPE x gauge\n{CACHE}",
             },
             Facts(priorities=False, kv_tokens=16000),
+        ),
+        ("vllm-length", {}, UNTOLD),
+        (
+            "vllm-length",
+            {"/server_info?config_format=json": '{"scheduler_cls": "a.LengthScheduler"}'},
+            Facts(priorities=True),
+        ),
+        (
+            "vllm-length",
+            {"/server_info?config_format=json": '{"scheduler_cls": null, "policy": "priority"}'},
+            Facts(priorities=False),
         ),
         ("sglang", {"/server_info": "<html>"}, UNTOLD),
         (

@@ -1,0 +1,23 @@
+"""Which ChatGLM vLLM cannot serve. Free of vLLM."""
+
+from typing import Any
+
+from ..configuration import is_chatglm1
+
+OWN_SERVER = "serve it with python -m serving.server"
+
+
+def refuse_unservable(config: dict[str, Any], name: str) -> None:
+    """Raises ValueError for a ChatGLM that vLLM's classes would misread."""
+    if is_chatglm1(config):
+        raise ValueError(
+            f"{name} is a ChatGLM-6B, for which vLLM has no class: its positions have two "
+            f"dimensions and its prompt is read in both directions; {OWN_SERVER}"
+        )
+    if bits := config.get("quantization_bit"):
+        raise ValueError(
+            f"{name} has int{bits} weights in ChatGLM's own packing, which vLLM does not read: "
+            f"python -m chatglm.export {name} --to glm --output FOLDER unpacks them"
+        )
+    if config.get("pre_seq_len"):
+        raise ValueError(f"{name} has a P-Tuning prefix, for which vLLM has no place: {OWN_SERVER}")

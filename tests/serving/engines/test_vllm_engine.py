@@ -1,0 +1,158 @@
+"""The engine vllm: a real vLLM under our scheduler, and what is refused before it starts."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from chatglm import load_model, load_tokenizer
+from finetune.placing import ReplicaSpec, StageSpec
+from serving.engines import Sampling
+from serving.engines.runner import EngineRunner
+from serving.engines.stage_reports import ModelLoading
+from serving.engines.vllm_engine import refuse_sampling, sampling_fields
+from serving.policies.continuous import POLICIES
+from serving.replicas.served_model import ServedModel
+from serving.replicas.vllm_serving import open_vllm, server_words, with_parallel_sizes
+from serving.request import Limits, Request
+from tests.peers.vllm_folders import draw_prompts, made_python, make_release
+
+LIMITS = Limits(max_batch=4, kv_tokens=4096, max_tokens=256)
+EAGER = ("--enforce-eager",)
+TOKENS = 12
+
+
+def served(folder, **fields):
+    return ServedModel(ModelLoading(str(folder), precision="fp32"), engine="vllm", **fields)
+
+
+def test_words_of_the_server():
+    words = server_words(served("model", vllm_args=EAGER), LIMITS)
+    assert words[:2] == ["--dtype", "float32"] and words[-1] == "--enforce-eager"
+    assert words[words.index("--max-num-seqs") + 1] == "4"
+    halves = (StageSpec("cuda:0", 0, 14), StageSpec("cuda:1", 14, 28))
+    words = with_parallel_sizes(served("model"), [ReplicaSpec(halves)]).vllm_args
+    assert words == ("--pipeline-parallel-size", "2")
+    words = with_parallel_sizes(served("model"), [ReplicaSpec(halves[:1])] * 2).vllm_args
+    assert words == ("--pipeline-parallel-size", "1", "--data-parallel-size", "2")
+    with pytest.raises(ValueError, match="replicas that are alike"):
+        with_parallel_sizes(served("model"), [ReplicaSpec(halves), ReplicaSpec(halves[:1])])
+
+
+def test_sampling_as_vllm_takes_it():
+    fields = sampling_fields(Sampling(temperature=1e-9, seed=3, logit_bias=((5, -1.0),)))
+    assert fields["temperature"] == 0 and fields["seed"] == 3
+    assert fields["logit_bias"] == {"5": -1.0}
+    for sampling, what in (
+        (Sampling(logprobs=1), "logprobs"),
+        (Sampling(embeds=True), "embeddings"),
+        (Sampling(bad_words=((3,),)), "bad_words"),
+    ):
+        with pytest.raises(ValueError, match=f"--engine vllm has no {what}"):
+            refuse_sampling(sampling)
+
+
+def test_what_is_refused_before_a_server_starts(tiny_folders, tmp_path):
+    with pytest.raises(ValueError, match="ChatGLM-6B, for which vLLM has no class"):
+        open_vllm(served(tiny_folders["glm"]), LIMITS)
+    with pytest.raises(ValueError, match="--policy s3 makes static batches"):
+        open_vllm(served(tiny_folders["glm2"], policy="s3"), LIMITS)
+    with pytest.raises(ValueError, match="whole model's folder"):
+        open_vllm(served(tmp_path), LIMITS)
+    nothing = served(tiny_folders["glm2"], vllm_python=str(tmp_path / "python"))
+    with pytest.raises(ValueError, match="wanted a python that has vLLM"):
+        open_vllm(nothing, LIMITS)
+    config = json.loads((tiny_folders["glm3"] / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_bit": 4}))
+    with pytest.raises(ValueError, match="int4 weights"):
+        open_vllm(served(tmp_path), LIMITS)
+
+
+# ---- with a real vLLM
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made_python()
+    return make_release(tmp_path_factory.mktemp("release"), "glm3-32k")
+
+
+@pytest.fixture(scope="module")
+def backend(folder):
+    opened = served(folder, vllm_python=str(made_python()), vllm_args=EAGER)
+    engine = open_vllm(opened, LIMITS)
+    runner = EngineRunner(engine, POLICIES["fcfs"], closes_engine=True)
+    events = []
+    runner.start(events.append, lambda: None)
+    yield runner
+    assert runner.stop(60)
+    assert engine.server.process.poll() is not None
+
+
+def ask(backend, number, prompt, **sampling):
+    request = Request(number, len(prompt), backend.clock.now_s(), 60.0)
+    answer = backend.submit(request, prompt, Sampling(**sampling))
+    backend.enqueue(request)
+    return answer
+
+
+@pytest.mark.slow
+def test_greedy_answers_are_ours(backend, folder):
+    prompts = draw_prompts(3)
+    answers = []
+    for number, prompt in enumerate(prompts):  # more than run at once
+        answers.append(ask(backend, number, prompt, max_new_tokens=TOKENS))
+    model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.wait(120), answer.tokens
+        wanted = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=TOKENS)
+        assert answer.tokens == wanted[0, len(prompt) :].tolist()
+        stops = answer.tokens[-1] in tokenizer.stop_ids
+        assert answer.reason == ("stop" if stops else "length"), answer.refusal
+    deadline = time.monotonic() + 30
+    while backend.count() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert backend.count() == 0
+
+
+@pytest.mark.slow
+def test_seeds_limits_and_cancelling(backend):
+    prompt = draw_prompts(0)[1]
+    options = {"temperature": 1.0, "seed": 5, "max_new_tokens": TOKENS, "ignore_stops": True}
+    first, second = ask(backend, 101, prompt, **options), ask(backend, 102, prompt, **options)
+    assert first.wait(60) and second.wait(60) and first.tokens == second.tokens
+    cut = ask(backend, 103, prompt, ignore_stops=True)
+    assert cut.wait(120) and cut.reason == "cut"
+    assert len(cut.tokens) == LIMITS.max_tokens - len(prompt)
+    left = ask(backend, 104, prompt, ignore_stops=True)
+    next(iter(left))
+    backend.cancel(104)
+    assert left.wait(5) and left.reason == "cancelled"
+    with pytest.raises(ValueError, match="takes none"):
+        ask(backend, 105, prompt, adapter="a")
+
+
+SERVE = """
+import sys, time
+from serving.engines.vllm_process import VllmServer
+server = VllmServer(sys.argv[1], python=sys.argv[2], words=["--enforce-eager"])
+print(server.process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_server_leaves_no_vllm(folder):
+    words = [sys.executable, "-c", SERVE, str(folder), str(made_python())]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not os.path.exists(f"/proc/{child}")
