@@ -5,11 +5,13 @@ import subprocess
 
 import gguf
 import numpy as np
+import torch
 from sentencepiece import sentencepiece_model_pb2
 
 from benchmarks.client_env import environment_python
-from chatglm import load_tokenizer
+from chatglm import load_model, load_tokenizer
 from chatglm.export.command import main
+from chatglm.export.gguf_file import gguf_name
 from tests.conftest import REPO_ROOT, tiny_model, write_tokenizer
 from tests.finetune.runs import child_env
 
@@ -19,10 +21,15 @@ SIZES |= {"multi_query_group_num": 2, "padded_vocab_size": 400}
 RELEASES = {
     "glm2": ("glm2", {}),
     "glm2-32k": ("glm2", {"rope_ratio": 16}),
+    "glm3": ("glm3", {}),
     "glm3-32k": ("glm3", {"rope_ratio": 50}),
     "glm4": ("glm4", {"rope_ratio": 500, "layernorm_epsilon": 1.5625e-07}),
     "glm4-tied": ("glm4", {"tie_word_embeddings": True}),
 }
+# By type of the matrices: the most by which a chosen token is less likely than ours. llama.cpp
+# rounds what it multiplies to q8_0 where weights are packed, and to f16 where they are f16.
+TIES = {"f16": 0.02, "q8_0": 0.6, "q4_0": 0.6}
+TOKENS = 16  # of an answer
 
 
 def make_folder(place, name):
@@ -61,6 +68,34 @@ def tensors(reader) -> dict[str, np.ndarray]:
     for tensor in reader.tensors:
         found[tensor.name] = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     return found
+
+
+def model_of(reader, folder):
+    """Our model with the weights that a GGUF file holds."""
+    model, found = load_model(folder, dtype=torch.float32), tensors(reader)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if gguf_name(name) in found:
+            state[name] = torch.tensor(found[gguf_name(name)]).view_as(tensor)
+    lost = model.load_state_dict(state, strict=False).missing_keys
+    assert lost in ([], ["transformer.output_layer.weight"])
+    return model
+
+
+def random_prompts(seed: int) -> list[list[int]]:
+    draw = np.random.default_rng(seed)
+    return [draw.integers(3, 330, size=5 + 3 * row).tolist() for row in range(13)]
+
+
+@torch.inference_mode()
+def check_answers(model, prompts, answers, kind):
+    """Every token of the answers is our likeliest one too, or nearly."""
+    for prompt, answer in zip(prompts, answers):
+        assert len(answer) == TOKENS
+        whole = torch.tensor([prompt + answer])
+        scores = model(input_ids=whole).logits[0, len(prompt) - 1 : -1]
+        chosen = scores.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert (scores.max(dim=1).values - chosen).max() < TIES[kind]
 
 
 def run_llama(place, case: dict) -> dict:

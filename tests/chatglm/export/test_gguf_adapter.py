@@ -10,33 +10,31 @@ from chatglm import load_model
 gguf = pytest.importorskip("gguf", reason="pip install 'glm-foundry[gguf]'")
 from chatglm.export.gguf_file import gguf_name  # noqa: E402
 from tests.chatglm.export.gguf_files import (  # noqa: E402
+    RELEASES,
+    TIES,
+    TOKENS,
+    check_answers,
     export,
     make_folder,
+    model_of,
+    random_prompts,
     run_llama,
     settings,
     tensors,
 )
 
 LAYERS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-LORA = {"r": 3, "lora_alpha": 7, "init_lora_weights": False, "use_rslora": True}
-# name: (release, layers of the adapter)
-ADAPTERS = {
-    "glm2": ("glm2", [*LAYERS, "output_layer"]),
-    "glm3": ("glm3-32k", ["query_key_value"]),
-    "glm4": ("glm4", [*LAYERS, "output_layer"]),
-    "glm4-tied": ("glm4-tied", LAYERS),
-}
-# By type of the base: the most by which a chosen token is less likely than ours. llama.cpp rounds
-# what it multiplies to the type of q8_0 where weights are packed, and to f16 where they are f16.
-TIES = {"f16": 0.02, "q8_0": 0.6, "q4_0": 0.6}
-TOKENS = 12
+LORA = {"r": 3, "lora_alpha": 2, "init_lora_weights": False, "use_rslora": True}
+# Layers of the adapter by release; a tied output layer cannot have one.
+ADAPTERS = {name: [*LAYERS, "output_layer"] for name in RELEASES}
+ADAPTERS |= {"glm3-32k": ["query_key_value"], "glm4-tied": LAYERS}
 
 
 def make_adapter(base, folder, layers):
     torch.manual_seed(0)
     patterns = {}  # layers of other ranks and alphas: a GGUF adapter has one alpha
     if "dense" in layers:
-        patterns = {"rank_pattern": {"dense": 2}, "alpha_pattern": {"dense_h_to_4h": 5}}
+        patterns = {"rank_pattern": {"dense": 2}, "alpha_pattern": {"dense_h_to_4h": 1}}
     config = LoraConfig(target_modules=layers, **LORA, **patterns)
     adapted = get_peft_model(load_model(base, dtype=torch.float32), config)
     adapted.peft_config["default"].base_model_name_or_path = str(base)
@@ -44,29 +42,16 @@ def make_adapter(base, folder, layers):
     return folder
 
 
-def model_of(reader, folder):
-    """Our model with the weights that a GGUF file holds."""
-    model, found = load_model(folder, dtype=torch.float32), tensors(reader)
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if gguf_name(name) in found:
-            state[name] = torch.tensor(found[gguf_name(name)]).view_as(tensor)
-    lost = model.load_state_dict(state, strict=False).missing_keys
-    assert lost in ([], ["transformer.output_layer.weight"])
-    return model
-
-
 @pytest.fixture(scope="module")
 def answered(tmp_path_factory):
     """{(name, type): (our adapted model, prompts, llama.cpp's with the adapter, without)}."""
     place = tmp_path_factory.mktemp("adapters")
     case, made = {}, {}
-    for number, (name, (release, layers)) in enumerate(ADAPTERS.items()):
-        folder = make_folder(place / name, release)
+    for number, (name, layers) in enumerate(ADAPTERS.items()):
+        folder = make_folder(place, name)
         load_model(folder).half().save_pretrained(folder)
         adapter = make_adapter(folder, place / f"{name}-lora", layers)
-        draw = np.random.default_rng(number)
-        prompts = [draw.integers(3, 330, size=5 + 3 * row).tolist() for row in range(6)]
+        prompts = random_prompts(number)[:6]
         for kind in TIES:
             file = place / f"{name}-{kind}.gguf"
             reader = export(adapter, file, "--type", kind, "--keep_adapter")
@@ -93,15 +78,11 @@ def test_answers_are_ours(answered, name, kind):
     logits = model(input_ids=ids).logits[0].numpy()
     with model.disable_adapter():
         rounding = np.std(plain["logits"] - model(input_ids=ids).logits[0].numpy())
-    assert np.std(found["logits"] - logits) < 2 * rounding  # about as without an adapter
-    assert np.std(plain["logits"] - logits) > 20 * rounding
+    assert np.std(found["logits"] - logits) < 3 * rounding  # about as without an adapter
+    assert np.std(plain["logits"] - logits) > 10 * rounding
     if kind == "f16":
         assert np.abs(found["logits"] - logits).max() < 0.03
-    for prompt, answer in zip(prompts, found["answers"]):
-        whole = torch.tensor([prompt + answer])
-        scores = model(input_ids=whole).logits[0, len(prompt) - 1 : -1]
-        chosen = scores.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        assert (scores.max(dim=1).values - chosen).max() < TIES[kind]
+    check_answers(model, prompts, found["answers"], kind)
 
 
 def test_an_adapter_has_the_updates_of_ours(tmp_path):
