@@ -76,9 +76,11 @@ def test_q4_0_keeps_vectors_and_the_output_layer(tmp_path):
     assert kinds["blk.0.ffn_up.weight"] == "Q4_0"
 
 
-def test_refusals_leave_nothing(tmp_path, capsys):
-    folder = make_release(tmp_path / "narrow", "glm3")  # 6 heads of 8 are not 40
+def test_refusals_leave_nothing(tmp_path, tiny_folders, capsys):
     words = ["--to", "gguf", "--output", str(tmp_path / "model.gguf")]
+    assert main([str(tiny_folders["glm"]), *words]) == 1
+    assert "two dimensions" in capsys.readouterr().err
+    folder = make_release(tmp_path / "narrow", "glm3")  # 6 heads of 8 are not 40
     assert main([str(folder), *words]) == 1
     assert "hidden_size = heads x kv_channels, got 40 and 6 x 8" in capsys.readouterr().err
     spaces = make_folder(tmp_path, "glm2")
