@@ -39,6 +39,7 @@ COMMANDS = {
     "checksums": Entry("chatglm.checksums", "check a model's files"),
     "convert": Entry("chatglm.convert_adapter", "read and write other projects' adapters"),
     "export": Entry("chatglm.export.command", "a ChatGLM model as transformers' own GLM, and back"),
+    "quantize": Entry("finetune.quantize", "a ChatGLM model in 4 bits, by GPTQ or AWQ"),
     "report": Entry("finetune.report", "a page of a training run's record"),
 }
 

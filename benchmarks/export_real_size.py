@@ -1,12 +1,13 @@
 # ruff: noqa: E402
 """Merging and exporting at real size: seconds against a copy of the same bytes, and memory.
 
-    python benchmarks/export_real_size.py [--models chatglm2-6b,glm-4-9b] [--json FILE]
+    python benchmarks/export_real_size.py [--models chatglm2-6b,glm-4-9b] [--only WORD]
 
 A model of random fp16 weights is made in --work, with a random LoRA of it; then, one after the
 other, each output deleted before the next: merge_lora.py, chatglm.export --to glm, and --to gguf
 --type q4_0. Seconds are a command's own and those until the disk has everything, against copying
-the model's files with fsync, once before each command. Memory is the most anonymous memory that the
+the model's files with fsync, once before each command; CPU seconds say how much of it was not
+waiting for the disk or for other programs. Memory is the most anonymous memory that the
 command held, above that of a Python which has imported what it imports.
 
 ChatGLM2-6B takes 50 GB of disk at most, GLM-4-9B 60. --tiny makes models of two small layers.
@@ -16,6 +17,7 @@ import argparse
 import gzip
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -61,6 +63,7 @@ class Step:
 
     Attributes:
         seconds, copied_s: until the disk has its output, and the model's files copied.
+        cpu_s: of the command's process, user and system.
         memory_gb: the most anonymous memory, above a Python that has imported the same.
     """
 
@@ -68,6 +71,7 @@ class Step:
     command: str
     seconds: float
     copied_s: float
+    cpu_s: float
     memory_gb: float
     output_gb: float
 
@@ -161,13 +165,14 @@ def anonymous_bytes(process: int) -> int:
     return 0
 
 
-def run_watched(words: Sequence[object]) -> tuple[float, int]:
-    """(seconds until the disk has what it wrote, most anonymous bytes) of a Python command.
+def run_watched(words: Sequence[object]) -> tuple[float, float, int]:
+    """(seconds until the disk has what it wrote, CPU seconds, most anonymous bytes) of a Python
+    command.
 
     Raises:
         ValueError: the command failed; its last words.
     """
-    begin = time.perf_counter()
+    begin, spent = time.perf_counter(), children_s()
     process = subprocess.Popen(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
@@ -185,8 +190,15 @@ def run_watched(words: Sequence[object]) -> tuple[float, int]:
     process.stderr.close()
     if process.returncode:
         raise ValueError(f"{words} ended with {process.returncode}: {said[-500:]}")
+    cpu_s = children_s() - spent
     os.sync()
-    return time.perf_counter() - begin, most
+    return time.perf_counter() - begin, cpu_s, most
+
+
+def children_s() -> float:
+    """CPU seconds of the processes that this one has waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def idle_bytes() -> int:
@@ -221,12 +233,13 @@ def run_model(name: str, flags: argparse.Namespace, idle: int) -> list[Step]:
         }
         steps = []
         for command, words in commands.items():
+            if flags.only not in command:
+                continue
             os.sync()
             copied_s = copy_seconds(model, place / "copy")
-            seconds, most = run_watched(words)
-            written = bytes_of(output)
-            memory_gb = max(most - idle, 0) / 1e9
-            steps.append(Step(name, command, seconds, copied_s, memory_gb, written / 1e9))
+            seconds, cpu_s, most = run_watched(words)
+            memory_gb, output_gb = max(most - idle, 0) / 1e9, bytes_of(output) / 1e9
+            steps.append(Step(name, command, seconds, copied_s, cpu_s, memory_gb, output_gb))
             print(line_of(steps[-1]), file=sys.stderr, flush=True)
             shutil.rmtree(output) if output.is_dir() else output.unlink()
         return steps
@@ -245,7 +258,7 @@ def line_of(step: Step) -> str:
     """A row of the table."""
     return (
         f"| {step.model} | `{step.command}` | {step.seconds:.1f} | {step.copied_s:.1f} "
-        f"| {step.ratio:.1f} | {step.memory_gb:.2f} | {step.output_gb:.2f} |"
+        f"| {step.ratio:.1f} | {step.cpu_s:.1f} | {step.memory_gb:.2f} | {step.output_gb:.2f} |"
     )
 
 
@@ -254,6 +267,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="export_real_size.py", description=__doc__, formatter_class=layout)
     add = parser.add_argument
     add("--models", default=",".join(MODELS), help="comma between them [all]")
+    add("--only", default="", help="the commands that hold this word [all]")
     add("--work", type=Path, default=Path("export-real-size"), help="folder to work in")
     add("--data", type=Path, default=ROOT.parent / "shared/data", help="of the vocabularies")
     add("--tiny", action="store_true", help="models of two small layers")
@@ -274,8 +288,8 @@ def main(argv: list[str] | None = None) -> int:
         steps = []
         for name in flags.models.split(","):
             steps += run_model(name, flags, idle)
-        print("| model | command | s | a copy, s | ratio | memory, GB | output, GB |")
-        print("|---|---|---|---|---|---|---|")
+        print("| model | command | s | a copy, s | ratio | CPU s | memory, GB | output, GB |")
+        print("|---|---|---|---|---|---|---|---|")
         for step in steps:
             print(line_of(step))
         if flags.json:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from benchmarks import peers_table
 from benchmarks.gateway_overhead import train_lexical
 from benchmarks.page_paint import find_browser
 from chatglm.export.folders import export_glm
@@ -117,6 +118,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/method_matrix.py": "test_method_matrix",
     "benchmarks/offline.py": "test_offline",
     "benchmarks/page_paint.py": "test_page_paint",
+    "benchmarks/peers_table.py": "test_peers_table",
     "benchmarks/predictor.py": "test_predictor_benchmark",
     "benchmarks/pipeline.py": "test_pipeline",
     "benchmarks/preferences.py": "test_preferences",
@@ -567,13 +569,40 @@ def test_export_real_size(tmp_path):
         "--to glm",
         "--to gguf --type q4_0",
     ]
-    assert all(step["output_gb"] > 0 and step["seconds"] > 0 for step in steps)
+    for name in ("output_gb", "seconds", "cpu_s"):
+        assert all(step[name] > 0 for step in steps), name
     assert not any((tmp_path / "work").iterdir())
 
 
 def test_serving_engine(tmp_path):
     run("benchmarks/serving_engine.py", "--quick", "--rows", 4, "--json", tmp_path / "out.json")
     assert set(json.loads((tmp_path / "out.json").read_text())["rates"]) == {"static", "continuous"}
+
+
+@pytest.mark.slow
+def test_peers_table(tmp_path):
+    words = ("--only", "transformers exported", "--json", tmp_path / "out.json")
+    done = run("benchmarks/peers_table.py", *words)
+    heads, *table = json.loads((tmp_path / "out.json").read_text())
+    assert heads[2:4] == ["ChatGLM-6B", "ChatGLM2"]
+    refused = "refused: no place for two-dimensional positions"
+    assert table == [["transformers", "exported folder", refused, *["equal"] * 5]]
+    assert done.stdout.splitlines()[-1] == f"| {' | '.join(table[0])} |"
+
+
+def test_cells_of_the_peers_table(tmp_path):
+    [row] = [row for row in peers_table.ROWS if row.subject == "prefix tuning"]
+    cases = ""
+    for family, inner in {"glm": "", "glm2": "", "glm3": "<skipped/>", "glm4": "<error/>"}.items():
+        case = f'classname="tests.peers.test_peft" name="test_virtual_tokens[{family}-prefix]"'
+        cases += f"<testcase {case}>{inner}</testcase>"
+    (tmp_path / "report.xml").write_text(f"<testsuite>{cases}</testsuite>")
+    found = peers_table.read_report(tmp_path / "report.xml")
+    reason = "refused: a prefix has no two-dimensional positions"
+    [line] = peers_table.table_of([row], found)
+    assert line[2:] == [reason, "equal", "", "not tried", "", "differs"]
+    with pytest.raises(ValueError, match="glm2 has no test"):
+        peers_table.table_of([row], {name: "passed" for name in found if "glm-" in name})
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.client_env import environment_python
+from chatglm import load_tokenizer
 from chatglm.configuration import ChatGLM1Config
 from chatglm.export.folders import export_glm
 from chatglm.families import CHATGLM_FAMILIES
@@ -24,6 +25,7 @@ from tests.chatglm.export.outside import run_outside
 from tests.conftest import REPO_ROOT
 
 ROWS = 50
+NEW = 6  # tokens of an answer, which TASKS and NATIVE name too
 CHOICES = ["你好", "world a"]
 DATA = """\
 task: NAME
@@ -132,59 +134,96 @@ def native_scores(folder, place):
     return json.loads(run_outside(NATIVE, place, place / "native", rows))
 
 
-def glm_scores(folder):
-    """Log-likelihoods of `pairs`: context, [gMASK], <sop>, answer."""
-    config = ChatGLM1Config.from_dict(json.loads((folder / "config.json").read_text("utf-8")))
-    model = ChatGLM1ForConditionalGeneration(config).eval()
-    state = load_file(folder / "model.safetensors")
-    lost = model.load_state_dict(state, strict=False).missing_keys
-    assert lost in ([], ["lm_head.weight"])
-    model.tie_weights()
-    pieces = sentencepiece.SentencePieceProcessor(str(folder / "ice_text.model"))
-    marks = [pieces.piece_to_id("[gMASK]"), pieces.piece_to_id("<sop>")]
-    scores = []
-    for context, scored in pairs():
-        start = pieces.encode(context) if context else []
-        answer = pieces.encode(scored.removeprefix(" "))
-        ids = torch.tensor([start + marks + answer])
+class ByHand:
+    """A ChatGLM-6B by SentencePiece's ids, with explicit positions and an explicit mask."""
+
+    def __init__(self, folder):
+        config = ChatGLM1Config.from_dict(json.loads((folder / "config.json").read_text("utf-8")))
+        self.model = ChatGLM1ForConditionalGeneration(config).eval()
+        state = load_file(folder / "model.safetensors")
+        lost = self.model.load_state_dict(state, strict=False).missing_keys
+        assert lost in ([], ["lm_head.weight"])
+        self.model.tie_weights()
+        self.pieces = sentencepiece.SentencePieceProcessor(str(folder / "ice_text.model"))
+        self.marks = [self.pieces.piece_to_id(mark) for mark in ("[gMASK]", "<sop>")]
+
+    @torch.no_grad()
+    def logits(self, start, answer):
+        """Of every place of: start, [gMASK], <sop>, answer."""
+        ids = torch.tensor([start + self.marks + answer])
         before, count = len(start) + 1, len(answer) + 1
         place = [*range(before), *[before - 1] * count]
         block = [*[0] * before, *range(1, count + 1)]
         visible = torch.ones(before + count, before + count).tril().bool()
         visible[:, :before] = True
         mask = torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
-        with torch.no_grad():
-            logits = model(
-                ids,
-                attention_mask=mask[None, None],
-                position_ids=torch.tensor([[place, block]]),
-            ).logits
-        found = logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
-        scores.append(found[-len(answer) :].sum().item())
-    return scores
+        positions = torch.tensor([[place, block]])
+        return self.model(ids, attention_mask=mask[None, None], position_ids=positions).logits[0]
+
+    def score(self, context, scored):
+        start = self.pieces.encode(context) if context else []
+        answer = self.pieces.encode(scored.removeprefix(" "))
+        found = self.logits(start, answer)[-len(answer) - 1 : -1].log_softmax(-1)
+        return found.gather(1, torch.tensor(answer)[:, None]).sum().item()
+
+    def answer(self, context):
+        start, answer = self.pieces.encode(context), []
+        while len(answer) < NEW and self.pieces.piece_to_id("<eop>") not in answer:
+            answer.append(self.logits(start, answer)[-1].argmax().item())
+        return answer
+
+
+class Scored:
+    """What the harness finds on a family's tiny model, and the same by hand.
+
+    Attributes:
+        tasks: {task: its samples}.
+        scores: log-likelihoods of `pairs`.
+        answers: greedy ids after each question.
+    """
+
+    def __init__(self, folder, place):
+        self.tokenizer = load_tokenizer(folder)
+        self.tasks = harness(folder, place)
+        if self.tokenizer.family == "glm":
+            model = ByHand(folder)
+            self.scores = [model.score(*pair) for pair in pairs()]
+            self.answers = [model.answer(question) for question in questions()]
+        else:
+            self.scores, answers = native_scores(folder, place)
+            self.answers = answers[: 2 * ROWS : 2]
+
+
+@pytest.fixture(scope="module", params=CHATGLM_FAMILIES)
+def scored(request, tiny_folders, tmp_path_factory):
+    return Scored(tiny_folders[request.param], tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
-def test_log_likelihoods(tiny_folders, family, tmp_path):
-    folder = tiny_folders[family]
-    found = harness(folder, tmp_path)
-    scores, rolled = [], []
-    for sample in found["tiny_choices"]:
-        scores += [float(resp[0][0]) for resp in sample["resps"]]
-    for sample in found["tiny_rolling"]:
+def test_choices(scored):
+    found = []
+    for sample in scored.tasks["tiny_choices"]:
+        found += [float(resp[0][0]) for resp in sample["resps"]]
+    assert len(found) == 2 * ROWS
+    assert found == pytest.approx(scored.scores[: 2 * ROWS], rel=1e-4, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_rolling(scored):
+    found = []
+    for sample in scored.tasks["tiny_rolling"]:
         [[total]] = sample["resps"]
-        rolled.append(float(total[0] if isinstance(total, list) else total))
-    wanted = glm_scores(folder) if family == "glm" else native_scores(folder, tmp_path)[0]
-    assert len(scores + rolled) == len(wanted) == 3 * ROWS
-    assert scores + rolled == pytest.approx(wanted, rel=1e-4, abs=1e-3)
+        found.append(float(total[0] if isinstance(total, list) else total))
+    assert len(found) == ROWS
+    assert found == pytest.approx(scored.scores[2 * ROWS :], rel=1e-4, abs=1e-3)
 
 
 @pytest.mark.slow
-def test_written_answers_do_not_end_at_once(tiny_folders, tmp_path):
-    """The end token's text is empty, and every text holds an empty text."""
-    found = harness(tiny_folders["glm4"], tmp_path)["tiny_written"]
-    greedy = native_scores(tiny_folders["glm4"], tmp_path)[1]
-    tokens = [len(ids) for ids in greedy[: 2 * ROWS : 2]]
-    texts = [sample["resps"][0][0] for sample in found]
-    assert max(tokens) == 6 and max(map(len, texts)) > 2
+def test_written_answers(scored):
+    """The end token's text is empty, and every text holds an empty text: none ends at once."""
+    texts = [sample["resps"][0][0] for sample in scored.tasks["tiny_written"]]
+    wanted = []
+    for ids in scored.answers:
+        wanted.append(scored.tokenizer.decode(ids, skip_special_tokens=True).split(".")[0])
+    assert max(map(len, scored.answers)) == NEW and max(map(len, texts)) > 2
+    assert texts == wanted

@@ -43,40 +43,81 @@ def logged(log, name):
     return [line[name] for line in log if name in line]
 
 
+class Trained:
+    """A run of trl_runs.py on a family's tiny model.
+
+    Attributes:
+        found: {trainer: its log}.
+        good, bad: log-probabilities of the answers' tokens by the model that was not trained.
+    """
+
+    def __init__(self, folder, place):
+        script = REPO_ROOT / "tests" / "peers" / "trl_runs.py"
+        command = [environment_python("trl"), "-m", "chatglm", script, folder, place]
+        done = subprocess.run(
+            list(map(str, command)),
+            cwd=place,
+            env=child_env(HF_HUB_OFFLINE="1"),
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        self.place = place
+        self.found = json.loads((place / "found.json").read_text())
+        self.tokenizer = load_tokenizer(folder)
+        model = load_model(folder, dtype=torch.float32)
+        self.good = log_probabilities(model, self.tokenizer, GOOD)
+        self.bad = log_probabilities(model, self.tokenizer, BAD)
+
+
+@pytest.fixture(scope="module", params=CHATGLM_FAMILIES)
+def trained(request, tiny_folders, tmp_path_factory):
+    return Trained(tiny_folders[request.param], tmp_path_factory.mktemp(request.param))
+
+
 @pytest.mark.slow
 @pytest.mark.launch
-@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
-def test_trainers_by_a_folders_name(tiny_folders, family, tmp_path):
-    folder = tiny_folders[family]
-    script = REPO_ROOT / "tests" / "peers" / "trl_runs.py"
-    command = [environment_python("trl"), "-m", "chatglm", script, folder, tmp_path]
-    env = child_env(HF_HUB_OFFLINE="1")
-    done = subprocess.run(
-        list(map(str, command)), cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
-    good = log_probabilities(model, tokenizer, GOOD)
-    wanted = -torch.cat(good).mean().item()
-    for name in ("sft", "sft packed", "sft without padding"):
-        assert logged(found[name], "loss") == pytest.approx([wanted], rel=1e-3), name
-    assert logged(found["dpo"], "loss")[0] == pytest.approx(math.log(2), rel=1e-3)
-    assert logged(found["dpo"], "loss")[2] < math.log(2)
-    bad = log_probabilities(model, tokenizer, BAD)
-    for name, answers in (("chosen", good), ("rejected", bad)):
+@pytest.mark.parametrize("name", ["sft", "sft packed", "sft without padding"])
+def test_sft(trained, name):
+    wanted = -torch.cat(trained.good).mean().item()
+    assert logged(trained.found[name], "loss") == pytest.approx([wanted], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_dpo(trained):
+    log = trained.found["dpo"]
+    assert logged(log, "loss")[0] == pytest.approx(math.log(2), rel=1e-3)
+    assert logged(log, "loss")[2] < math.log(2)
+    for name, answers in (("chosen", trained.good), ("rejected", trained.bad)):
         mean = sum(answer.sum().item() for answer in answers) / len(answers)
-        assert logged(found["dpo"], f"logps/{name}")[0] == pytest.approx(mean, rel=1e-3)
-    assert logged(found["kto"], "loss")[0] == pytest.approx(0.5, rel=1e-3)
-    for name in ("grpo", "rloo"):
-        kl = logged(found[name], "kl")
-        assert kl[0] == pytest.approx(0, abs=1e-4) and kl[-1] != 0, name
-    losses = logged(found["reward"], "loss")
+        assert logged(log, f"logps/{name}")[0] == pytest.approx(mean, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_kto(trained):
+    assert logged(trained.found["kto"], "loss")[0] == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_online(trained, name):
+    kl = logged(trained.found[name], "kl")
+    assert kl[0] == pytest.approx(0, abs=1e-4) and kl[-1] != 0
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_reward(trained):
+    losses = logged(trained.found["reward"], "loss")
     assert losses[-1] < losses[0]
-    judge = AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "reward")).eval()
+    judge = AutoModelForSequenceClassification.from_pretrained(str(trained.place / "reward")).eval()
     scores = []
     for answers in (GOOD, BAD):
-        rows = [sum(ids_of(tokenizer, *pair), []) for pair in zip(QUESTIONS, answers)]
+        rows = [sum(ids_of(trained.tokenizer, *pair), []) for pair in zip(QUESTIONS, answers)]
         with torch.no_grad():
             scores.append(torch.cat([judge(torch.tensor([row])).logits for row in rows]))
     assert (scores[0] > scores[1]).all()
