@@ -20,6 +20,7 @@ CLASSES = {
     ("v1", "Secret"): "V1Secret",
     ("v1", "Service"): "V1Service",
     ("apps/v1", "Deployment"): "V1Deployment",
+    ("apps/v1", "StatefulSet"): "V1StatefulSet",
     ("kubeflow.org/v1", "PyTorchJob"): "KubeflowOrgV1PyTorchJob",
 }
 PLAIN = {"str": str, "int": int, "float": (int, float), "bool": bool, "object": object}

@@ -1,4 +1,4 @@
-"""Dockerfile, compose.yaml and the systemd unit: linted, and every command in them parses.
+"""Dockerfile, compose.yaml, Kubernetes and systemd: linted, and every command in them parses.
 
 No image is built here: that needs Docker and the network.
 """
@@ -19,12 +19,15 @@ import tomllib
 import yaml
 
 import glm_foundry
+from benchmarks.client_env import environment_python
+from serving.gateway.flags import UPSTREAM_KEY_VARIABLE, parse_gateway_flags
 from serving.server.flags import ServerFlags, check_bounds, parse_flags
 from serving.server.keys import KEY_VARIABLE
 from tests.conftest import REPO_ROOT
 
 DOCKERFILE = REPO_ROOT / "Dockerfile"
 COMPOSE = REPO_ROOT / "compose.yaml"
+MANIFESTS = REPO_ROOT / "examples" / "kubernetes" / "servers.yaml"
 UNIT = REPO_ROOT / "deploy" / "glm-foundry.service"
 EXAMPLE = REPO_ROOT / "deploy" / "glm-foundry.env.example"
 VARIABLE = re.compile(r"\$\{(\w+)(?::([-?])([^}]*))?\}")  # the forms that compose.yaml uses
@@ -256,6 +259,58 @@ def test_composes_services_are_locked_down(name):
     devices = service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices")
     gpus = [{"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}]
     assert devices == (gpus if name == "cuda" else None)
+
+
+# ---- Kubernetes
+
+
+def manifests() -> dict[tuple[str, str], dict]:
+    """The example's objects by kind and name."""
+    documents = yaml.safe_load_all(MANIFESTS.read_text(encoding="utf-8"))
+    return {(found["kind"], found["metadata"]["name"]): found for found in documents}
+
+
+def pod_of(workload: dict) -> tuple[dict, dict]:
+    """(pod, its one container) of a workload, whose selector finds it."""
+    template = workload["spec"]["template"]
+    assert workload["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"]
+    (container,) = template["spec"]["containers"]
+    return template["spec"], container
+
+
+def test_kubernetes_commands_parse_and_meet():
+    """The gateway's upstreams are the servers by their names; probes ask what the servers have."""
+    objects = manifests()
+    servers = objects["StatefulSet", "glm-server"]
+    pod, container = pod_of(servers)
+    flags = served(container["args"])
+    assert pod["terminationGracePeriodSeconds"] >= flags.drain_s + 10
+    assert flags.port == container["ports"][0]["containerPort"]
+    gateway_pod, gateway = pod_of(objects["Deployment", "glm-gateway"])
+    assert glm_foundry.COMMANDS[gateway["args"][0]].module == "serving.gateway.command"
+    asked = parse_gateway_flags(gateway["args"][1:])
+    name, service = servers["metadata"]["name"], servers["spec"]["serviceName"]
+    numbers = range(servers["spec"]["replicas"])
+    wanted = [f"http://{name}-{number}.{service}:{flags.port}" for number in numbers]
+    assert asked.upstream.split(",") == wanted and asked.host == flags.host == "0.0.0.0"
+    assert gateway_pod["terminationGracePeriodSeconds"] >= asked.drain_s + 10
+    for one, probes in ((container, 3), (gateway, 2)):
+        paths = [one[key]["httpGet"]["path"] for key in one if key.endswith("Probe")]
+        assert len(paths) == probes and set(paths) == {"/health/live", "/health/ready"}
+        variables = [variable["name"] for variable in one["env"]]
+        assert KEY_VARIABLE in variables and one["securityContext"]["readOnlyRootFilesystem"]
+    assert UPSTREAM_KEY_VARIABLE in variables
+    for name in ("glm-server", "glm-gateway"):
+        assert objects["Service", name]["spec"]["selector"] == {"app": name}
+
+
+@pytest.mark.slow
+def test_kubernetes_objects_have_the_fields_of_their_kinds():
+    """Against the classes of the Kubernetes client."""
+    python = environment_python("kubernetes")
+    script = REPO_ROOT / "tests" / "manifests.py"
+    done = subprocess.run([python, script, MANIFESTS], capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == len(manifests()) == 4, done.stderr
 
 
 # ---- systemd
