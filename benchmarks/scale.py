@@ -11,8 +11,8 @@ rhythm. Loads are shares of what one replica answers of that trace when it alway
 the replicas. Replicas are alike and serve first come first served by LinearCost, near ChatGLM2-6B
 in fp16 on one A100; mooncake's keep the last --cache_tokens of prompts' beginnings beside.
 
-After the tables: what a gateway needs at that rate, by the measured costs of --gateway_ms
-(benchmarks/gateway_overhead.py) and --predict_ms (benchmarks/predictor.py) of CPU a request.
+After the tables: what gateways need at that rate, by the measured CPU milliseconds of a request and
+of an event of a stream (benchmarks/gateway_overhead.py) and of a prediction (a part of a request).
 """
 
 import json
@@ -70,6 +70,7 @@ class ScaleFlags:
     sigma: float
     cache_tokens: int
     gateway_ms: float
+    event_ms: float
     predict_ms: float
 
     def cell_list(self) -> list[dict[str, Any]]:
@@ -161,9 +162,12 @@ def print_tables(rows: list[dict[str, Any]], flags: ScaleFlags) -> None:
                 values.append(f"{factor * row[metric]:.4g}")
             print(f"| {row['router']} | {' | '.join(values)} |")
         streams = rate * min(row["latency_mean_s"] for row in group)
+        events = max(row["throughput_tps"] for row in group)  # one a token
         print(
-            f"\nA gateway's CPU: {rate * flags.gateway_ms / 1000:.1f} cores, of predictions "
-            f"{rate * flags.predict_ms / 1000:.1f}; open streams: {streams:,.0f}"
+            f"\nGateways: {rate * flags.gateway_ms / 1000:.1f} cores for requests, of which "
+            f"{rate * flags.predict_ms / 1000:.1f} for predictions, and "
+            f"{events * flags.event_ms / 1000:.1f} for {events:,.0f} events a second; "
+            f"open streams: {streams:,.0f}"
         )
 
 
@@ -180,7 +184,8 @@ def build_parser() -> Parser:
     add("--requests", type=whole(2), default=500_000, help="of a cell [%(default)s]")
     add("--sigma", type=number(0, 10), default=0.8, help="of predictions' log errors [%(default)s]")
     add("--cache_tokens", type=whole(0), default=400_000, help="of a replica [%(default)s]")
-    add("--gateway_ms", type=number(0), default=2.68, help="CPU a streamed request [%(default)s]")
+    add("--gateway_ms", type=number(0), default=2.13, help="CPU a request [%(default)s]")
+    add("--event_ms", type=number(0), default=0.034, help="CPU an event [%(default)s]")
     add("--predict_ms", type=number(0), default=0.4, help="of it, the prediction [%(default)s]")
     return parser
 
