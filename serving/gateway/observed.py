@@ -67,7 +67,7 @@ class LengthDrift:
     def add(self, prediction: LengthPrediction, tokens: int) -> float:
         """Compare; returns (1 + actual) / (1 + predicted median)."""
         ratio = (1 + tokens) / (1 + prediction.median_tokens)
-        self._seen.append((math.log(ratio), tokens <= prediction.quantile(0.9)))
+        self._seen.append((math.log(ratio), tokens <= prediction.q90_tokens))
         return ratio
 
     def clear(self) -> None:

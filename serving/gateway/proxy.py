@@ -256,7 +256,7 @@ class Gateway:
                 prediction = cut_prediction(prediction, most)
             tokens = q90 = min(NEUTRAL_TOKENS, most or NEUTRAL_TOKENS)
             if prediction is not None:
-                tokens, q90 = prediction.expected_tokens, prediction.quantile(0.9)
+                tokens, q90 = prediction.expected_tokens, prediction.q90_tokens
         slo_s = asked.slo_s if asked and asked.slo_s else self.slo_s
         request = Request(
             next(request_numbers),
@@ -341,7 +341,7 @@ class Gateway:
         expected = q90 = None
         if is_made and prediction is not None:
             expected = round(prediction.expected_tokens)
-            q90 = round(prediction.quantile(0.9))
+            q90 = round(prediction.q90_tokens)
         key, _ = self.dispatcher.order(call.passage.record)
         arrival_s = call.passage.record.request.arrival_s
         hints = Hints(
@@ -566,6 +566,8 @@ async def body_of_request(request: web.BaseRequest) -> bytes:
     if request.headers.get("Expect", "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     try:
+        if request.content.is_eof():  # it has come with its head
+            return await request.read()
         return await asyncio.wait_for(request.read(), BODY_S)
     except asyncio.TimeoutError:
         raise ApiError(408, f"the body did not come within {BODY_S:g} s", "slow_body") from None

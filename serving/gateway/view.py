@@ -74,13 +74,13 @@ class GatewayView:
         self.totals.add(EndedAnswer(done, passage.made, reason, done.in_time, None))
         if reason != "cancelled":
             self._in_time.append(done.in_time)
-        forecast = forecast_of_passage(passage)
+        prediction = request.prediction if passage.is_predicted else None
         self._ended.append(
             {
                 "id": request.id,
                 "made": passage.made,
-                "median": finite(forecast.median, 1) if forecast else None,
-                "q90": finite(forecast.q90, 1) if forecast else None,
+                "median": finite(prediction.median_tokens, 1) if prediction else None,
+                "q90": finite(prediction.q90_tokens, 1) if prediction else None,
                 "latency_s": finite(done.latency_s),
                 "slo_s": finite(request.slo_s),
                 "in_time": done.in_time,
