@@ -31,14 +31,19 @@ class LengthPrediction:
         total = np.concatenate([[0.0], np.cumsum(self.probabilities)])
         return total / total[-1]
 
-    @property
+    @cached_property
     def expected_tokens(self) -> float:
         """The mean of the distribution."""
         return float(self.probabilities @ (self.edges[:-1] + self.edges[1:])) / 2
 
-    @property
+    @cached_property
     def median_tokens(self) -> float:
         return self.quantile(0.5)
+
+    @cached_property
+    def q90_tokens(self) -> float:
+        """Tokens that nine answers of ten stay within."""
+        return self.quantile(0.9)
 
     def quantile(self, q: float) -> float:
         """Tokens that the answer stays within with probability q; 0.9: nine answers of ten.
@@ -49,7 +54,7 @@ class LengthPrediction:
         if not 0 <= q <= 1:
             raise ValueError(f"a quantile is wanted between 0 and 1; got {q}")
         total = self.cumulative
-        k = min(max(int(np.searchsorted(total, q)), 1), len(total) - 1)
+        k = min(max(int(total.searchsorted(q)), 1), len(total) - 1)
         # Rounding at the top must not select a bin without mass beyond all others.
         while k > 1 and total[k - 1] >= total[k]:
             k -= 1

@@ -74,6 +74,7 @@ class Dispatcher:
 
     Attributes:
         upstreams: all of them.
+        policy_name: of ORDERS.
         max_queue: requests that may wait.
         places: of prefixes; None without affinity.
         pace_s: running mean of the seconds between two tokens of an answer.
@@ -90,6 +91,7 @@ class Dispatcher:
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.upstreams, self.max_queue, self.places = upstreams, max_queue, places
+        self.policy_name = policy
         self.policy: Policy = POLICIES[policy]
         self.in_tokens = ORDERS[policy]
         self.pace_s = FIRST_PACE_S

@@ -47,6 +47,7 @@ class GatewayFlags:
     api_keys: str | None
     allowed_hosts: str
     access_log: bool
+    no_page: bool
 
     @property
     def limit(self) -> int | None:
@@ -132,6 +133,8 @@ def add_listening_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at [127.0.0.1]")
     parser.add_argument("--port", type=int, default=8080, help="port to listen at [8080]")
     add_access_flags(parser)
+    off = "without the page: its paths go to an upstream as all others do"
+    parser.add_argument("--no_page", action="store_true", help=off)
 
 
 def parse_gateway_flags(argv: list[str] | None = None) -> GatewayFlags:

@@ -13,6 +13,7 @@ from aiohttp import web
 
 from serving.gateway.flags import GatewayFlags
 from serving.gateway.health import HealthWatch
+from serving.gateway.page import GatewayPage
 from serving.gateway.proxy import MOST_BODY_BYTES, Gateway
 from serving.gateway.starting import GatewayParts
 
@@ -61,7 +62,7 @@ class GatewayProcess:
 
     Attributes:
         address: where it listens, once it has started.
-        started: set then.
+        started: set then. page: that it shows; None without.
     """
 
     def __init__(self, parts: GatewayParts, flags: GatewayFlags, sock: socket.socket) -> None:
@@ -70,6 +71,7 @@ class GatewayProcess:
         host, port = sock.getsockname()[:2]
         self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self.started = threading.Event()
+        self.page: GatewayPage | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._skip_drain = False
@@ -105,6 +107,9 @@ class GatewayProcess:
                 key=gateway.upstream_key,
             )
             await watch.start()
+            if not flags.no_page:
+                self.page = gateway.page = GatewayPage(gateway, flags.predictor)
+                self.page.live.start()
             runner = web.ServerRunner(make_http_server(gateway), shutdown_timeout=FLUSH_S)
             await runner.setup()
             site = web.SockSite(runner, self.sock, backlog=2048)
@@ -138,6 +143,8 @@ class GatewayProcess:
     async def _drain(self, site: web.SockSite) -> None:
         """Take no more requests, and wait for those under way."""
         self.gateway.draining = True
+        if self.page is not None:
+            self.page.closing.set()
         await site.stop()
         until_s = time.monotonic() + self.flags.drain_s
         while self.gateway.open and time.monotonic() < until_s and not self._skip_drain:

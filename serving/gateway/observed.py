@@ -59,7 +59,7 @@ def last_number(pattern: re.Pattern[bytes], text: bytes) -> int | None:
 
 
 class LengthDrift:
-    """Predicted and actual lengths of the RECENT_ANSWERS last whole answers."""
+    """Predicted and actual lengths of the RECENT_ANSWERS last whole answers of one predictor."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, bool]] = deque(maxlen=RECENT_ANSWERS)
@@ -67,8 +67,12 @@ class LengthDrift:
     def add(self, prediction: LengthPrediction, tokens: int) -> float:
         """Compare; returns (1 + actual) / (1 + predicted median)."""
         ratio = (1 + tokens) / (1 + prediction.median_tokens)
-        self._seen.append((math.log(ratio), tokens <= prediction.quantile(0.9)))
+        self._seen.append((math.log(ratio), tokens <= prediction.q90_tokens))
         return ratio
+
+    def clear(self) -> None:
+        """Another predictor serves from now on."""
+        self._seen.clear()
 
     def drift(self) -> float:
         """Mean log of that ratio; above 0 answers are longer than predicted; nan at first."""

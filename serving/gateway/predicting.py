@@ -141,7 +141,7 @@ def timed_predictions(
 
 def is_sound(prediction: "LengthPrediction") -> bool:
     """Whether a prediction's lengths are finite and in order."""
-    expected, q90 = prediction.expected_tokens, prediction.quantile(0.9)
+    expected, q90 = prediction.expected_tokens, prediction.q90_tokens
     return math.isfinite(expected) and math.isfinite(q90) and expected >= 0 and q90 >= 0
 
 

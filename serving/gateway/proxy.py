@@ -8,8 +8,8 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import aiohttp
 from aiohttp import web
@@ -27,6 +27,7 @@ from serving.gateway.upstreams import (
     Upstream,
     request_numbers,
 )
+from serving.gateway.view import GatewayView
 from serving.request import Record, Request
 from serving.server.access import (
     CLIENT_CLOSED_REQUEST,
@@ -66,6 +67,7 @@ HOP_HEADERS = (
     "expect",
 )
 OUTCOME_HEADER = "x-glm-prediction"
+TURNED_AWAY = (429, 503)  # of requests that are right
 
 
 class UpstreamFailed(Exception):
@@ -89,7 +91,7 @@ class Call:
         asked: what its body asks; None where it makes no answer.
         is_answer: its path makes answers.
         predicted: its length; passage: its place in the queue and at an upstream.
-        exchange: for the log. arrival_s: of time.monotonic.
+        exchange: for the log.
     """
 
     request: web.BaseRequest
@@ -99,9 +101,14 @@ class Call:
     asked: AskedAnswer | None
     predicted: Predicted
     passage: Passage
-    arrival_s: float = field(default_factory=time.monotonic)
-    first_byte_s: float = 0.0
     tries: int = 0
+
+
+class OwnPage(Protocol):
+    """Answers some requests beside the upstreams: serving.gateway.page.GatewayPage."""
+
+    def answers(self, request: web.BaseRequest) -> bool: ...
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse: ...
 
 
 class Gateway:
@@ -115,6 +122,7 @@ class Gateway:
         log_file: of the same, as rows of a length predictor; None without --log.
         session: of HTTP to the upstreams; set while it serves.
         open: requests in it. draining: it takes no more.
+        view: of what it does. page: what shows it; None without.
         untold: answers whose upstream said no length.
     """
 
@@ -143,6 +151,8 @@ class Gateway:
         self.session: aiohttp.ClientSession | None = None
         self.open = self.untold = 0
         self.draining = False
+        self.view = GatewayView(dispatcher, self.drift)
+        self.page: OwnPage | None = None
         gauges: dict[str, Callable[[], float]] = {
             "waiting_requests": lambda: dispatcher.waiting,
             "length_drift_log_ratio": self.drift.drift,
@@ -161,6 +171,7 @@ class Gateway:
         except ApiError as error:
             exchange.status = error.status
             self.figures.count("refusals", error.code or str(error.status))
+            self.view.refused += error.status in TURNED_AWAY
             return refusal_response(error, exchange)
         except asyncio.CancelledError:
             exchange.disconnected = True
@@ -179,14 +190,20 @@ class Gateway:
     async def _answer(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         headers = {name.lower(): value for name, value in request.raw_headers}
         own = OWN_PATHS.get(request.path)
+        page = self.page if self.page is not None and self.page.answers(request) else None
         # Paths that serving.server answers without a key, such as its page's, need one here.
-        exchange.key = self.rules.check(request.path if own is not None else "", headers)
+        is_own = own is not None or page is not None
+        exchange.key = self.rules.check(request.path if is_own else "", headers)
         if not request.raw_path.startswith("/"):  # else it could name another host
             raise ApiError(400, "wanted a path that begins with a slash", "bad_path")
         if own is not None and request.method in ("GET", "HEAD"):
             own_response = own(self)
             exchange.status, exchange.ended = own_response.status, True
             return own_response
+        if page is not None:
+            shown = await page.answer(request)
+            exchange.status, exchange.ended = shown.status, True
+            return shown
         if self.draining:
             raise ApiError(503, "the gateway is shutting down", "unavailable", retry_later())
         if self.open >= self.max_requests:
@@ -196,7 +213,11 @@ class Gateway:
         try:
             body = await body_of_request(request)
             call = await self._call_of(request, body, exchange)
-            response = await self._forward(call)
+            if not call.is_answer:
+                response = await self._forward(call)
+            else:
+                with self.view.showing(call.passage):
+                    response = await self._forward(call)
             exchange.ended = True
             return response
         finally:
@@ -215,6 +236,7 @@ class Gateway:
                 self.figures.observe("predict_seconds", time.perf_counter() - began_s)
             self.figures.count("predictions", predicted.outcome)
         passage = self._passage_of(asked, predicted.prediction, len(body), arrival_s, is_answer)
+        passage.is_predicted = predicted.outcome == MADE
         return Call(request, body, exchange, is_answer, asked, predicted, passage)
 
     def _passage_of(
@@ -233,7 +255,7 @@ class Gateway:
                 prediction = cut_prediction(prediction, most)
             tokens = q90 = min(NEUTRAL_TOKENS, most or NEUTRAL_TOKENS)
             if prediction is not None:
-                tokens, q90 = prediction.expected_tokens, prediction.quantile(0.9)
+                tokens, q90 = prediction.expected_tokens, prediction.q90_tokens
         slo_s = asked.slo_s if asked and asked.slo_s else self.slo_s
         request = Request(
             next(request_numbers),
@@ -271,6 +293,7 @@ class Gateway:
                 why = f" (last: {failure})"
                 passage.failed.add(upstream.base)
                 self.figures.count("retries", upstream.base)
+                self.view.retried += 1
             finally:
                 dispatcher.release(passage)
         raise ApiError(502, f"{call.tries} attempts failed{why}", "upstream_failed")
@@ -319,7 +342,7 @@ class Gateway:
         expected = q90 = None
         if is_made and prediction is not None:
             expected = round(prediction.expected_tokens)
-            q90 = round(prediction.quantile(0.9))
+            q90 = round(prediction.q90_tokens)
         key, _ = self.dispatcher.order(call.passage.record)
         arrival_s = call.passage.record.request.arrival_s
         hints = Hints(
@@ -389,7 +412,7 @@ class Gateway:
         tail: AnswerTail,
     ) -> web.StreamResponse:
         body = await reply.read()
-        call.first_byte_s = time.monotonic()
+        call.passage.first_s = self.dispatcher.now_s()
         tail.add(body)
         return web.Response(body=body, status=reply.status, reason=reply.reason, headers=headers)
 
@@ -404,7 +427,7 @@ class Gateway:
         """Send chunks on as they come, the first with the head."""
         content = reply.content
         chunk = await content.readany()
-        call.first_byte_s = time.monotonic()
+        call.passage.first_s = self.dispatcher.now_s()
         response = web.StreamResponse(status=reply.status, reason=reply.reason, headers=headers)
         if reply.content_length is not None:
             response.content_length = reply.content_length
@@ -436,12 +459,16 @@ class Gateway:
         self, call: Call, upstream: Upstream, reply: aiohttp.ClientResponse, tail: AnswerTail
     ) -> None:
         """Count an answer, and learn of its length."""
-        figures, now_s = self.figures, time.monotonic()
+        figures, passage, now_s = self.figures, call.passage, self.dispatcher.now_s()
         figures.count("requests", upstream.base, str(reply.status))
+        passage.reason = "failed"
         if not call.is_answer or reply.status != 200 or call.exchange.disconnected:
             return
-        figures.observe("first_byte_seconds", call.first_byte_s - call.arrival_s)
-        figures.observe("latency_seconds", now_s - call.arrival_s)
+        arrival_s = passage.record.request.arrival_s
+        figures.observe("first_byte_seconds", passage.first_s - arrival_s)
+        figures.observe("latency_seconds", now_s - arrival_s)
+        finished = tail.is_whole()
+        passage.reason = "stop" if finished else "length"
         if (prompt_tokens := tail.prompt_tokens()) is not None:
             self.sizes.note(len(call.body), prompt_tokens)
         tokens = tail.output_tokens()
@@ -449,11 +476,11 @@ class Gateway:
             self.untold += 1
             return
         figures.observe("answer_tokens", tokens)
+        passage.made = tokens
         if tail.is_stream:
-            self.dispatcher.note_pace(now_s - call.first_byte_s, tokens)
+            self.dispatcher.note_pace(now_s - passage.first_s, tokens)
         if call.asked is None or call.asked.answers != 1 or call.asked.prompt is None:
             return
-        finished = tail.is_whole()
         if finished and call.predicted.prediction is not None:
             figures.observe("length_ratio", self.drift.add(call.predicted.prediction, tokens))
         self.observe(call.asked.prompt, tokens, finished)
@@ -540,6 +567,8 @@ async def body_of_request(request: web.BaseRequest) -> bytes:
     if request.headers.get("Expect", "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     try:
+        if request.content.is_eof():  # it has come with its head
+            return await request.read()
         return await asyncio.wait_for(request.read(), BODY_S)
     except asyncio.TimeoutError:
         raise ApiError(408, f"the body did not come within {BODY_S:g} s", "slow_body") from None

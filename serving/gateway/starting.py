@@ -119,6 +119,7 @@ def add_learning(
 
     def install(predictor: LengthPredictor) -> None:
         gateway.guarded.predictor = predictor
+        gateway.drift.clear()
 
     predictors = Predictors(first, Path(folder), served_model=None, install=install)
     registry = gateway.figures.registry

@@ -59,7 +59,10 @@ class Passage:
         beginnings: names of its prompt's, of growing length, for the affinity to where they were
             computed.
         upstream: that has it; None while it waits.
-        left: of its outstanding tokens.
+        left: of its outstanding tokens. made: tokens of its answer so far.
+        first_s: when its answer began, of the dispatcher's clock; below 0 before.
+        is_predicted: its length is.
+        reason: why its answer ended, "stop" by itself; None where its client has left before.
         failed: the addresses of the upstreams that have failed it.
     """
 
@@ -69,6 +72,10 @@ class Passage:
     beginnings: tuple[int, ...] = ()
     upstream: Upstream | None = None
     left: float = 0.0
+    made: int = 0
+    first_s: float = -1.0
+    is_predicted: bool = False
+    reason: str | None = None
     failed: set[str] = field(default_factory=set)
 
     @property
@@ -85,6 +92,7 @@ class Passage:
 
     def progress(self, tokens: int) -> None:
         """Note that its answer has grown."""
+        self.made += tokens
         made = min(float(tokens), self.left - 1.0)
         if made > 0 and self.upstream is not None:
             self.left -= made

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
+from serving.server.access import ApiError
+
 log = logging.getLogger(__name__)
 
 LIVE_PATH = "/page/api/live"
@@ -19,6 +21,11 @@ PERIOD_S = 1.0
 KEPT_S = 600
 KEPT_BYTES = 16 * 2**20
 PIECE_BYTES = 64 * 1024  # of the history, written at once
+LIVE_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",  # nginx passes each event on at once
+}
 MOST_BEHIND = 5  # a viewer that misses more of them goes on with the newest
 
 
@@ -159,3 +166,12 @@ class LiveView:
                     return
             number = max(number + 1, self.history.first)
         yield bytes(piece + b"]\n\n")
+
+
+def read_seconds(text: str | None) -> int:
+    """How much history a viewer wants; all there is without a number. Raises ApiError."""
+    if text is None:
+        return KEPT_S
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise ApiError(400, f"seconds must be a whole number of at least 0, got {text[:32]!r}")
+    return min(int(text), KEPT_S)

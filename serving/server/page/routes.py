@@ -2,7 +2,6 @@
 
 import asyncio
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,13 +9,12 @@ from fastapi import Request as Http
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from serving.server.access import ApiError
 from serving.server.page.bodies import ReadBody
 from serving.server.page.described import ACCESS_PATH, SETTINGS_PATH, with_page_paths
 from serving.server.page.feedback import add_feedback_routes
-from serving.server.page.live import KEPT_S, LIVE_PATH, LiveView
+from serving.server.page.live import LIVE_HEADERS, LIVE_PATH, LiveView, read_seconds
 from serving.server.page.snapshots import SnapshotMaker
-from serving.server.page.static_files import INDEX, read_page_files
+from serving.server.page.static_files import INDEX, installed_version, read_page_files
 from serving.server.page.tools import add_tool_routes
 from serving.server.service import Service
 from serving.server.tools import call_form
@@ -60,10 +58,7 @@ def add_page_routes(
     @app.get(LIVE_PATH, response_model=None)
     async def live_stream(http: Http):
         seconds = read_seconds(http.query_params.get("seconds"))
-        headers = NOT_STORED | {"X-Accel-Buffering": "no"}  # nginx passes each event on at once
-        return StreamingResponse(
-            live.events(seconds), media_type="text/event-stream", headers=headers
-        )
+        return StreamingResponse(live.events(seconds), headers=LIVE_HEADERS)
 
     @get("/")
     async def index(http: Http):
@@ -79,18 +74,10 @@ def add_page_routes(
     def page_file(http: Http, name: str) -> Response:
         if (found := files.get(name)) is None:
             raise HTTPException(404, "Not Found")
-        return found.reply(http.headers.get("if-none-match"))
+        reply = found.reply(http.headers.get("if-none-match"))
+        return Response(reply.body, reply.status, reply.headers)
 
     return live
-
-
-def read_seconds(text: str | None) -> int:
-    """How much history a viewer wants; all there is without a number. Raises ApiError."""
-    if text is None:
-        return KEPT_S
-    if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise ApiError(400, f"seconds must be a whole number of at least 0, got {text[:32]!r}")
-    return min(int(text), KEPT_S)
 
 
 def page_settings(service: Service) -> dict[str, Any]:
@@ -122,11 +109,3 @@ def predictor_name(service: Service) -> str | None:
     """The folder's name of the predictor that serves; None without one."""
     predictors = service.predictors
     return None if predictors is None else predictors.current.folder.name
-
-
-def installed_version() -> str:
-    """Of this package; empty in a checkout that is not installed."""
-    try:
-        return version("glm-foundry")
-    except PackageNotFoundError:
-        return ""

@@ -2,9 +2,9 @@
 
 import hashlib
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-from fastapi.responses import Response
+from typing import NamedTuple
 
 STATIC = Path(__file__).parent / "static"
 INDEX = "index.html"
@@ -43,6 +43,14 @@ SECURITY_HEADERS = {
 }
 
 
+class FileReply(NamedTuple):
+    """A response, of whatever HTTP library."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes = b""
+
+
 @dataclass(frozen=True)
 class PageFile:
     """A file of the page.
@@ -56,7 +64,7 @@ class PageFile:
     content_type: str
     etag: str
 
-    def reply(self, if_none_match: str | None) -> Response:
+    def reply(self, if_none_match: str | None) -> FileReply:
         """The file; 304 without it where the client has these bytes already.
 
         Args:
@@ -64,8 +72,8 @@ class PageFile:
         """
         headers = SECURITY_HEADERS | {"ETag": self.etag, "Cache-Control": "no-cache"}
         if if_none_match is not None and names_etag(if_none_match, self.etag):
-            return Response(status_code=304, headers=headers)
-        return Response(self.body, headers=headers | {"Content-Type": self.content_type})
+            return FileReply(304, headers)
+        return FileReply(200, headers | {"Content-Type": self.content_type}, self.body)
 
 
 def names_etag(if_none_match: str, etag: str) -> bool:
@@ -99,3 +107,11 @@ def goes_through_link(path: Path, root: Path) -> bool:
             return True
         path = path.parent
     return False
+
+
+def installed_version() -> str:
+    """Of this package; empty in a checkout that is not installed."""
+    try:
+        return version("glm-foundry")
+    except PackageNotFoundError:
+        return ""

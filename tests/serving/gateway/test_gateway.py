@@ -21,7 +21,9 @@ from predictor.prediction import from_bins
 from serving.gateway.command import main
 from serving.gateway.predicting import GuardedPredictor, cut_prediction
 from serving.gateway.proxy import MOST_TRIES
+from serving.server import recalibration
 from serving.server.keys import key_digest
+from tests.predictor import synthetic
 from tests.serving.gateway.engines import (
     PATH,
     RecordingEngine,
@@ -503,6 +505,45 @@ def test_it_learns_from_the_lengths_that_come_back(engine, tmp_path):
     drift = (math.log(8 / 11) + math.log(31 / 11)) / 2
     assert status["drift"] == pytest.approx(drift, abs=1e-3)
     assert status["q90_coverage"] == 0.5
+
+
+@pytest.mark.slow
+def test_recalibration_mends_a_predictor_that_is_off_by_half(engine, tmp_path, monkeypatch):
+    """Answers are twice as long as it has learned: the drift goes, and 9 of 10 are within the q90.
+
+    Served again, the gateway goes on with the update.
+    """
+    monkeypatch.setattr(recalibration, "NICE", 0)  # else a busy machine leaves it nothing
+    folder = synthetic.train(tmp_path, synthetic.make_rows(400, seed=1))
+    tokens = {}
+
+    async def respond(request, body):
+        prompt = json.loads(body)["messages"][0]["content"]
+        return web.json_response(answer_of(tokens=tokens[prompt]))
+
+    def ask_all(gateway, count, seed):
+        for row in synthetic.make_rows(count, seed=seed, factor=2.0):
+            tokens[row["prompt"]] = row["output_tokens"]
+            assert gateway.ask(row["prompt"]).status_code == 200
+        return gateway.status()
+
+    engine.respond = respond
+    words = ["--predictor", folder, "--recalibrate", "--recalibrate_every", 500]
+    words += ["--recalibrated_dir", tmp_path / "updated"]
+    with gateway_before(engine, kind="vllm", words=words) as gateway:
+        before = ask_all(gateway, 500, seed=2)
+        predictors = gateway.process.parts.predictors
+        wait_until(lambda: predictors.current.version == 2, 120)
+        assert gateway.status()["drift"] is None  # of the new one nothing is known yet
+        after = ask_all(gateway, 200, seed=3)
+        metrics = gateway.client.get("/metrics").text
+        assert 'glm_recalibrations_total{outcome="taken"} 1.0' in metrics
+        assert "glm_predictor_version 2.0" in metrics
+    assert before["drift"] == pytest.approx(math.log(2), abs=0.12) and before["q90_coverage"] < 0.6
+    assert abs(after["drift"]) < 0.15 and after["q90_coverage"] == pytest.approx(0.9, abs=0.08)
+    with gateway_before(engine, kind="vllm", words=words) as gateway:
+        again = ask_all(gateway, 100, seed=4)
+    assert abs(again["drift"]) < 0.3
 
 
 def test_ollama_s_own_api(engine):
