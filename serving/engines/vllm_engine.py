@@ -81,7 +81,8 @@ class VllmEngine(TextEngine):
         stop_ids: list[int],
         vocabulary: int,
     ) -> None:
-        super().__init__(SimpleNamespace(config=config), limits, cost, stop_ids)  # type: ignore[arg-type]
+        model: Any = SimpleNamespace(config=config)  # the weights are vLLM's
+        super().__init__(model, limits, cost, stop_ids)
         self.server, self.vocabulary = server, vocabulary
         self.rows: dict[int, VllmSequence] = {}
         self._admitted: dict[int, VllmSequence] = {}  # by number; those of `rows`
