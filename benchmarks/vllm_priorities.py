@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.client_env import environment_python
 from benchmarks.rows import read_lines
-from benchmarks.serving_load import cpu_seconds, quantile
+from benchmarks.serving_load import TICK_S, cpu_seconds, quantile
 from chatglm.commands import Parser, child_environment, number, run_command, whole
 from serving.simulate.statistics import interval
 
@@ -249,7 +249,7 @@ def figures(answers: list[Answered], wall_s: float, cpu_s: float) -> dict[str, f
         "in_time": mean(in_time),
         "tokens": tokens,
         "tokens_per_s": tokens / wall_s,
-        "tokens_per_cpu_s": tokens / cpu_s,
+        "tokens_per_cpu_s": tokens / max(cpu_s, TICK_S),
         "wall_s": wall_s,
         "cpu_s": cpu_s,
     }
