@@ -112,6 +112,9 @@ class VllmEngine(TextEngine):
         """End the server."""
         for row in list(self.rows.values()):
             self._remove(row)
+        if self._session is not None:
+            asyncio.run_coroutine_threadsafe(self._session.close(), self._loop).result(CONNECT_S)
+            self._session = None
         self.server.stop()
 
     def end_all(self, reason: str = "cancelled") -> None:
