@@ -30,8 +30,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.client_env import environment_python
 from benchmarks.rows import read_lines
-from benchmarks.serving_load import cpu_seconds, quantile
+from benchmarks.serving_load import TICK_S, cpu_seconds, quantile
 from chatglm.commands import Parser, child_environment, number, run_command, whole
 from serving.simulate.statistics import interval
 
@@ -238,17 +239,17 @@ def serve_work(system: str, work: list[Asked], flags: argparse.Namespace) -> dic
 def figures(answers: list[Answered], wall_s: float, cpu_s: float) -> dict[str, float]:
     by_length = sorted(answers, key=lambda answer: answer.tokens)
     short = by_length[: max(len(answers) // 2, 1)]
-    latencies = [answer.latency_s for answer in answers]
-    tokens = sum(answer.tokens for answer in answers)
+    latencies, tokens_of, in_time = zip(*map(astuple, answers))
+    tokens = sum(tokens_of)
     return {
         "requests": len(answers),
-        "mean_s": sum(latencies) / len(latencies),
-        "p99_s": quantile(latencies, 0.99),
-        "short_s": sum(answer.latency_s for answer in short) / len(short),
-        "in_time": sum(answer.in_time for answer in answers) / len(answers),
+        "mean_s": mean(latencies),
+        "p99_s": quantile(list(latencies), 0.99),
+        "short_s": mean(answer.latency_s for answer in short),
+        "in_time": mean(in_time),
         "tokens": tokens,
         "tokens_per_s": tokens / wall_s,
-        "tokens_per_cpu_s": tokens / cpu_s,
+        "tokens_per_cpu_s": tokens / max(cpu_s, TICK_S),
         "wall_s": wall_s,
         "cpu_s": cpu_s,
     }
@@ -353,8 +354,9 @@ def print_tables(rows: list[dict]) -> None:
                 scale = 100 if "%" in name else 1
                 cells.append(shown_mean([scale * run[metric] for run in runs.values()]))
             for metric in AGAINST:
-                pairs = [n for n in runs if n in base]
-                changes = [100 * (runs[n][metric] / base[n][metric] - 1) for n in pairs]
+                changes = []
+                for pair in set(runs) & set(base):
+                    changes.append(100 * (runs[pair][metric] / base[pair][metric] - 1))
                 cells.append(shown_mean(changes, "+.0f"))
             print("| " + " | ".join(cells) + " |")
 

@@ -388,8 +388,6 @@ class ChatGLMTokenizer(FamilyTokenizer, PreTrainedTokenizer):
         """
         if self.prompt_style == "raw":
             raise ValueError("prompt_style raw: the model goes on with a text, without a template")
-        if chat_template == self.get_chat_template():  # as programs pass it that asked for it
-            chat_template = None
         self._check_template_options(documents=documents, chat_template=chat_template)
         if return_assistant_tokens_mask and not (tokenize and return_dict):
             raise ValueError("return_assistant_tokens_mask needs tokenize and return_dict")
@@ -433,9 +431,12 @@ class ChatGLMTokenizer(FamilyTokenizer, PreTrainedTokenizer):
         return chat_template or (own if isinstance(own, str) else TEMPLATES[self.family])
 
     def _check_template_options(self, **options: Any) -> None:
-        """Raises ValueError where an option that these models have no use for is given."""
+        """Raises ValueError where an option that these models have no use for is given.
+
+        Programs that ask for the chat template may pass it on.
+        """
         for name, value in options.items():
-            if value is not None:
+            if value is not None and value != self.get_chat_template():
                 title = FAMILIES[self.family].title
                 raise ValueError(f"{name}: {title}'s prompts are built from ids, without templates")
 

@@ -534,7 +534,7 @@ def test_vllm_priorities(tmp_path):
     assert [cell["system"] for cell in found] == ["fcfs", "priority", "scheduler", "continuous"]
     for cell in found:
         assert 0 < cell["short_s"] <= cell["p99_s"] and cell["tokens"] >= 4, cell
-        assert cell["cpu_s"] > 0 and f"| {cell['system']} | 1 |" in done.stdout
+        assert cell["tokens_per_cpu_s"] > 0 and f"| {cell['system']} | 1 |" in done.stdout
     done = run_any("benchmarks/vllm_priorities.py", *words[:-1], "--cap", 9)
     assert done.returncode == 1 and "made with other settings" in done.stderr
 

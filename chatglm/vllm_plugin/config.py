@@ -16,7 +16,7 @@ from ..tokenization_base import ChatGLMTokenizer
 from .servable import refuse_unservable
 
 
-class ServedConfig(ChatGLMConfig):
+class ChatGLMVllmConfig(ChatGLMConfig):
     """vLLM's ChatGLMConfig, with the `glm_family` and its tokenizer's `eos_token_id`.
 
     Raises ValueError as `refuse_unservable`, and where nothing tells how to read `rope_ratio`.
@@ -40,4 +40,4 @@ class ServedConfig(ChatGLMConfig):
         return super().from_dict(config_dict | found, **kwargs)
 
 
-vllm_config._CONFIG_REGISTRY["chatglm"] = ServedConfig
+vllm_config._CONFIG_REGISTRY["chatglm"] = ChatGLMVllmConfig

@@ -7,7 +7,7 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.chatglm import ChatGLMForCausalLM
 
 
-class ServedChatGLM(ChatGLMForCausalLM):
+class VllmChatGLM(ChatGLMForCausalLM):
     """vLLM's class, which reads every `rope_ratio` as ChatGLM3's and GLM-4's larger base.
 
     ChatGLM2-32k's divides positions.

@@ -81,7 +81,8 @@ class VllmEngine(TextEngine):
         stop_ids: list[int],
         vocabulary: int,
     ) -> None:
-        super().__init__(SimpleNamespace(config=config), limits, cost, stop_ids)  # type: ignore[arg-type]
+        model: Any = SimpleNamespace(config=config)  # the weights are vLLM's
+        super().__init__(model, limits, cost, stop_ids)
         self.server, self.vocabulary = server, vocabulary
         self.rows: dict[int, VllmSequence] = {}
         self._admitted: dict[int, VllmSequence] = {}  # by number; those of `rows`
@@ -111,6 +112,9 @@ class VllmEngine(TextEngine):
         """End the server."""
         for row in list(self.rows.values()):
             self._remove(row)
+        if self._session is not None:
+            asyncio.run_coroutine_threadsafe(self._session.close(), self._loop).result(CONNECT_S)
+            self._session = None
         self.server.stop()
 
     def end_all(self, reason: str = "cancelled") -> None:

@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 
 CHECK_S = 5.0  # for an answer
 CHECK = aiohttp.ClientTimeout(total=CHECK_S)
+# vLLM's first /server_info lists the machine's packages and compilers, which takes seconds.
+FACTS = aiohttp.ClientTimeout(total=30.0)
 
 
 class HealthWatch:
@@ -102,7 +104,7 @@ class HealthWatch:
         for path in self.kind.fact_paths:
             try:
                 async with self.session.get(
-                    upstream.base + path, headers=self.headers, timeout=CHECK
+                    upstream.base + path, headers=self.headers, timeout=FACTS
                 ) as reply:
                     if reply.status == 200:
                         replies[path] = await reply.text(errors="replace")

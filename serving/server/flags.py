@@ -96,7 +96,7 @@ def server_parser() -> argparse.ArgumentParser:
     )
     python = "with --engine vllm: the python of an environment that has vLLM [this one]"
     parser.add_argument("--vllm_python", metavar="PATH", help=python)
-    words = 'with --engine vllm: more of its command line, as "--tensor-parallel-size 2"'
+    words = "with --engine vllm: more of its command line: --vllm_args='--tensor-parallel-size 2'"
     parser.add_argument("--vllm_args", default="", metavar="WORDS", help=words)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at [127.0.0.1]")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at [8000]")

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -19,6 +22,7 @@ from serving.policies.continuous import POLICIES
 from serving.replicas.served_model import ServedModel
 from serving.replicas.vllm_serving import open_vllm, server_words, with_parallel_sizes
 from serving.request import Limits, Request
+from tests.conftest import REPO_ROOT
 from tests.peers.vllm_folders import draw_prompts, made_python, make_release
 
 LIMITS = Limits(max_batch=4, kv_tokens=4096, max_tokens=256)
@@ -156,3 +160,45 @@ def test_a_killed_server_leaves_no_vllm(folder):
     while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not os.path.exists(f"/proc/{child}")
+
+
+@pytest.mark.slow
+def test_the_server_on_vllm(folder, tmp_path):
+    """serving.server --engine vllm: chats as the continuous engine answers them, and refusals."""
+    words = ["--model", folder, "--engine", "vllm", "--vllm_python", made_python(), "--port", "0"]
+    words += ["--policy", "fcfs", "--precision", "fp32", "--max_batch", "4", "--no_page"]
+    words += ["--max_tokens", "256", "--kv_tokens", "2048", "--vllm_args=--enforce-eager"]
+    command = [sys.executable, "-m", "serving.server", *map(str, words)]
+    errors = (tmp_path / "errors").open("w")
+    process = subprocess.Popen(
+        command, cwd=REPO_ROOT, stdout=subprocess.PIPE, stderr=errors, text=True
+    )
+    try:
+        lines = iter(process.stdout.readline, "")
+        address = next((line for line in lines if "http://127.0.0.1:" in line), "")
+        assert address, (tmp_path / "errors").read_text()
+        url = f"{re.search('http://127.0.0.1:[0-9]+', address)[0]}/v1/chat/completions"
+        messages = [{"role": "user", "content": "你好 <|user|> world"}]
+        body = {"messages": messages, "temperature": 0, "max_tokens": TOKENS}
+        reply = httpx.post(url, json=body, timeout=300)
+        assert reply.status_code == 200, reply.text
+        refused = httpx.post(url, json=body | {"logprobs": True}, timeout=60)
+        assert refused.status_code == 400 and "--engine vllm has no logprobs" in refused.text
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert children
+        process.terminate()
+        assert process.wait(90) == 0
+    finally:
+        process.kill()
+        process.communicate()
+    assert not [child for child in children if os.path.exists(f"/proc/{child}")]
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    ids = ids["input_ids"]
+    model = load_model(folder, dtype=torch.float32)
+    wanted = model.generate(ids, do_sample=False, max_new_tokens=TOKENS)[0, ids.shape[1] :]
+    found = reply.json()
+    assert found["usage"]["prompt_tokens"] == ids.shape[1]
+    ends = wanted[-1].item() in tokenizer.stop_ids
+    assert found["choices"][0]["finish_reason"] == ("stop" if ends else "length")
+    assert found["glm_foundry"]["output_tokens"] == len(wanted) - ends

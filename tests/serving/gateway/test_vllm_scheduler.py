@@ -66,6 +66,8 @@ def test_a_gateway_before_a_real_vllm(tmp_path):
     server = VllmServer(str(folder), python=str(made_python()), words=WORDS, variables=variables)
     try:
         server.wait_ready()
+        # Its first answer lists packages and compilers: longer than the gateway waits, when busy.
+        httpx.get(f"{server.address}/server_info", timeout=300)
         with gateway_before(
             server.address, kind="vllm-length", predictor=WordPredictor(), words=["--wait_s", 20]
         ) as gateway:
