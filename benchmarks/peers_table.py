@@ -65,7 +65,10 @@ class Row:
     refused: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def tests(self) -> list[str]:
-        return [*self.cells.values(), *[test for _, test in self.refused.values()]]
+        found = list(self.cells.values())
+        for _, test in self.refused.values():
+            found.append(test)
+        return found
 
 
 def each(test: str, families: Iterable[str]) -> dict[str, str]:
@@ -154,8 +157,10 @@ ROWS = (
 
 def is_there(row: Row) -> bool:
     """Whether the row's environment was made and its tests are in this checkout."""
-    made = row.environment is None or (environment_folder(row.environment) / "complete").exists()
-    return made and all([(ROOT / test.partition("::")[0]).is_file() for test in row.tests()])
+    if row.environment and not (environment_folder(row.environment) / "complete").exists():
+        return False
+    files = {test.partition("::")[0] for test in row.tests()}
+    return all(map(Path.is_file, map(ROOT.joinpath, files)))
 
 
 def run_tests(tests: Iterable[str]) -> dict[str, str]:
@@ -165,7 +170,9 @@ def run_tests(tests: Iterable[str]) -> dict[str, str]:
         ValueError: pytest could not run them; its last words.
     """
     # Names with parameters are not given: "a, b" in one is more than a word of a command line.
-    functions = dict.fromkeys([test.partition("[")[0] for test in tests])
+    functions: dict[str, None] = {}
+    for test in tests:
+        functions[test.partition("[")[0]] = None
     with tempfile.TemporaryDirectory() as place:
         report = Path(place) / "report.xml"
         words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}"]
