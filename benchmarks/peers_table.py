@@ -221,8 +221,10 @@ def table_of(rows: Iterable[Row], found: dict[str, str]) -> list[list[str]]:
     """Rows of texts: peer, subject, and a cell for every family."""
     table = []
     for row in rows:
-        cells = [cell_of(row, family, found) for family in COLUMNS]
-        table.append([row.peer, row.subject, *cells])
+        line = [row.peer, row.subject]
+        for family in COLUMNS:
+            line.append(cell_of(row, family, found))
+        table.append(line)
     return table
 
 
@@ -245,8 +247,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         if flags.make_environments:
-            for name in dict.fromkeys([row.environment for row in rows if row.environment]):
-                environment_python(name)
+            for row in rows:
+                if row.environment:
+                    environment_python(row.environment)
         tests: list[str] = []
         for row in rows:
             tests += row.tests() if is_there(row) else []
@@ -256,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"| {' | '.join(line)} |")
         if flags.json:
             flags.json.write_text(json.dumps([heads, *table], indent=2))
-        return int(any(["differs" in line for line in table]))
+        return int("differs" in sum(table, []))
 
     return run_command("peers_table", work)
 
