@@ -40,6 +40,7 @@ PACKAGES = {
         "optimum==2.3.0",
         "torch==2.13.0",
         "transformers==5.23.0",
+        "peft==0.21.2",
         "sentencepiece==0.2.3",
     ),
     # Compiled here: about 15 minutes.

@@ -65,7 +65,10 @@ class Row:
     refused: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def tests(self) -> list[str]:
-        return [*self.cells.values(), *[test for _, test in self.refused.values()]]
+        found = list(self.cells.values())
+        for _, test in self.refused.values():
+            found.append(test)
+        return found
 
 
 def each(test: str, families: Iterable[str]) -> dict[str, str]:
@@ -118,6 +121,7 @@ ROWS = (
     trl_row("SFT", "test_sft[FAMILY-sft]"),
     trl_row("SFT, packed", "test_sft[FAMILY-sft packed]"),
     trl_row("SFT, without padding", "test_sft[FAMILY-sft without padding]"),
+    trl_row("SFT of plain text as ids", "test_sft_of_plain_text_as_ids[FAMILY]"),
     trl_row("DPO", "test_dpo[FAMILY]"),
     trl_row("KTO", "test_kto[FAMILY]"),
     trl_row("GRPO", "test_online[FAMILY-grpo]", "trains"),
@@ -142,7 +146,7 @@ ROWS = (
         "exported folder",
         each(f"{VLLM}test_exported_folders_without_this_project[FAMILY]", EXPORTED),
     ),
-    vllm_row("exported adapter", {"glm3-32k": f"{VLLM}test_an_exported_adapter"}),
+    vllm_row("adapter, raw and exported", {"glm3-32k": f"{VLLM}test_adapters"}),
     llama_row("GGUF f16", GGUF, "f16"),
     llama_row("GGUF q8_0", GGUF, "q8_0"),
     llama_row("GGUF q4_0", GGUF, "q4_0"),
@@ -154,8 +158,10 @@ ROWS = (
 
 def is_there(row: Row) -> bool:
     """Whether the row's environment was made and its tests are in this checkout."""
-    made = row.environment is None or (environment_folder(row.environment) / "complete").exists()
-    return made and all([(ROOT / test.partition("::")[0]).is_file() for test in row.tests()])
+    if row.environment and not (environment_folder(row.environment) / "complete").exists():
+        return False
+    files = {test.partition("::")[0] for test in row.tests()}
+    return all(map(Path.is_file, map(ROOT.joinpath, files)))
 
 
 def run_tests(tests: Iterable[str]) -> dict[str, str]:
@@ -165,7 +171,9 @@ def run_tests(tests: Iterable[str]) -> dict[str, str]:
         ValueError: pytest could not run them; its last words.
     """
     # Names with parameters are not given: "a, b" in one is more than a word of a command line.
-    functions = dict.fromkeys([test.partition("[")[0] for test in tests])
+    functions: dict[str, None] = {}
+    for test in tests:
+        functions[test.partition("[")[0]] = None
     with tempfile.TemporaryDirectory() as place:
         report = Path(place) / "report.xml"
         words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}"]
@@ -213,8 +221,10 @@ def table_of(rows: Iterable[Row], found: dict[str, str]) -> list[list[str]]:
     """Rows of texts: peer, subject, and a cell for every family."""
     table = []
     for row in rows:
-        cells = [cell_of(row, family, found) for family in COLUMNS]
-        table.append([row.peer, row.subject, *cells])
+        line = [row.peer, row.subject]
+        for family in COLUMNS:
+            line.append(cell_of(row, family, found))
+        table.append(line)
     return table
 
 
@@ -237,8 +247,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         if flags.make_environments:
-            for name in dict.fromkeys([row.environment for row in rows if row.environment]):
-                environment_python(name)
+            for row in rows:
+                if row.environment:
+                    environment_python(row.environment)
         tests: list[str] = []
         for row in rows:
             tests += row.tests() if is_there(row) else []
@@ -248,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"| {' | '.join(line)} |")
         if flags.json:
             flags.json.write_text(json.dumps([heads, *table], indent=2))
-        return int(any(["differs" in line for line in table]))
+        return int("differs" in sum(table, []))
 
     return run_command("peers_table", work)
 

@@ -94,7 +94,7 @@ def quantize(flags: QuantizeFlags) -> str:
             write_folder(native, packed, aside)
         write_checksums(aside)
         folded = ", its adapter folded in" if source.adapter else ""
-        tokens = sum([len(ids) for ids in rows])
+        tokens = sum(map(len, rows))
         return (
             f"{FAMILIES[source.family].title} as GlmForCausalLM in {BITS} bits by {flags.method}, "
             f"groups of {flags.group_size}, calibrated on {len(rows)} rows of {tokens} tokens"
@@ -137,7 +137,8 @@ def calibration_rows(flags: QuantizeFlags, encoder: "RowEncoder") -> list[list[i
             break
         rows, _ = read_rows(source, limit=left, reader=reader)
         for row in rows:
-            found += [encoded.input_ids for encoded in encoder.encode(row)]
+            for encoded in encoder.encode(row):
+                found.append(encoded.input_ids)
     return found[: flags.rows]
 
 

@@ -143,7 +143,7 @@ class Quantized:
     Attributes:
         exported: the folder as --to glm writes it; output: the quantized one.
         ids: texts as those that it was calibrated on.
-        weights: of the exported folder's quantized layers, dequantized by hand.
+        weights: of its output under the exported folder's names, dequantized by hand.
     """
 
     def __init__(self, name, place):
@@ -156,7 +156,7 @@ class Quantized:
         words += ["--output", self.output, "--group_size", GROUP]
         self.said = run(environment_python("gptq"), *words, place=place).splitlines()[-1]
         tokenizer = load_tokenizer(folder)
-        rows = [tokenizer(" ".join(WORDS * (i + 2)))["input_ids"][:32] for i in range(4)]
+        rows = [tokenizer(" ".join(WORDS * (i + 2)))["input_ids"][:20] for i in range(4)]
         self.ids = torch.tensor(rows)
         state = load_file(self.output / "model.safetensors")
         self.weights = {}
@@ -164,6 +164,8 @@ class Quantized:
             layer = key.removesuffix(".weight")
             if f"{layer}.qweight" in state:
                 self.weights[key] = dequantized(state, layer, self.method)
+            else:  # AWQ scales norms too
+                self.weights[key] = state[key].float()
 
 
 @pytest.fixture(scope="module")
@@ -187,22 +189,18 @@ def test_transformers_opens_what_was_packed(quantized, name):
     case = quantized[name]
     exact = load_file(case.exported / "model.safetensors")
     layers = [key for key in exact if "_proj.weight" in key]
-    assert case.weights.keys() == set(layers) and len(layers) == 3 * 6
-    for key, weight in case.weights.items():
-        assert (weight - exact[key]).std() < 0.2 * exact[key].std(), key
+    assert len(layers) == 3 * 6
+    for key in layers if case.method == "gptq" else []:  # AWQ scales inputs
+        assert (case.weights[key] - exact[key]).std() < 0.2 * exact[key].std(), key
+    packed = load_file(case.output / "model.safetensors")
+    assert all([f"{key.removesuffix('.weight')}.qweight" in packed for key in layers])
     found = load_file(f"{case.output}.found")
     model = with_weights(case.exported, case.weights)
     logits = model(case.ids).logits
-    assert (found["logits"] - logits).std() < 0.1 * logits.std()  # bf16's rounding
+    assert (found["logits"] - logits).std() < 0.06 * logits.std()  # bf16's rounding
     best = with_weights(case.exported, {})(case.ids).logits
     plain = {key: rounded(exact[key]) for key in layers}
     nearest = with_weights(case.exported, plain)(case.ids).logits
-    print(
-        name,
-        (logits - best).std() / best.std(),
-        (nearest - best).std() / best.std(),
-        (found["logits"] - logits).std() / logits.std(),
-    )
     assert (logits - best).std() < 0.9 * (nearest - best).std()  # than without calibration
 
 
@@ -218,7 +216,7 @@ def test_files_are_those_of_the_export(quantized, name):
     )
     settings = config.pop("quantization_config")
     assert settings["quant_method"] == case.method and settings["bits"] == 4
-    assert settings["group_size"] == GROUP and "offload" not in json.dumps(list(settings["meta"]))
+    assert settings["group_size"] == GROUP and "offload_to_disk_path" not in settings["meta"]
     assert config | {"torch_dtype": "float32"} == wanted
     found = load_file(f"{case.output}.found")
     tokenizer = load_tokenizer(case.exported)
@@ -242,8 +240,7 @@ def test_vllm_answers_as_the_packed_weights_do(quantized, name):
     for prompt, answer in zip(prompts, read_json(case.output.with_name(f"{name}.answers"))):
         scores = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
         chosen = scores.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        print((scores.max(dim=1).values - chosen).max())
-        assert (scores.max(dim=1).values - chosen).max() < 0.5 and len(answer) == NEW
+        assert (scores.max(dim=1).values - chosen).max() < 0.1 and len(answer) == NEW
 
 
 # ---- without GPTQModel

@@ -8,6 +8,7 @@ explicit positions and an explicit mask.
 
 import json
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.client_env import environment_python
-from chatglm import load_tokenizer
+from chatglm import load_model, load_tokenizer
 from chatglm.configuration import ChatGLM1Config
 from chatglm.export.folders import export_glm
 from chatglm.families import CHATGLM_FAMILIES
@@ -173,6 +174,19 @@ class ByHand:
         return answer
 
 
+def untied(folder, output):
+    """A ChatGLM-6B with a random output layer: tied, the tiny one repeats <sop>."""
+    shutil.copytree(folder, output)
+    (output / "checksums.json").unlink(missing_ok=True)
+    model = load_model(folder, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(model.lm_head.weight.shape, generator=generator)
+    model.lm_head.weight = torch.nn.Parameter(weight)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(output)
+    return output
+
+
 class Scored:
     """What the harness finds on a family's tiny model, and the same by hand.
 
@@ -184,8 +198,11 @@ class Scored:
 
     def __init__(self, folder, place):
         self.tokenizer = load_tokenizer(folder)
+        is_glm = self.tokenizer.family == "glm"
+        if is_glm:
+            folder = untied(folder, place / "untied")
         self.tasks = harness(folder, place)
-        if self.tokenizer.family == "glm":
+        if is_glm:
             model = ByHand(folder)
             self.scores = [model.score(*pair) for pair in pairs()]
             self.answers = [model.answer(question) for question in questions()]

@@ -52,6 +52,7 @@ class Trained:
     """
 
     def __init__(self, folder, place):
+        self.folder = folder
         script = REPO_ROOT / "tests" / "peers" / "trl_runs.py"
         command = [environment_python("trl"), "-m", "chatglm", script, folder, place]
         done = subprocess.run(
@@ -82,6 +83,23 @@ def trained(request, tiny_folders, tmp_path_factory):
 def test_sft(trained, name):
     wanted = -torch.cat(trained.good).mean().item()
     assert logged(trained.found[name], "loss") == pytest.approx([wanted], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_sft_of_plain_text_as_ids(trained):
+    """TRL would write the end token as text, which stays text here."""
+    tokenizer, losses = trained.tokenizer, []
+    model = load_model(trained.folder, dtype=torch.float32)
+    for question, text in zip(QUESTIONS, GOOD):
+        prompt = tokenizer(question)["input_ids"]
+        answer = [*tokenizer.encode_text(text), tokenizer.eos_token_id]
+        ids = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            scores = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        losses.append(-scores[-len(answer) :])
+    wanted = torch.cat(losses).mean().item()
+    assert logged(trained.found["sft of ids"], "loss") == pytest.approx([wanted], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset
+from transformers import AutoTokenizer
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -83,6 +84,14 @@ answers = rows(("completion", GOOD))
 train("sft", SFTTrainer, {}, answers)
 train("sft packed", SFTTrainer, {"packing": True, "max_length": 128}, answers)
 train("sft without padding", SFTTrainer, {"padding_free": True, "max_length": None}, answers)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+encoded = []
+for question, text in zip(QUESTIONS, GOOD):
+    prompt = tokenizer(question)["input_ids"]
+    answer = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    mask = [0] * len(prompt) + [1] * len(answer)
+    encoded.append({"input_ids": prompt + answer, "completion_mask": mask})
+train("sft of ids", SFTTrainer, {"completion_only_loss": True}, Dataset.from_list(encoded))
 train("dpo", DPOTrainer, {}, rows(("chosen", GOOD), ("rejected", BAD)), steps=3, rate=1e-3)
 labelled = answers.add_column("label", [True, False])
 train("kto", KTOTrainer, {}, labelled, steps=2, rate=1e-3)
