@@ -139,18 +139,23 @@ def run_cells(flags: ScaleFlags) -> list[dict[str, Any]]:
         with flags.cells.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         kept.append(line)
-    return [line for line in kept if any(is_of(line, cell) for cell in wanted)]
+    found = []
+    for cell in wanted:
+        found += [line for line in kept if is_of(line, cell)]
+    return found
 
 
 def is_of(line: dict[str, Any], cell: dict[str, Any]) -> bool:
-    return all(line[name] == value for name, value in cell.items())
+    """Whether a line of --cells is of that cell."""
+    return line.items() >= cell.items()
 
 
 def print_tables(rows: list[dict[str, Any]], flags: ScaleFlags) -> None:
     """One for each trace and load, and under it what the gateway needs."""
-    places = dict.fromkeys((row["trace"], row["load"]) for row in rows)
-    for trace, load in places:
-        group = [row for row in rows if (row["trace"], row["load"]) == (trace, load)]
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["trace"], row["load"]), []).append(row)
+    for (trace, load), group in groups.items():
         rate = group[0]["rate"]
         print(f"\n{trace} at {load} of capacity, {rate:,.0f} requests a second\n")
         print(f"| router | {' | '.join(SHOWN)} |")
