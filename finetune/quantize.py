@@ -154,7 +154,10 @@ def pack_layers(native: Path, packed: Path, rows: list[list[int]], flags: Quanti
         # It starts a thread for every second core, and wants two.
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+    from gptqmodel.looper import loop_processor
 
+    # It would make a folder `logs` where the command runs.
+    loop_processor._PROJECT_LOG_DIR = packed.with_name("logs")
     options: dict[str, Any] = {"bits": BITS, "group_size": flags.group_size}
     if flags.method == "awq":
         options |= {"method": "awq", "format": "gemm"}
