@@ -394,6 +394,7 @@ def test_replicas(tmp_path):
     assert set(found["tokens_per_s"]) == {"1 x 1", "2 x 1"} and found["kills"][0]["lost"] == 0
 
 
+@pytest.mark.slow
 def test_gateway_overhead(tmp_path):
     pytest.importorskip("aiohttp", reason="aiohttp is of the extra serve")
     # Not the warm python: the gateway's CPU time is that of the process which was started.

@@ -31,6 +31,7 @@ def run(*words, cwd, **options):
     )
 
 
+@pytest.mark.slow
 def test_a_file_and_the_processes_that_it_starts(tiny_folders, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     done = run("script.py", tiny_folders["glm"], cwd=tmp_path)

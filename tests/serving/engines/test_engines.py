@@ -498,7 +498,7 @@ def test_refusals():
     engine.end_all("failed")
     assert list(answer) == [] and answer.reason == "failed"
     with pytest.raises(ValueError, match="static, continuous"):
-        make_engine("vllm")
+        make_engine("tensorrt")
     with pytest.raises(ValueError, match="Linear"):
         engine_of("continuous", torch.nn.Linear(2, 2))
     native = copy.deepcopy(model_of("native-glm2"))
