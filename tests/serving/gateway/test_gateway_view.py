@@ -107,7 +107,8 @@ def test_a_snapshot_has_the_fields_of_the_server_s(folders, tmp_path):
         with before as gateway, ThreadPoolExecutor(6) as pool:
             gateway.process.page.live.period_s = 0.05
             with LiveReader(root) as server, LiveReader(gateway.process.address) as own:
-                fields = {"max_tokens": 300, "temperature": 0}
+                own.wait_for(lambda snapshot: True)  # from here on at the shorter period
+                fields = {"max_tokens": 600, "temperature": 0}
                 futures = [pool.submit(gateway.ask, f"list {n}", **fields) for n in range(6)]
                 ours = own.wait_for(lambda snapshot: snapshot["running"] == 6)
                 theirs = server.wait_for(lambda snapshot: snapshot["rows"] and snapshot["queue"])
