@@ -35,7 +35,7 @@ from serving.simulate.compare import simulate
 from serving.simulate.engine import LinearCost
 from serving.simulate.fleet import FleetSetting, simulate_fleet
 from serving.simulate.routers import ROUTERS
-from serving.simulate.scaled_trace import scale_trace
+from serving.simulate.scaled_trace import has_blocks, scale_trace
 from serving.simulate.workload import TRACES, PredictorModel
 
 KV_TOKENS = 200_000  # of a replica: 28 KiB a token of ChatGLM2-6B are 5.5 GB
@@ -87,11 +87,6 @@ class ScaleFlags:
         return cells
 
 
-def has_blocks(trace: str) -> bool:
-    """Whether a trace names the beginnings that its prompts share."""
-    return trace.startswith("mooncake")
-
-
 def full_rate(trace: str, folder: Path) -> float:
     """Requests a second that one replica answers when it always has work."""
     count = FULL_REQUESTS
@@ -113,8 +108,8 @@ def run_cell(cell: dict[str, Any], rate: float, flags: ScaleFlags) -> dict[str, 
         traces=flags.trace_folder,
         max_tokens=LIMITS.max_tokens,
     )
-    cache = flags.cache_tokens if has_blocks(cell["trace"]) else 0
-    setting = FleetSetting(flags.replicas, POLICIES[flags.policy], COST, LIMITS, cache)
+    policy = POLICIES[flags.policy]
+    setting = FleetSetting(flags.replicas, policy, COST, LIMITS, flags.cache_tokens)
     name = f"{cell['router']} {cell['trace']} {cell['load']}"
     with tqdm(total=flags.requests, desc=name, unit="request", disable=None) as bar:
 

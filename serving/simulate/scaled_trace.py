@@ -99,13 +99,17 @@ def scale_trace(
     return ScaledTrace(workload.at_rate(rate), row, copy, read_blocks(name, traces))
 
 
+def has_blocks(name: str) -> bool:
+    """Whether a trace names the beginnings that its prompts share."""
+    return TRACES[name].endswith(".jsonl.gz")
+
+
 def read_blocks(name: str, folder: str | Path) -> tuple[tuple[int, ...], ...]:
     """Of each row of a trace, in read_trace's order, its prompt's blocks; () where it has none."""
-    path = Path(folder) / TRACES[name]
-    if not path.name.endswith(".jsonl.gz"):
+    if not has_blocks(name):
         return ()
     rows = []
-    with gzip.open(path, "rt", encoding="utf-8") as file:
+    with gzip.open(Path(folder) / TRACES[name], "rt", encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
             key = (float(row["timestamp"]) / 1000, row["input_length"], row["output_length"])
