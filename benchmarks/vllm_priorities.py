@@ -4,13 +4,14 @@ class, and our continuous engine, under open-loop arrivals over HTTP.
 
     python benchmarks/vllm_priorities.py --model DIR --lengths heldout.jsonl --predictor DIR
         --cells FILE [--systems fcfs,priority,scheduler,continuous] [--loads 0.8,1.2]
-        [--requests 60] [--repetitions 3] [--policy boost_work] [--minutes 60]
+        [--requests 60] [--max_batch 16] [--repetitions 3] [--policy boost_work] [--minutes 60]
 
 A cell is one system at one load, one repetition; systems take turns within a repetition and get the
 same prompts, seeds and moments of arrival. Cells are lines of --cells, written as they end: the
 same command goes on where it was stopped. Every cell starts its server anew, warms it, and counts
 from the first arrival to the last answer; latency counts from a request's arrival. Capacity:
-answers a second of vLLM's own order when all requests wait at once. The "short half" are the
+answers a second of vLLM's own order when all requests wait at once: with few requests to each of
+--max_batch the machine empties at the end, and the loads are smaller than they say. The "short half" are the
 requests whose answers in that very cell had the fewest tokens. Tokens a CPU second are of the
 server's processes, the gateway's among them: on a machine that does other work it is the fairer
 of the two rates. vLLM runs in an environment of its own (benchmarks/client_env.py vllm).
@@ -45,7 +46,6 @@ from chatglm.commands import Parser, child_environment, number, run_command, who
 from serving.simulate.statistics import interval
 
 NAME = "model"
-MOST_AT_ONCE = 16
 START_S = 600.0
 SCHEDULER = "serving.gateway.vllm_scheduler.LengthScheduler"
 # The words of vLLM's command, and the gateway's kind before it; None: clients ask vLLM itself.
@@ -156,8 +156,8 @@ def serving(system: str, flags: argparse.Namespace) -> Iterator[tuple[str, list[
         if system == "continuous":
             words = [sys.executable, "-m", "serving.server", "--model", flags.model, "--port", port]
             words += ["--predictor", flags.predictor, "--policy", flags.policy, "--device", "cpu"]
-            words += ["--precision", flags.precision, "--max_batch", MOST_AT_ONCE]
-            words += ["--kv_tokens", MOST_AT_ONCE * flags.max_tokens, "--no_page"]
+            words += ["--precision", flags.precision, "--max_batch", flags.max_batch]
+            words += ["--kv_tokens", flags.max_batch * flags.max_tokens, "--no_page"]
             words += ["--max_tokens", flags.max_tokens, "--served_model_name", NAME]
             ids = [stack.enter_context(running(words, place / "server.log"))]
             wait_ready(f"{address}/health/ready", place / "server.log")
@@ -168,7 +168,7 @@ def serving(system: str, flags: argparse.Namespace) -> Iterator[tuple[str, list[
         words = [environment_python("vllm").with_name("vllm"), "serve", flags.model]
         words += ["--port", port, "--host", "127.0.0.1", "--served-model-name", NAME]
         words += ["--dtype", dtype, "--max-model-len", flags.max_tokens]
-        words += ["--max-num-seqs", MOST_AT_ONCE, "--enable-force-include-usage", *more]
+        words += ["--max-num-seqs", flags.max_batch, "--enable-force-include-usage", *more]
         words += ["--enforce-eager"] if flags.eager else []
         variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
         variables |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -369,7 +369,10 @@ def shown_mean(values: list[float], form: str = ".3g") -> str:
     return f"{text} ± {interval(values)[1]:.2g}" if len(values) > 2 else text
 
 
-KEPT = ("model", "lengths", "predictor", "requests", "policy", "precision", "eager", "cap")
+KEPT = (
+    *("model", "lengths", "predictor", "requests", "policy", "precision", "eager", "cap"),
+    "max_batch",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -389,6 +392,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--policy", default="boost_work", help="the gateway's and ours [%(default)s]"
     )
+    parser.add_argument("--max_batch", type=whole(), default=16, help="answers at once [16]")
     parser.add_argument("--cap", type=whole(), default=512, help="longest answer, in tokens [512]")
     parser.add_argument("--max_tokens", type=whole(), default=2048, help="with its prompt [2048]")
     parser.add_argument("--slo_scale", type=number(above=True), default=5.0, help="[5]")

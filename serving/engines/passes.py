@@ -23,6 +23,7 @@ from serving.engines.answers import read_prompt
 from serving.engines.arena import Arena, Slab
 from serving.engines.bodies import Attention, ServedBody, body_of
 from serving.engines.kv_memory import KvMemory
+from serving.engines.onednn_weights import OneDnnLinear
 from serving.engines.pass_plans import (
     ChunkPlan,
     DecodingPlan,
@@ -450,6 +451,9 @@ def report_of(stage: Stage, model: PreTrainedModel) -> StageReport:
     for parameter in model.parameters():
         if parameter.device.type != "meta":
             weights += parameter.nbytes
+    for module in model.modules():
+        if isinstance(module, OneDnnLinear):
+            weights += module.weight_bytes
     kv_bytes = stage.memories[0].kept_bytes
     for memory in stage.memories:
         kv_bytes += memory.slab_bytes

@@ -109,12 +109,14 @@ class ServedModel:
         Raises:
             ValueError, OSError, MemoryError: what does not fit, or is missing.
         """
+        from serving.engines.onednn_weights import use_onednn_layout
         from serving.engines.pipeline_runner import load_single
         from serving.engines.served_cost import served_cost_model
 
         model = load_single(self.loading, device, threads)
         if cost is None:
             cost = served_cost_model(model, read_profile(self.profile or "datasheet"))
+        use_onednn_layout(model)
         options: dict[str, Any] = {}
         if self.engine == "continuous":
             options["prefix_cache_tokens"] = self.prefix_cache_tokens
