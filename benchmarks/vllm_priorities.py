@@ -10,11 +10,11 @@ A cell is one system at one load, one repetition; systems take turns within a re
 same prompts, seeds and moments of arrival. Cells are lines of --cells, written as they end: the
 same command goes on where it was stopped. Every cell starts its server anew, warms it, and counts
 from the first arrival to the last answer; latency counts from a request's arrival. Capacity:
-answers a second of vLLM's own order when all requests wait at once: with few requests to each of
---max_batch the machine empties at the end, and the loads are smaller than they say. The "short half" are the
-requests whose answers in that very cell had the fewest tokens. Tokens a CPU second are of the
-server's processes, the gateway's among them: on a machine that does other work it is the fairer
-of the two rates. vLLM runs in an environment of its own (benchmarks/client_env.py vllm).
+answers a second of vLLM's own order when all requests wait at once; with few requests for each of
+--max_batch the machine empties at the end, and the loads are smaller than they say. The "short
+half" are the requests whose answers in that very cell had the fewest tokens. Tokens a CPU second
+are of the server's processes, the gateway's among them: on a machine that does other work it is the
+fairer of the two rates. vLLM runs in an environment of its own (benchmarks/client_env.py vllm).
 """
 
 import argparse
