@@ -38,6 +38,16 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
+def data_world(config: RunConfig) -> int:
+    """The number of copies of the model, which read different rows: a pipeline's ranks are one."""
+    return world_size() // config.stages
+
+
+def data_rank(config: RunConfig) -> int:
+    """The number of this rank's copy; ranks of one stage are neighbours, as DeepSpeed has them."""
+    return rank() % data_world(config)
+
+
 def say(*words: object) -> None:
     """Print on rank 0."""
     if rank() == 0:
