@@ -276,6 +276,22 @@ class TrainConfig(RowsConfig, AnswerFlags):
         """Raises ValueError for shares and noises outside of their ranges."""
         check_share("label_smoothing", self.label_smoothing)
         check_not_negative("neftune_noise_alpha", self.neftune_noise_alpha)
+        if self.num_stages > 1:
+            self.check_stages()
+
+    def check_stages(self) -> None:
+        """Raises ValueError for what a model in stages does not train, or needs it whole."""
+        if self.train_type not in ("lora", "all"):
+            raise ValueError(
+                f"--num_stages {self.num_stages} trains with --train_type lora or all; "
+                f"got {self.train_type}"
+            )
+        whole = self.changed("quantization_bit", "neftune_noise_alpha", "eval_metrics", "eval_f1")
+        if whole:
+            raise ValueError(
+                f"--num_stages {self.num_stages}: no rank has the whole model, which --{whole[0]} "
+                f"needs; leave one of them out"
+            )
 
     @property
     def stages(self) -> int:

@@ -430,6 +430,24 @@ def check_zero3(config: RunConfig, file_name: str) -> None:
         )
 
 
+def check_stages(config: RunConfig) -> None:
+    """Raises ValueError where ranks, or the ZeRO of --ds_file, do not fit --num_stages."""
+    if config.stages == 1:
+        return
+    if world_size() % config.stages:
+        raise ValueError(
+            f"--num_stages {config.stages}: wanted a multiple of {config.stages} ranks, as by "
+            f"deepspeed --num_gpus {config.stages} train.py; this run has {world_size()}"
+        )
+    path, ds = read_ds_file(config.ds_file)
+    stage = ds.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1):
+        raise ValueError(
+            f"--num_stages {config.stages} takes ZeRO-0 or 1, --ds_file ds_zero1.json; "
+            f"{path.name} asks for ZeRO-{stage}, which takes apart what a stage accumulates"
+        )
+
+
 def lr_ratios(config: RunConfig) -> list[float]:
     """The learning rate of each parameter group, divided by --learning_rate."""
     if config.train_type == "lora" and config.loraplus_lr_ratio != 1:

@@ -32,6 +32,7 @@ from finetune.config import RunConfig, TrainConfig
 from finetune.distributed import (
     DTYPES,
     agree,
+    check_stages,
     data_rank,
     data_world,
     deepspeed_config,
@@ -218,8 +219,9 @@ def run_facts(
 
 
 def check_start(config: RunConfig, base: Path) -> None:
-    """Raises ValueError for a missing package, or a base that the method cannot start from."""
+    """Raises ValueError for a missing package, ranks that do not fit, or a base that does not."""
     check_loggers(config.loggers)
+    check_stages(config)
     if isinstance(config, TrainConfig):
         check_packages(config.answer_metrics)
     if (base / "adapter_config.json").is_file():
