@@ -18,6 +18,7 @@ import torch.distributed as dist
 from chatglm.hub import parse_hub_name, resolve_folder
 from finetune.config import RowsConfig, RunConfig
 from finetune.ds_file import fill_sizes, read_ds_file, stage_for
+from finetune.stages import check_zero_stage
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -338,10 +339,8 @@ def deepspeed_config(
     if world == 1 and zero["stage"] == 1:
         ds["bf16"].setdefault("immediate_grad_update", True)
     if zero["stage"] != asked:
-        say(
-            f"ZeRO: stage {zero['stage']} ({path.name} asks for {asked}; "
-            f"one rank has nothing to share out)"
-        )
+        reason = "one rank has nothing to share out" if asked else "bf16 gradients are summed there"
+        say(f"ZeRO: stage {zero['stage']} ({path.name} asks for {asked}; {reason})")
     return ds
 
 
@@ -439,13 +438,7 @@ def check_stages(config: RunConfig) -> None:
             f"--num_stages {config.stages}: wanted a multiple of {config.stages} ranks, as by "
             f"deepspeed --num_gpus {config.stages} train.py; this run has {world_size()}"
         )
-    path, ds = read_ds_file(config.ds_file)
-    stage = ds.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1):
-        raise ValueError(
-            f"--num_stages {config.stages} takes ZeRO-0 or 1, --ds_file ds_zero1.json; "
-            f"{path.name} asks for ZeRO-{stage}, which takes apart what a stage accumulates"
-        )
+    check_zero_stage(config.stages, config.ds_file)
 
 
 def lr_ratios(config: RunConfig) -> list[float]:

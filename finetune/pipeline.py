@@ -1,7 +1,7 @@
 """Pipeline parallelism (--num_stages): each rank holds some of the layers of a ChatGLM.
 
-DeepSpeed's PipelineModule, and its schedule of one forward, one backward (arXiv 1806.03377 section
-3.2); a micro batch is a pass of --gradient_accumulation_steps. What a stage hands to the next is a
+DeepSpeed's PipelineModule, and its schedule of one forward, one backward (arXiv 2104.04473 section
+2.2); a micro batch is a pass of --gradient_accumulation_steps. What a stage hands to the next is a
 tuple of tensors: the hidden states, then integers, which need no gradient: the positions, which
 also say where the sequences of a ragged row begin (chatglm.packing), and the labels. Each stage
 makes its masks anew of them: NCCL sends no bool tensors.
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
-from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor, nn
 
 from chatglm.modeling_base import ChatGLMBody
 from finetune.checkpoint import trained_values
 from finetune.distributed import device, pieces, rank, world_size
 from finetune.loss import labelled_states, nll_of_states, without_peft
+from finetune.stages import layer_bounds
 
 
 class TiedLayer(TiedLayerSpec):
@@ -62,6 +62,12 @@ class StagedModel(PipelineModule):
         layers = [embedding, *body.blocks, body.final_norm, output_layer]
         self.bounds = layer_bounds([size_of(layer) for layer in layers], stages)
         self.owners = owners_of(model, layers, self.bounds)
+        trained = {self.owners[name] for name, p in model.named_parameters() if p.requires_grad}
+        if len(trained) < stages:
+            raise ValueError(
+                f"--num_stages {stages}: wanted weights that train in each stage; "
+                f"only {len(trained)} of them have any (--lora_module_name)"
+            )
         super().__init__(with_ties(layers), num_stages=stages, dynamic_shape=True)
         first, last = self.bounds[self.stage_id : self.stage_id + 2]
         drop_weights(model, layers[first:last])
@@ -198,25 +204,6 @@ class StagedModel(PipelineModule):
 def size_of(layer: nn.Module) -> int:
     """Elements of a layer's parameters."""
     return sum(parameter.numel() for parameter in layer.parameters())
-
-
-def layer_bounds(sizes: Sequence[int], stages: int) -> list[int]:
-    """(stages + 1,) edges of the stages in a list of layers: shares as equal as can be.
-
-    Args:
-        sizes: of the embedding, of each block, of the final norm, of the output layer. A stage has
-            at least one block; the embedding is the first's, norm and output layer the last's.
-
-    Raises:
-        ValueError: there are fewer blocks than stages.
-    """
-    blocks = list(sizes[1:-2])
-    if stages > len(blocks):
-        raise ValueError(f"--num_stages {stages}: this model has {len(blocks)} layers, one a stage")
-    blocks[0] += sizes[0]
-    blocks[-1] += sum(sizes[-2:])
-    inner = partition_balanced(blocks, stages)[1:-1]
-    return [0, *(int(edge) + 1 for edge in inner), len(sizes)]
 
 
 def with_ties(layers: list[nn.Module]) -> list[Any]:

@@ -45,7 +45,6 @@ from finetune.rows.formats import Row
 from finetune.rows.sources import read_questions
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from chatglm.family_tokenizer import FamilyTokenizer

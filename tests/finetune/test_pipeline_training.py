@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from finetune.config import parse_config
 from finetune.engine import check_start
+from finetune.stages import layer_bounds
 from tests.finetune.runs import ROOT, command, launch, metrics
 
 STEPS = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 3]
@@ -94,7 +95,7 @@ GRIDS = {
     "two-by-two": ("glm3", "all", 2, "ds_zero1.json", []),
     "two-by-two-tied": ("glm", "all", 2, "ds_zero1.json", []),
     "two-by-two-bf16": ("glm2", "all", 2, "zero0.json", ["--precision", "bf16"]),
-    "two-by-two-offload": ("glm2", "all", 2, "offload.json", []),
+    "two-by-two-offload": ("glm4", "all", 2, "offload.json", []),
 }
 
 
@@ -154,7 +155,16 @@ def test_a_resume_repeats_the_steps(flags, files, tmp_path):
         ("zero1", "lora", "ds_zero1.json"),
         ("all", "all", "ds_zero1.json"),
     ):
-        words = [*STEPS, "--num_train_epochs", 2, "--save_model_step", 2, *TWO, "--ds_file", ds_file]
+        words = [
+            *STEPS,
+            "--num_train_epochs",
+            2,
+            "--save_model_step",
+            2,
+            *TWO,
+            "--ds_file",
+            ds_file,
+        ]
         words += ["--lora_dropout", "0.3"] if method == "lora" else []
         whole = flags(tmp_path / name, *words, method=method)
         again = flags(tmp_path / f"{name}-again", *words, method=method)
@@ -207,13 +217,9 @@ def test_ranks_and_zero_that_do_not_fit(flags, tmp_path, monkeypatch):
     ],
 )
 def test_layers_are_shared_out_by_size(sizes, stages, bounds):
-    from finetune.pipeline import layer_bounds
-
     assert layer_bounds(sizes, stages) == bounds
 
 
 def test_more_stages_than_layers_are_refused():
-    from finetune.pipeline import layer_bounds
-
     with pytest.raises(ValueError, match="--num_stages 3: this model has 2 layers"):
         layer_bounds([5, 1, 1, 0, 5], 3)
