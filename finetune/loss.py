@@ -185,7 +185,10 @@ class LossModule(nn.Module):
     def total_loss(self, batches: Iterable[Mapping[str, Any]]) -> float:
         """The loss without scale, summed over collated batches."""
         device = next(self.parameters()).device
-        return sum([float(self(**on_device(batch, device))) for batch in batches])
+        total = 0.0
+        for batch in batches:
+            total += float(self(**on_device(batch, device)))
+        return total
 
     def forward(self, scale: float = 1.0, **batch: Any) -> Tensor:
         if not self.training:

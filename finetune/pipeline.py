@@ -7,8 +7,9 @@ also say where the sequences of a ragged row begin (chatglm.packing), and the la
 makes its masks anew of them: NCCL sends no bool tensors.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -60,21 +61,16 @@ class StagedModel(PipelineModule):
             )
         embedding, output_layer = inner.get_input_embeddings(), inner.get_output_embeddings()
         layers = [embedding, *body.blocks, body.final_norm, output_layer]
-        self.bounds = layer_bounds([size_of(layer) for layer in layers], stages)
+        self.bounds = layer_bounds(list(map(layer_size, layers)), stages)
         self.owners = owners_of(model, layers, self.bounds)
-        trained = {self.owners[name] for name, p in model.named_parameters() if p.requires_grad}
-        if len(trained) < stages:
-            raise ValueError(
-                f"--num_stages {stages}: wanted weights that train in each stage; "
-                f"only {len(trained)} of them have any (--lora_module_name)"
-            )
+        check_trained(model, self.owners, stages)
         super().__init__(with_ties(layers), num_stages=stages, dynamic_shape=True)
         first, last = self.bounds[self.stage_id : self.stage_id + 2]
         drop_weights(model, layers[first:last])
         blocks = body.blocks[max(first, 1) - 1 : min(last, len(layers) - 2) - 1]
         # Not submodules: their parameters are the layers'.
-        vars(self).update(model=model, body=body, blocks=blocks, engine=None)
-        vars(self).update(embedding=embedding, output_layer=output_layer)
+        self.__dict__.update(model=model, body=body, blocks=blocks)
+        self.__dict__.update(embedding=embedding, output_layer=output_layer)
         self.smoothing = smoothing
         self.scale = 1.0
 
@@ -113,8 +109,6 @@ class StagedModel(PipelineModule):
             packing = replace(packing, keep=labels[0] if self.is_last else None)
         states = self.body.run_layers(self.blocks, states, None, positions, None, packing)
         if not self.is_last:
-            if self.training and not states.requires_grad:
-                states.requires_grad_()
             return (states, positions, *labels)
         states = self.body.final_norm(states)
         if packing is None:
@@ -128,19 +122,21 @@ class StagedModel(PipelineModule):
 
     def attach(self, engine: Any) -> None:
         """Take the engine of this model; without ZeRO it clips by the norm over all stages."""
-        vars(self)["engine"] = engine
+        self.__dict__["engine"] = engine
         if isinstance(engine.optimizer, torch.optim.Optimizer):
             engine.clip_fp32_gradients = self.clip  # DeepSpeed's stores no norm
 
     def clip(self) -> None:
         """Clip the gradients; a tied weight counts once in their norm."""
         engine = self.engine
-        trained = [p for p in self.parameters() if p.requires_grad]
-        own = [p.grad for p in trained if p.grad is not None and not vars(p)["ds_pipe_replicated"]]
+        own: list[Tensor] = []
+        for parameter in self.parameters():
+            if parameter.grad is not None and not vars(parameter)["ds_pipe_replicated"]:
+                own.append(parameter.grad)
         total = torch.nn.utils.get_total_norm(pieces(own)).double().square().to(device())
         dist.all_reduce(total, group=engine.grid.get_model_parallel_group())
         norm = total.sqrt().float()
-        torch.nn.utils.clip_grads_with_norm_(trained, engine.gradient_clipping(), norm)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters(), engine.gradient_clipping(), norm)
         engine._global_grad_norm = norm
 
     def micro_batches(self, batches: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
@@ -150,7 +146,7 @@ class StagedModel(PipelineModule):
             lengths = batch.get("lengths") or [ids.shape[1]]
             shared = batch.get("shared") or [0]
             positions = self.body.packed_positions(ids, lengths, shared)
-            labels = [batch[name] for name in ("labels", "keep", "targets") if name in batch]
+            labels = [batch["labels"]] if "labels" in batch else [batch["keep"], batch["targets"]]
             yield (ids, positions, *labels), ()
 
     def train_step(self, batches: Sequence[Mapping[str, Any]], scale: float) -> float:
@@ -163,17 +159,19 @@ class StagedModel(PipelineModule):
         self.scale = scale
         return float(self.engine.train_batch(self.micro_batches(batches)))
 
-    def total_loss(self, batches: Sequence[Mapping[str, Any]]) -> float:
+    def total_loss(self, batches: Iterable[Mapping[str, Any]]) -> float:
         """The loss without scale, summed over batches of this rank's replica."""
-        losses = self.engine.eval_batch(
-            self.micro_batches(batches),
-            reduce_output=None,
-            bcast_loss=False,
-            num_micro_batches=len(batches),
-        )
         total = torch.zeros(1, dtype=torch.float64, device=device())
-        if self.is_last:
-            total += torch.stack(losses).double().sum()
+        rest = iter(batches)
+        while some := list(islice(rest, 8 * self.num_stages)):
+            losses = self.engine.eval_batch(
+                self.micro_batches(some),
+                reduce_output=None,
+                bcast_loss=False,
+                num_micro_batches=len(some),
+            )
+            if self.is_last:
+                total += torch.stack(losses).double().sum()
         grid = self.engine.grid
         last = grid.stage_to_global(self.num_stages - 1)
         dist.broadcast(total, last, group=grid.get_pipe_parallel_group())
@@ -201,18 +199,18 @@ class StagedModel(PipelineModule):
         return state
 
 
-def size_of(layer: nn.Module) -> int:
+def layer_size(layer: nn.Module) -> int:
     """Elements of a layer's parameters."""
-    return sum(parameter.numel() for parameter in layer.parameters())
+    return sum(map(Tensor.numel, layer.parameters()))
 
 
 def with_ties(layers: list[nn.Module]) -> list[Any]:
     """The layers as PipelineModule takes them; the ends that share a trained weight as tied."""
-    first, last = layers[0], layers[-1]
-    weight = getattr(first, "weight", None)
-    if weight is None or weight is not getattr(last, "weight", None) or not weight.requires_grad:
+    first, *inner, last = layers
+    shared = set(first.parameters()) & set(last.parameters())
+    if not any(parameter.requires_grad for parameter in shared):
         return list(layers)
-    return [TiedLayer("ends", first), *layers[1:-1], TiedLayer("ends", last)]
+    return [TiedLayer("ends", first), *inner, TiedLayer("ends", last)]
 
 
 def owners_of(model: nn.Module, layers: list[nn.Module], bounds: list[int]) -> dict[str, int]:
@@ -221,7 +219,23 @@ def owners_of(model: nn.Module, layers: list[nn.Module], bounds: list[int]) -> d
     for stage, (first, last) in enumerate(zip(bounds, bounds[1:])):
         for parameter in nn.ModuleList(layers[first:last]).parameters():
             stages.setdefault(parameter, stage)
-    return {name: stages[parameter] for name, parameter in model.named_parameters()}
+    owners: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        owners[name] = stages[parameter]
+    return owners
+
+
+def check_trained(model: nn.Module, owners: dict[str, int], stages: int) -> None:
+    """Raises ValueError for a stage without trained weights, to which no gradient would come."""
+    trained: set[int] = set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trained.add(owners[name])
+    if len(trained) < stages:
+        raise ValueError(
+            f"--num_stages {stages}: wanted weights that train in each stage; "
+            f"only {len(trained)} of them have any (--lora_module_name)"
+        )
 
 
 def drop_weights(model: nn.Module, kept: list[nn.Module]) -> None:

@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from chatglm.family_tokenizer import FamilyTokenizer
     from finetune.rows.arrays import Dataset
+    from finetune.rows.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,20 @@ def evaluation_loss(
     copies = world_size() // stages
     per_pass = batch_size * copies
     by_length = data.row_lengths.argsort(kind="stable").tolist()
-    batches = []
-    for start in range(0, len(by_length), per_pass):
-        rows = by_length[start : start + per_pass][rank() % copies :: copies]
-        # ZeRO-3 needs every rank in every pass: without a row it takes an empty place.
-        batches.append(collate(data, rows or [-1], **layout))
-    total = loss_module.total_loss(batches)
+    count = 0.0
+
+    def batches() -> Iterator["Batch"]:
+        nonlocal count
+        for start in range(0, len(by_length), per_pass):
+            rows = by_length[start : start + per_pass][rank() % copies :: copies]
+            # ZeRO-3 needs every rank in every pass: without a row it takes an empty place.
+            batch = collate(data, rows or [-1], **layout)
+            count += count_labels(batch)
+            yield batch
+
+    total = loss_module.total_loss(batches())
     # All stages have the same total and count, so that the mean counts each as often.
-    total, count = sum_over_ranks(total, sum(map(count_labels, batches)))
+    total, count = sum_over_ranks(total, count)
     return total / count
 
 

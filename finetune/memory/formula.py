@@ -79,8 +79,7 @@ def estimate(run: Run, constants: Constants | None = None) -> Estimate:
     """
     constants = constants or Constants()
     if run.stages > 1:
-        estimates = [estimate(one, constants) for one in run.of_stages()]
-        return replace(max(estimates, key=lambda one: one.needed), host=host_memory(run))
+        return largest_stage(run, constants)
     parts = counted_parts(run)
     parts["reused between phases"] = -reused(run, parts, constants)
     if not run.cpu:
@@ -89,6 +88,17 @@ def estimate(run: Run, constants: Constants | None = None) -> Estimate:
         parts["ZeRO-3 gather cache"] = gather_cache(run)
     shown = {name: size for name, size in parts.items() if size or name in ALWAYS_SHOWN}
     return Estimate(shown, host_memory(run), gather_cache(run))
+
+
+def largest_stage(run: Run, constants: Constants) -> Estimate:
+    """The estimate of the pipeline's stage that needs most, with the host's of the whole run."""
+    first, *others = run.of_stages()
+    largest = estimate(first, constants)
+    for one in others:
+        estimated = estimate(one, constants)
+        if estimated.needed > largest.needed:
+            largest = estimated
+    return replace(largest, host=host_memory(run))
 
 
 def counted_parts(run: Run) -> dict[str, float]:

@@ -84,7 +84,7 @@ def runs(flags, train, rows_file, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_every_family_and_method(runs, name):
-    assert_same_run(*runs[name], tolerance=2e-2 if "bf16" in name else 1e-5)
+    assert_same_run(*runs[name], tolerance=5e-3 if "bf16" in name else 1e-5)
 
 
 # What four ranks run: family, method, stages, DeepSpeed's file, flags.
@@ -143,7 +143,7 @@ def grids(flags, train, files, bases, rows_file, tmp_path_factory):
 @pytest.mark.parametrize("name", GRIDS)
 def test_four_ranks(grids, name):
     """Stages between others, and pipelines side by side."""
-    assert_same_run(*grids[name], tolerance=2e-2 if "bf16" in name else 1e-5)
+    assert_same_run(*grids[name], tolerance=5e-3 if "bf16" in name else 1e-5)
 
 
 @pytest.mark.slow
