@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from finetune.config import parse_config
 from finetune.engine import check_start
 from finetune.stages import layer_bounds
+from tests.conftest import tiny_model
 from tests.finetune.runs import ROOT, command, launch, metrics
 
 STEPS = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 3]
@@ -223,3 +224,21 @@ def test_layers_are_shared_out_by_size(sizes, stages, bounds):
 def test_more_stages_than_layers_are_refused():
     with pytest.raises(ValueError, match="--num_stages 3: this model has 2 layers"):
         layer_bounds([5, 1, 1, 0, 5], 3)
+
+
+def test_models_that_have_no_stages():
+    """Said before any process is waited for."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from finetune.pipeline import StagedModel
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 16, "num_hidden_layers": 2}
+    other = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    with pytest.raises(ValueError, match="needs a ChatGLM or GLM-4; .* is a qwen2"):
+        StagedModel(other, 2)
+    model = tiny_model("glm2")
+    with pytest.raises(ValueError, match="--num_stages 4: this model has 3 layers, one a stage"):
+        StagedModel(model, 4)
+    model.requires_grad_(False).get_output_embeddings().requires_grad_(True)
+    with pytest.raises(ValueError, match="train in each stage; only 1 of them have any"):
+        StagedModel(model, 2)
