@@ -181,6 +181,9 @@ def test_a_resume_repeats_the_steps(flags, files, tmp_path):
     resumed = [*cases[2], "--resume_from_checkpoint", "auto", "--num_stages", "1"]
     done = command("train.py", *resumed, ok=False)
     assert "--num_stages: was 2, is 1" in done.stderr
+    more = [*cases[2], "--resume_from_checkpoint", "auto"]
+    done = launch("torchrun", "train.py", *more, ranks=4, ok=False)
+    assert "made by 2 ranks: a run with --num_stages resumes on as many" in done.stderr
 
 
 @pytest.mark.parametrize(
