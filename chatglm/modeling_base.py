@@ -263,6 +263,20 @@ class ChatGLMBody(ChatGLMPreTrainedModel):
 
     prefix_encoder: PrefixEncoder | PromptEncoder | None
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, in order."""
+        raise NotImplementedError
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm after the last block."""
+        raise NotImplementedError
+
+    def packed_positions(self, input_ids: Tensor, lengths: list[int], shared: list[int]) -> Tensor:
+        """The positions, the sequence last, of sequences end to end in input_ids (1, S)."""
+        raise NotImplementedError
+
     def read_packing(self, position_ids: Tensor) -> Packing:
         """The sequences of one row of positions."""
         raise NotImplementedError

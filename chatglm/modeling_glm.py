@@ -147,6 +147,14 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.word_embeddings = value
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.layers
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.final_layernorm
+
     def rotary(self, position_ids: Tensor) -> Tensor:
         """Turns (B, S, head_dim / 2) complex64: the first half for places, then block positions."""
         # The released weights were trained with frequencies rounded to fp16.

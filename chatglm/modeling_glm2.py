@@ -183,6 +183,14 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embedding.word_embeddings = value
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.encoder.layers
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.encoder.final_layernorm
+
     def read_packing(self, position_ids: Tensor) -> Packing:
         """The sequences of one row of positions (1, S)."""
         return Packing(*find_sequences(position_ids[0]))

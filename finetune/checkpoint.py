@@ -203,24 +203,34 @@ def gathered_state(model: nn.Module, *, trainable_only: bool) -> dict[str, Tenso
     for name, parameter in model.named_parameters():
         if trainable_only and not parameter.requires_grad:
             continue
-        if trainable_only and parameter.dtype == torch.float16:
-            # DeepSpeed's fp16 mode halves adapters too; the checkpoint gets their fp32 master.
-            from deepspeed.utils import safe_get_full_fp32_param
-
-            master = safe_get_full_fp32_param(parameter)
-            if rank() == 0:
-                state[name] = master.detach().cpu()
-        elif hasattr(parameter, "ds_id"):
+        if hasattr(parameter, "ds_id") and not (trainable_only and is_halved(parameter)):
             from deepspeed import zero
 
             with zero.GatheredParameters([parameter]):
                 if rank() == 0:
                     state[name] = parameter.detach().cpu().clone()
-        elif rank() == 0:
-            state[name] = parameter.detach().cpu()
+        else:
+            values = trained_values(parameter, trainable_only)
+            if rank() == 0:
+                state[name] = values.cpu()
         if rank() == 0 and not state[name].numel():
             raise RuntimeError(f"{name} is empty: it was not gathered")
     return state
+
+
+def is_halved(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed's fp16 mode, which halves adapters too, may have halved a parameter."""
+    return parameter.dtype == torch.float16
+
+
+def trained_values(parameter: nn.Parameter, is_adapter: bool) -> Tensor:
+    """A parameter's values, of a halved adapter its fp32 master: then all its ranks take part."""
+    if is_adapter and is_halved(parameter):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        master: Tensor = safe_get_full_fp32_param(parameter)
+        return master.detach()
+    return parameter.detach()
 
 
 def export_model(
@@ -392,7 +402,11 @@ class Checkpointer:
         self.engine.save_checkpoint(
             str(aside / "trainer"), tag="state", save_latest=False, exclude_frozen_parameters=True
         )
-        state = gathered_state(self.model, trainable_only=self.task.method.saves != "model")
+        trainable_only = self.task.method.saves != "model"
+        if self.config.stages > 1:
+            state = self.engine.module.gathered_state(trainable_only=trainable_only)
+        else:
+            state = gathered_state(self.model, trainable_only=trainable_only)
         barrier()  # every rank's shards are there
         if rank() != 0:
             return
@@ -450,6 +464,11 @@ class Checkpointer:
         manifest = read_committed(folder, self.config.verify)
         saved = read_json(folder / "train_config.json")
         elastic = manifest["world_size"] != world_size()
+        if elastic and self.config.stages > 1:
+            raise ValueError(
+                f"{folder} was made by {manifest['world_size']} ranks: a run with --num_stages "
+                f"resumes on as many, this one has {world_size()}"
+            )
         self.check_flags(folder, saved, manifest.get("contents", {}), elastic)
         if elastic:
             self.check_batch(folder, manifest["world_size"], saved)

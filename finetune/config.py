@@ -46,15 +46,15 @@ ORDER = """
 task model_name_or_path mode prompt_style train_path eval_path data_format columns glm3_labels
 replay_path replay_ratio streaming shuffle_buffer preprocessing_num_workers max_len max_src_len
 is_skip on_bad_row prompt_text dataset_length train_type per_device_train_batch_size
-gradient_accumulation_steps num_train_epochs max_steps learning_rate weight_decay warmup_ratio
-batching share_prefix gradient_checkpointing gradient_checkpointing_layers label_smoothing
-neftune_noise_alpha precision num_workers data_cache data_cache_gb seed ds_file adapter lora_dim
-lora_alpha lora_dropout lora_module_name use_rslora use_dora init_lora_weights loraplus_lr_ratio
-quantization_bit freeze_module_name freeze_ratio pre_seq_len prefix_projection ptuning_version
-prefix_dropout output_dir overwrite_output_dir show_loss_step save_model_step save_total_limit
-eval_step per_device_eval_batch_size eval_metrics eval_f1 eval_max_new_tokens metric_for_best
-early_stopping_patience early_stopping_min_delta resume_from_checkpoint verify report_to
-tensorboard estimate_memory local_rank
+gradient_accumulation_steps num_stages num_train_epochs max_steps learning_rate weight_decay
+warmup_ratio batching share_prefix gradient_checkpointing gradient_checkpointing_layers
+label_smoothing neftune_noise_alpha precision num_workers data_cache data_cache_gb seed ds_file
+adapter lora_dim lora_alpha lora_dropout lora_module_name use_rslora use_dora init_lora_weights
+loraplus_lr_ratio quantization_bit freeze_module_name freeze_ratio pre_seq_len prefix_projection
+ptuning_version prefix_dropout output_dir overwrite_output_dir show_loss_step save_model_step
+save_total_limit eval_step per_device_eval_batch_size eval_metrics eval_f1 eval_max_new_tokens
+metric_for_best early_stopping_patience early_stopping_min_delta resume_from_checkpoint verify
+report_to tensorboard estimate_memory local_rank
 """
 
 
@@ -84,6 +84,11 @@ class RunConfig(ModelFlags, DataFlags, LoopFlags, MethodFlags, EvalFlags, Output
     def only_memory(self) -> bool:
         """Whether only the memory of the run is estimated."""
         return False
+
+    @property
+    def stages(self) -> int:
+        """Ranks that hold one copy of the model together, each some of its layers."""
+        return 1
 
     def check_groups(self) -> None:
         """Raises ValueError naming the first wrong flag of the groups."""
@@ -247,6 +252,12 @@ class TrainConfig(RowsConfig, AnswerFlags):
     title: ClassVar[str] = "Fine-tune ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B"
     effects: ClassVar[dict[str, Effect]] = TRAINING
 
+    num_stages: int = fixed_flag(
+        1,
+        "pipeline parallelism: so many ranks hold one model, some of its layers each; "
+        "--gradient_accumulation_steps is the number of micro batches (lora, all; ZeRO 0 or 1)",
+        positive=True,
+    )
     label_smoothing: float = fixed_flag(
         0.0, "share of the wanted probability spread over all words, in training"
     )
@@ -265,6 +276,26 @@ class TrainConfig(RowsConfig, AnswerFlags):
         """Raises ValueError for shares and noises outside of their ranges."""
         check_share("label_smoothing", self.label_smoothing)
         check_not_negative("neftune_noise_alpha", self.neftune_noise_alpha)
+        if self.num_stages > 1:
+            self.check_stages()
+
+    def check_stages(self) -> None:
+        """Raises ValueError for what a model in stages does not train, or needs it whole."""
+        if self.train_type not in ("lora", "all"):
+            raise ValueError(
+                f"--num_stages {self.num_stages} trains with --train_type lora or all; "
+                f"got {self.train_type}"
+            )
+        whole = self.changed("quantization_bit", "neftune_noise_alpha", "eval_metrics", "eval_f1")
+        if whole:
+            raise ValueError(
+                f"--num_stages {self.num_stages}: no rank has the whole model, which --{whole[0]} "
+                f"needs; leave one of them out"
+            )
+
+    @property
+    def stages(self) -> int:
+        return self.num_stages
 
     @property
     def evaluated(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from chatglm.hub import parse_hub_name, resolve_folder
 from finetune.config import RowsConfig, RunConfig
 from finetune.ds_file import fill_sizes, read_ds_file, stage_for
+from finetune.stages import check_zero_stage
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -36,6 +37,16 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def data_world(config: RunConfig) -> int:
+    """The number of copies of the model, which read different rows: a pipeline's ranks are one."""
+    return world_size() // config.stages
+
+
+def data_rank(config: RunConfig) -> int:
+    """The number of this rank's copy; ranks of one stage are neighbours, as DeepSpeed has them."""
+    return rank() % data_world(config)
 
 
 def say(*words: object) -> None:
@@ -328,10 +339,8 @@ def deepspeed_config(
     if world == 1 and zero["stage"] == 1:
         ds["bf16"].setdefault("immediate_grad_update", True)
     if zero["stage"] != asked:
-        say(
-            f"ZeRO: stage {zero['stage']} ({path.name} asks for {asked}; "
-            f"one rank has nothing to share out)"
-        )
+        reason = "one rank has nothing to share out" if asked else "bf16 gradients are summed there"
+        say(f"ZeRO: stage {zero['stage']} ({path.name} asks for {asked}; {reason})")
     return ds
 
 
@@ -418,6 +427,18 @@ def check_zero3(config: RunConfig, file_name: str) -> None:
             f"--quantization_bit: ZeRO-3 cannot take quantised weights apart ({file_name}): "
             f"use ZeRO-2, ds_zero2.json"
         )
+
+
+def check_stages(config: RunConfig) -> None:
+    """Raises ValueError where ranks, or the ZeRO of --ds_file, do not fit --num_stages."""
+    if config.stages == 1:
+        return
+    if world_size() % config.stages:
+        raise ValueError(
+            f"--num_stages {config.stages}: wanted a multiple of {config.stages} ranks, as by "
+            f"deepspeed --num_gpus {config.stages} train.py; this run has {world_size()}"
+        )
+    check_zero_stage(config.stages, config.ds_file)
 
 
 def lr_ratios(config: RunConfig) -> list[float]:

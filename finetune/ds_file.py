@@ -147,14 +147,17 @@ def stage_for(ds: dict[str, Any], precision: str, adapters: bool, world: int) ->
     DeepSpeed's BF16_Optimizer, which adds each gradient to its fp32 sum during backward; fp32 needs
     no ZeRO.
     The file's stage stays with several ranks, with adapters, and where the file sets more of ZeRO
-    than BETWEEN_RANKS.
+    than BETWEEN_RANKS; but DeepSpeed sums bf16 gradients in fp32 from stage 1 on alone.
     """
     zero = ds["zero_optimization"]
     stage = zero.get("stage", 0)
+    sums_in_fp32 = ds.get("data_types", {}).get("grad_accum_dtype", "fp32") == "fp32"
+    if precision == "bf16" and not adapters and stage == 0 and sums_in_fp32:
+        return 1
     if world > 1 or adapters or stage > 2 or not zero.keys() <= BETWEEN_RANKS:
         return stage
     if precision == "fp32" and ds.get("gradient_clipping", 1.0) != 0:
         return 0
-    if precision == "bf16" and ds.get("data_types", {}).get("grad_accum_dtype", "fp32") == "fp32":
+    if precision == "bf16" and sums_in_fp32:
         return 1
     return stage

@@ -4,7 +4,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -32,6 +32,9 @@ from finetune.config import RunConfig, TrainConfig
 from finetune.distributed import (
     DTYPES,
     agree,
+    check_stages,
+    data_rank,
+    data_world,
     deepspeed_config,
     device,
     fit_to_one_rank,
@@ -183,7 +186,7 @@ def find_start(config: RunConfig, output_dir: Path) -> Path | None:
 def make_schedule(config: RunConfig, task: Task) -> Schedule:
     """The steps of a run whose rows are loaded."""
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    global_batch = micro * accumulation * world_size()
+    global_batch = micro * accumulation * data_world(config)
     rows = task.rows_per_epoch(config.max_steps, global_batch)
     return Schedule(rows, global_batch, config.num_train_epochs, config.max_steps)
 
@@ -216,8 +219,9 @@ def run_facts(
 
 
 def check_start(config: RunConfig, base: Path) -> None:
-    """Raises ValueError for a missing package, or a base that the method cannot start from."""
+    """Raises ValueError for a missing package, ranks that do not fit, or a base that does not."""
     check_loggers(config.loggers)
+    check_stages(config)
     if isinstance(config, TrainConfig):
         check_packages(config.answer_metrics)
     if (base / "adapter_config.json").is_file():
@@ -264,7 +268,7 @@ def build_engine(
         adapters=adapters,
         total_steps=total_steps,
         hidden_size=hidden_size,
-        world=world_size(),
+        world=data_world(config),
     )
     partitioned_loading = None
     if ds["zero_optimization"].get("stage") == 3:
@@ -280,14 +284,19 @@ def build_engine(
         convert_trained_to_fp32(model)
     use_lean_lora(model)
     recompute(model, config.gradient_checkpointing, config.gradient_checkpointing_layers)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = parameter_groups(model, config)
-    optimizer = make_optimizer(groups, ds)
     with without_prints():
+        loss_module: Any = task.loss_module(model)
+        # Of a pipeline's model only one stage is here.
+        own = loss_module if config.stages > 1 else model
+        groups = parameter_groups(own, config)
+        optimizer = make_optimizer(groups, ds)
         engine, *_ = deepspeed.initialize(
-            model=task.loss_module(model), model_parameters=groups, optimizer=optimizer, config=ds
+            model=loss_module, model_parameters=groups, optimizer=optimizer, config=ds
         )
-    fit_to_one_rank(engine, trained)
+    if config.stages > 1:
+        loss_module.attach(engine)
+    else:
+        fit_to_one_rank(engine, [p for p in model.parameters() if p.requires_grad])
     return engine, model, precision
 
 
@@ -509,24 +518,34 @@ class Loop:
         made = self.task.step_batches(engine.module, self.batches(), self.done)
         labelled_here = sum(map(self.task.count_labels, made.batches))
         stop_here = bool(self.signals.number)
+        stages = self.config.stages  # which all count the same rows
         labelled, tokens, stop = sum_over_ranks(labelled_here, made.tokens, stop_here)
+        labelled, tokens = labelled / stages, tokens / stages
 
         engine.train()
         seed_step(self.config.seed, self.done + 1, stream=1 + rank())
         # backward() divides by the number of passes and DeepSpeed averages over ranks. The scale
         # undoes both, so that the sum is divided once.
-        scale = len(made.batches) * world_size() / labelled
+        scale = len(made.batches) * data_world(self.config) / labelled
+        if stages > 1:
+            mean = engine.module.train_step(made.batches, scale)
+        else:
+            mean = sum_over_ranks(self.run_passes(made.batches, scale))[0] / labelled
+        self.done += 1
+        norm = float(engine.get_global_grad_norm() or 0)
+        self.check_finite(mean, norm, made)
+        return mean, norm, int(tokens), stop > 0, made.metrics
+
+    def run_passes(self, batches: list[Mapping[str, Any]], scale: float) -> float:
+        """Forward, backward and the update; returns the loss of this rank without `scale`."""
+        engine = self.engine
         total = 0.0
-        for batch in made.batches:
+        for batch in batches:
             loss = engine(scale=scale, **on_device(batch, engine.device))
             engine.backward(loss)
             engine.step()
             total += float(loss.detach()) / scale
-        self.done += 1
-        mean = sum_over_ranks(total)[0] / labelled
-        norm = float(engine.get_global_grad_norm() or 0)
-        self.check_finite(mean, norm, made)
-        return mean, norm, int(tokens), stop > 0, made.metrics
+        return total
 
     def check_finite(self, loss: float, norm: float, made: StepBatches) -> None:
         """Raises TrainingFailed where the loss or the norm of its gradient is not finite."""
@@ -567,8 +586,8 @@ class Loop:
             data.row_lengths,
             micro=self.config.per_device_train_batch_size,
             accumulation=self.config.gradient_accumulation_steps,
-            rank=rank(),
-            world=world_size(),
+            rank=data_rank(self.config),
+            world=data_world(self.config),
         )
         rows: list[int] = []
         for chosen in passes:

@@ -1,6 +1,6 @@
 """The loss: negative log likelihood summed over labelled tokens. The engine divides it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from chatglm.kernels import OutputLayer
 from chatglm.packing import packed_states
+from finetune.distributed import on_device
 from finetune.rows.batches import IGNORED
 
 
@@ -48,12 +49,23 @@ def nll_sum(
     else:
         body = inner.base_model
         hidden = body(input_ids=input_ids, use_cache=False).last_hidden_state
-        targets = labels[:, 1:]
-        labelled = targets != IGNORED
-        hidden, targets = hidden[:, :-1][labelled], targets[labelled]
+        hidden, targets = labelled_states(hidden, labels)
     if targets is None:
         raise ValueError("a ragged row needs its targets")
-    output_layer = inner.get_output_embeddings()
+    return nll_of_states(inner.get_output_embeddings(), hidden, targets, scale, smoothing)
+
+
+def labelled_states(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, H) states that predict a labelled token, (N,) tokens; of (B, S, H), labels (B, S)."""
+    targets = labels[:, 1:]
+    labelled = targets != IGNORED
+    return hidden[:, :-1][labelled], targets[labelled]
+
+
+def nll_of_states(
+    output_layer: nn.Module, hidden: Tensor, targets: Tensor, scale: float, smoothing: float
+) -> Tensor:
+    """As nll_sum, from the last hidden states (N, H) that predict the tokens targets (N,)."""
     if isinstance(output_layer, OutputLayer):
         return output_layer(hidden, targets, scale, smoothing)
     # An output layer that LoRA wraps does not compute the loss.
@@ -168,6 +180,15 @@ class LossModule(nn.Module):
         self.model = model
         self.smoothing = smoothing
         self.noise_alpha = noise_alpha
+
+    @torch.no_grad()
+    def total_loss(self, batches: Iterable[Mapping[str, Any]]) -> float:
+        """The loss without scale, summed over collated batches."""
+        device = next(self.parameters()).device
+        total = 0.0
+        for batch in batches:
+            total += float(self(**on_device(batch, device)))
+        return total
 
     def forward(self, scale: float = 1.0, **batch: Any) -> Tensor:
         if not self.training:

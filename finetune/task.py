@@ -122,10 +122,13 @@ class FineTuning(RowTask[TrainConfig, Dataset]):
         return f"{self.eval_hash} {config.eval_max_new_tokens}"
 
     def loss_module(self, model: nn.Module) -> nn.Module:
+        config = self.config
+        if config.stages > 1:
+            from finetune.pipeline import StagedModel
+
+            return StagedModel(model, config.stages, smoothing=config.label_smoothing)
         return LossModule(
-            model,
-            smoothing=self.config.label_smoothing,
-            noise_alpha=self.config.neftune_noise_alpha,
+            model, smoothing=config.label_smoothing, noise_alpha=config.neftune_noise_alpha
         )
 
     def collate(self, data: Dataset, rows: list[int]) -> Batch:
@@ -148,7 +151,10 @@ class FineTuning(RowTask[TrainConfig, Dataset]):
         if self.eval_data is None:
             raise RuntimeError("the evaluation rows are not loaded")
         batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
-        metrics = {"loss": evaluation_loss(loss_module, self.eval_data, batch, **self.layout)}
+        loss = evaluation_loss(
+            loss_module, self.eval_data, batch, stages=config.stages, **self.layout
+        )
+        metrics = {"loss": loss}
         if config.answer_metrics:
             answers = answers_of_ranks(
                 model,

@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -45,11 +45,11 @@ from finetune.rows.formats import Row
 from finetune.rows.sources import read_questions
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from chatglm.family_tokenizer import FamilyTokenizer
     from finetune.rows.arrays import Dataset
+    from finetune.rows.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -66,29 +66,34 @@ class AnswerEvaluationFlags(InferenceFlags, RowReadingFlags):
 
 
 def evaluation_loss(
-    loss_module: "nn.Module", data: "Dataset", batch_size: int, **layout: Any
+    loss_module: Any, data: "Dataset", batch_size: int, *, stages: int = 1, **layout: Any
 ) -> float:
     """Mean negative log likelihood of the labelled tokens over all rows, shared among the ranks.
 
-    `layout` are collate's options.
+    Args:
+        loss_module: has total_loss, as finetune.loss.LossModule.
+        stages: so many ranks hold one model together, and read the same rows.
+        layout: collate's options.
     """
-    import torch
-
-    from finetune.distributed import on_device, rank, sum_over_ranks, world_size
+    from finetune.distributed import rank, sum_over_ranks, world_size
     from finetune.rows.batches import collate, count_labels
 
-    per_pass = batch_size * world_size()
-    total = 0.0
-    count = 0.0
+    copies = world_size() // stages
+    per_pass = batch_size * copies
     by_length = data.row_lengths.argsort(kind="stable").tolist()
-    device = next(loss_module.parameters()).device
-    for start in range(0, len(by_length), per_pass):
-        rows = by_length[start : start + per_pass][rank() :: world_size()]
-        # ZeRO-3 needs every rank in every pass: without a row it takes an empty place.
-        batch = collate(data, rows or [-1], **layout)
-        with torch.no_grad():
-            total += float(loss_module(**on_device(batch, device)))
-        count += count_labels(batch)
+    count = 0.0
+
+    def batches() -> Iterator["Batch"]:
+        nonlocal count
+        for start in range(0, len(by_length), per_pass):
+            rows = by_length[start : start + per_pass][rank() % copies :: copies]
+            # ZeRO-3 needs every rank in every pass: without a row it takes an empty place.
+            batch = collate(data, rows or [-1], **layout)
+            count += count_labels(batch)
+            yield batch
+
+    total = loss_module.total_loss(batches())
+    # All stages have the same total and count, so that the mean counts each as often.
     total, count = sum_over_ranks(total, count)
     return total / count
 

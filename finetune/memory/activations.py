@@ -57,7 +57,7 @@ def last_layer_kept(run: Run) -> float:
     every position) + label share x (the rest, and the labelled queries, which are copied out).
     """
     whole = layer_kept(run)
-    if not run.ours:
+    if not (run.ours and run.shape.is_last):
         return whole
     everywhere = run.positions * keys_side_kept(run.layer)
     queries = run.positions * run.element * run.shape.query
@@ -75,7 +75,7 @@ def layers_kept(run: Run) -> float:
 def first_norm_kept(run: Run) -> float:
     """Bytes of the first layer's first norm, which keeps nothing in ours under LoRA and P-Tuning
     v2: it stands before the first trained weight."""
-    if run.ours and run.adapters and run.version != "v1":
+    if run.ours and run.adapters and run.version != "v1" and run.shape.is_first:
         return run.positions * norms_kept(run.layer) / 2
     return 0
 
@@ -128,7 +128,10 @@ def logits_and_loss(run: Run) -> float:
     gradient in fp32; the returned logits, which live to the step's end.
     ours: one piece of the logits at a time (chatglm/kernels.py), the labelled rows, and the output
     layer's own gradient, which is made in the forward pass.
+    0 of a pipeline's stages before the last.
     """
+    if not run.shape.is_last:
+        return 0.0
     if not run.ours:
         return run.batch * run.length * run.shape.vocab * (12 + run.element)
     return logits_piece(run) + labelled_rows(run) + output_gradient(run)

@@ -31,6 +31,7 @@ from finetune.memory.formula import Estimate, estimate
 from finetune.memory.run import Run, Zero
 from finetune.memory.shapes import PUBLISHED, TABLED, read_shape, shape_source, short_name
 from finetune.methods import first_layers, layer_number, module_names
+from finetune.stages import check_zero_stage
 
 LIMIT = 2**20  # the search for a batch or a length stops here
 
@@ -88,7 +89,8 @@ def changes_by_cost(run: Run, card: float) -> Iterator[Change]:
         yield "this project's packed loop (--mode ours)", packed
     one = replace(checkpointed(run), batch=1, real_tokens=None)
     words = "--gradient_checkpointing, --per_device_train_batch_size 1"
-    for text, changed in changes_of_zero(one):
+    changes = changes_of_stages(one) if one.stages > 1 else changes_of_zero(one)
+    for text, changed in changes:
         yield f"{words} and {text}", changed
     if shorter := largest(one, "length", card, step=8):
         yield f"{words} and --max_len {shorter}", replace(one, length=shorter)
@@ -133,6 +135,14 @@ def changes_of_zero(run: Run) -> Iterator[Change]:
         yield f"--ds_file ds_zero3_offload.json{on_gpus}", offloaded
 
 
+def changes_of_stages(run: Run) -> Iterator[Change]:
+    """More stages, on so many times more GPUs."""
+    for times in (2, 4, 8):
+        stages, gpus = run.stages * times, run.gpus * times
+        if stages <= run.shape.layers:
+            yield f"--num_stages {stages} on {gpus} GPUs", replace(run, stages=stages, gpus=gpus)
+
+
 def read_zero(name: str, hidden: int) -> Zero:
     """The Zero of a DeepSpeed file, which is looked up and filled as train.py does."""
     path, ds = read_ds_file(name)
@@ -167,6 +177,7 @@ FLAGS = (
     "max_len",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "num_stages",
     "gradient_checkpointing",
     "precision",
     "ds_file",
@@ -195,6 +206,7 @@ def make_run(
         raise ValueError(
             f"the estimate does not know --{unknown[0]}: leave it out to see the run without it"
         )
+    check_zero_stage(config.stages, config.ds_file)
     shape = read_shape(config.model_name_or_path)
     modules = tuple(module_names(config.lora_module_name))
     if modules == ("all-linear",):
@@ -229,6 +241,7 @@ def make_run(
         rollout_rows=config.rollout_rows,
         scorer=read_shape(base_folder(config.scorer)) if config.scorer else None,
         scores=config.scores,
+        stages=config.stages,
         **more,
     )
     # A name that matches nothing raises here.
@@ -322,9 +335,10 @@ def describe_run(model: str, run: Run) -> str:
     kind = "selective" if run.selective else "on"
     pair = f"{run.sequences} x " if run.sequences > 1 else ""
     checkpointing = kind if run.checkpointing else "off"
+    in_stages = f" in {run.stages} stages" if run.stages > 1 else ""
     return (
         f"{model}, {run.train_type}, {run.mode}, {run.precision}, ZeRO-{stage}{offload}, "
-        f"{run.gpus} GPU(s), {run.batch} row(s) of {pair}{run.length} tokens, "
+        f"{run.gpus} GPU(s){in_stages}, {run.batch} row(s) of {pair}{run.length} tokens, "
         f"gradient checkpointing {checkpointing}"
     )
 
@@ -354,10 +368,12 @@ def show_largest(value: int) -> str:
 def estimate_run(config: RowsConfig) -> None:
     """Print the estimate of train.py --estimate_memory.
 
-    It is for this machine's GPU, else for an A40, and for the launcher's world size.
+    It is for this machine's GPU, else for an A40, and for the launcher's world size, or without a
+    launcher for one GPU a stage.
     """
     card, size = local_card() or ("A40", CARDS["A40"] * MIB)
-    run = make_run(config, gpus=int(os.environ.get("WORLD_SIZE", 1)), card=card)
+    gpus = int(os.environ.get("WORLD_SIZE", config.stages))
+    run = make_run(config, gpus=gpus, card=card)
     if int(os.environ.get("RANK", 0)) == 0:
         print_figures(config.model_name_or_path, run, memory_figures(run, card, size))
 

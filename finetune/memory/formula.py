@@ -11,7 +11,7 @@ a trained weight and of a gradient (Run.element, weight_element, gradient_elemen
 terms are those of ZeRO (Rajbhandari et al., 2020), sizes those of its code. Free of torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune.memory.activations import activations, backward_work, logits_and_loss
 from finetune.memory.cards import GIB
@@ -71,12 +71,15 @@ class Estimate:
 
 
 def estimate(run: Run, constants: Constants | None = None) -> Estimate:
-    """Peak memory of one GPU (or process) by part, and of the host.
+    """Peak memory of one GPU (or process) by part, and of the host; of a pipeline's stages that of
+    the one that needs most.
 
     Raises:
         ValueError: the run trains what the model does not have.
     """
     constants = constants or Constants()
+    if run.stages > 1:
+        return largest_stage(run, constants)
     parts = counted_parts(run)
     parts["reused between phases"] = -reused(run, parts, constants)
     if not run.cpu:
@@ -85,6 +88,17 @@ def estimate(run: Run, constants: Constants | None = None) -> Estimate:
         parts["ZeRO-3 gather cache"] = gather_cache(run)
     shown = {name: size for name, size in parts.items() if size or name in ALWAYS_SHOWN}
     return Estimate(shown, host_memory(run), gather_cache(run))
+
+
+def largest_stage(run: Run, constants: Constants) -> Estimate:
+    """The estimate of the pipeline's stage that needs most, with the host's of the whole run."""
+    first, *others = run.of_stages()
+    largest = estimate(first, constants)
+    for one in others:
+        estimated = estimate(one, constants)
+        if estimated.needed > largest.needed:
+            largest = estimated
+    return replace(largest, host=host_memory(run))
 
 
 def counted_parts(run: Run) -> dict[str, float]:
@@ -100,6 +114,7 @@ def counted_parts(run: Run) -> dict[str, float]:
         "reward model": run.element * run.scorer.total if run.scorer else 0.0,
         "rollout": max(0.0, rollout_cache(run) - held_activations(run) - logits),
         "ZeRO buffers": zero_buffers(run),
+        "between stages": between_stages(run),
     }
 
 
@@ -114,8 +129,18 @@ def reused(run: Run, parts: dict[str, float], constants: Constants) -> float:
 
 
 def held_activations(run: Run) -> float:
-    """Bytes of what the forward passes of the model and of a critic keep for one backward pass."""
-    return (1 + run.trained_copies) * activations(run)
+    """Bytes of what the forward passes of the model and of a critic keep for backward."""
+    return run.passes * (1 + run.trained_copies) * activations(run)
+
+
+def between_stages(run: Run) -> float:
+    """Bytes of the hidden states that a pipeline's stage has received, e x hidden x positions: two
+    copies of each pass held, one in which they come, and one for their gradient.
+    """
+    if run.shape.is_first and run.shape.is_last:
+        return 0.0
+    received = 0 if run.shape.is_first else 2 * run.passes + 1
+    return float((received + 1) * run.element * run.shape.hidden * run.positions)
 
 
 def rollout_cache(run: Run) -> float:

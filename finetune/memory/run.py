@@ -1,6 +1,6 @@
 """A training run, as far as its memory goes: what an estimate depends on. Free of torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -52,6 +52,8 @@ class Run:
         rollout_rows: sequences whose keys and values are held at once while answers are sampled.
         scorer: the model that scores answers.
         scores: it ends in a value head, so its output layer is frozen unless it is the embedding.
+        stages: GPUs that hold one model together, as a pipeline.
+        passes: forward passes whose activations are held at a time.
     """
 
     shape: ModelShape
@@ -82,12 +84,19 @@ class Run:
     rollout_rows: int = 0
     scorer: ModelShape | None = None
     scores: bool = False
+    stages: int = 1
+    passes: int = 1
 
     def __post_init__(self):
         counts = ("batch", "sequences", "length", "gpus", "accumulation", "lora_dim", "pre_seq_len")
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.gpus % self.stages:
+            raise ValueError(
+                f"--num_stages {self.stages} needs a multiple of {self.stages} GPUs, "
+                f"got {self.gpus}"
+            )
         if not 0 < self.label_share <= 1:
             raise ValueError(f"--label_share must be above 0 and at most 1, got {self.label_share}")
         most = self.batch * self.sequences * self.length
@@ -154,7 +163,7 @@ class Run:
     @cached_property
     def largest_trained(self) -> int:
         """Elements of the largest parameter that is trained."""
-        return max(self.trained.values())
+        return max(self.trained.values(), default=0)
 
     @property
     def trains_tied(self) -> bool:
@@ -167,6 +176,22 @@ class Run:
         if self.trains_tied:
             return True
         return any(".output_layer." in name or "lm_head" in name for name in self.trained)
+
+    def of_stages(self) -> list["Run"]:
+        """What one GPU of each stage runs.
+
+        Of P stages the one of number s (from 0) holds P - s micro batches (arXiv 2104.04473
+        section 2.2), but not more than a step has.
+
+        Raises:
+            ValueError: the model has fewer layers than stages.
+        """
+        runs = []
+        for stage, shape in enumerate(self.shape.stages(self.stages)):
+            passes = min(self.accumulation, self.stages - stage)
+            gpus = self.gpus // self.stages
+            runs.append(replace(self, shape=shape, gpus=gpus, stages=1, passes=passes))
+        return runs
 
     # ---- precision, in bytes
 

@@ -3,13 +3,14 @@
 Free of torch. Counts are elements, widths are elements of one token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from chatglm.files import read_json
 from chatglm.hub import resolve_folder
+from finetune.stages import layer_bounds
 
 # The published config.json's, as far as sizes go (chatglm/configuration.py has them as defaults,
 # but needs transformers).
@@ -63,6 +64,8 @@ class ModelShape:
 
     Attributes:
         glm1: ChatGLM-6B's architecture, else ChatGLM2's.
+        is_first, is_last: of a pipeline's stage, whether it has the embedding, and the final norm
+            and output layer; `layers` are then its own.
     """
 
     glm1: bool
@@ -76,6 +79,8 @@ class ModelShape:
     tied: bool
     qkv_bias: bool
     linear_bias: bool
+    is_first: bool = True
+    is_last: bool = True
 
     def __post_init__(self):
         for name in ("layers", "hidden", "heads", "head_dim", "kv_heads", "ffn", "vocab"):
@@ -131,7 +136,8 @@ class ModelShape:
     def head_parameters(self) -> dict[str, int]:
         """{name: elements} of the output layer; a tied weight is the embedding's."""
         name = "lm_head" if self.glm1 else "transformer.output_layer"
-        weight = {} if self.tied else {f"{name}.weight": self.vocab * self.hidden}
+        is_shared = self.tied and self.is_first
+        weight = {} if is_shared else {f"{name}.weight": self.vocab * self.hidden}
         biased = self.linear_bias and not self.glm1
         return weight | ({f"{name}.bias": self.vocab} if biased else {})
 
@@ -140,11 +146,27 @@ class ModelShape:
         """{name: elements} of the whole model."""
         body = "transformer" if self.glm1 else "transformer.encoder"
         embedding = "transformer" if self.glm1 else "transformer.embedding"
-        sizes = {f"{embedding}.word_embeddings.weight": self.vocab * self.hidden}
+        sizes: dict[str, int] = {}
+        if self.is_first:
+            sizes[f"{embedding}.word_embeddings.weight"] = self.vocab * self.hidden
         for i in range(self.layers):
             for name, size in self.layer_parameters.items():
                 sizes[f"{body}.layers.{i}.{name}"] = size
-        return sizes | self.norm(f"{body}.final_layernorm") | self.head_parameters
+        if self.is_last:
+            sizes |= self.norm(f"{body}.final_layernorm") | self.head_parameters
+        return sizes
+
+    def stages(self, count: int) -> list["ModelShape"]:
+        """The shapes of a pipeline's stages; raises ValueError where there are too few layers."""
+        ends = self.vocab * self.hidden, sum(self.head_parameters.values())
+        norm = sum(self.norm("").values())
+        bounds = layer_bounds([ends[0], *[self.per_layer] * self.layers, norm, ends[1]], count)
+        shapes = []
+        for stage, (start, end) in enumerate(zip(bounds, bounds[1:])):
+            first, last = stage == 0, stage == count - 1
+            layers = end - start - first - 2 * last
+            shapes.append(replace(self, layers=layers, is_first=first, is_last=last))
+        return shapes
 
     def layer_of(self, name: str) -> int | None:
         """The number of the layer that a parameter belongs to; None outside the layers."""
@@ -200,6 +222,8 @@ class ModelShape:
                 )
         sizes: dict[str, int] = {}
         for name in modules:
+            if name == head and not self.is_last:
+                continue
             if name == head:
                 sizes |= {"head.A": rank * self.hidden, "head.B": rank * self.vocab}
                 continue

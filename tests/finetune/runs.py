@@ -130,13 +130,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(launcher: str, script: str, *words) -> subprocess.CompletedProcess:
-    """A script on 2 ranks, under "deepspeed" or "torchrun"."""
+def launch(
+    launcher: str, script: str, *words, ranks: int = 2, **options
+) -> subprocess.CompletedProcess:
+    """A script on several ranks, under "deepspeed" or "torchrun"; `options` are command's."""
     start = {
-        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", 2],
-        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", 2],
+        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", ranks],
+        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", ranks],
     }
-    return command(*start[launcher], "--master_port", free_port(), script, *words)
+    return command(*start[launcher], "--master_port", free_port(), script, *words, **options)
 
 
 def metrics(output_dir: Path, key: str = "train_loss") -> list[float]:

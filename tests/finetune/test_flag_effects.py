@@ -33,6 +33,7 @@ GLOBAL = {
     "train_type",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "num_stages",
     "num_train_epochs",
     "max_steps",
     "learning_rate",

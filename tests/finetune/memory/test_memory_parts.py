@@ -315,3 +315,41 @@ def test_documented_parts():
         for part, _, *sizes in rows[:-1]:
             assert sizes[column - 2] == f"{found[name].get(part, 0.0) / GIB:.2f}", (name, part)
         assert rows[-1][column] == f"{sum(found[name].values()) / GIB:.2f}"
+
+
+# ---- a pipeline's stages
+
+STAGED = replace(OURS_FULL, shape=replace(GLM2, layers=4), stages=4, gpus=4, accumulation=3)
+
+
+def test_stages_have_all_weights_together():
+    """ChatGLM-6B's last stage has a copy of the tied weight."""
+    first, *middle, last = STAGED.of_stages()
+    assert [run.shape.total for run in middle] == [608, 608]
+    assert (first.shape.total, last.shape.total) == (256 + 608, 608 + 8 + 256)
+    ends = replace(STAGED, shape=GLM, stages=2, gpus=2).of_stages()
+    assert [run.shape.total for run in ends] == [256 + 872, 872 + 16 + 256]
+    adapters = replace(STAGED, train_type="lora", lora_modules=("output_layer",)).of_stages()
+    assert [run.trained_count for run in adapters] == [0, 0, 0, 3 * 8 + 3 * 32]
+
+
+def test_activations_of_stages():
+    """The first holds three passes, as many as a step has; the last has the logits alone."""
+    runs = STAGED.of_stages()
+    assert [run.passes for run in runs] == [3, 3, 2, 1]
+    kept = [activations.layer_kept(run) for run in runs]
+    assert formula.held_activations(runs[1]) == 3 * kept[1]
+    assert [activations.logits_and_loss(run) > 0 for run in runs] == [False] * 3 + [True]
+    hidden = 2 * 8 * 20  # bf16, width, positions
+    buffers = [formula.between_stages(run) for run in runs]
+    assert buffers == [hidden, (2 * 3 + 2) * hidden, (2 * 2 + 2) * hidden, (2 + 2) * hidden]
+
+
+def test_a_pipeline_needs_what_its_largest_stage_does():
+    needed = [formula.estimate(run).needed for run in STAGED.of_stages()]
+    assert formula.estimate(STAGED).needed == max(needed)
+    assert formula.estimate(STAGED).host == formula.host_memory(STAGED)
+    with pytest.raises(ValueError, match="--num_stages 4 needs a multiple of 4 GPUs, got 6"):
+        replace(STAGED, gpus=6)
+    with pytest.raises(ValueError, match="--num_stages 4: this model has 2 layers"):
+        formula.estimate(replace(STAGED, shape=GLM2))

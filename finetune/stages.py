@@ -1,0 +1,50 @@
+"""Which layers each stage of a pipeline holds (--num_stages). Free of torch."""
+
+from collections.abc import Sequence
+
+from finetune.ds_file import read_ds_file
+
+
+def check_zero_stage(num_stages: int, ds_file: str) -> None:
+    """Raises ValueError where a DeepSpeed file's ZeRO does not go with a pipeline: stage 2 or 3."""
+    path, ds = read_ds_file(ds_file)
+    zero = ds.get("zero_optimization", {}).get("stage", 0)
+    if num_stages > 1 and zero not in (0, 1):
+        raise ValueError(
+            f"--num_stages {num_stages} takes ZeRO-0 or 1, --ds_file ds_zero1.json; "
+            f"{path.name} asks for ZeRO-{zero}"
+        )
+
+
+def layer_bounds(sizes: Sequence[int], stages: int) -> list[int]:
+    """(stages + 1,) edges of the stages in a list of layers, by which the largest is smallest.
+
+    Of equal ones the first stages are the shorter: they hold the most micro batches at a time.
+
+    Args:
+        sizes: of the embedding, of each block, of the final norm, of the output layer. A stage has
+            at least one block; the embedding is the first's, norm and output layer the last's.
+
+    Raises:
+        ValueError: there are fewer blocks than stages.
+    """
+    blocks = list(sizes[1:-2])
+    if stages > len(blocks):
+        raise ValueError(f"--num_stages {stages}: this model has {len(blocks)} layers, one a stage")
+    blocks[0] += sizes[0]
+    blocks[-1] += sum(sizes[-2:])
+    sums = [0]
+    for size in blocks:
+        sums.append(sums[-1] + size)
+    # Number of blocks -> (largest stage, edges) of the best way to cut them into so many stages.
+    cuts: dict[int, tuple[int, list[int]]] = {0: (0, [0])}
+    for _ in range(stages):
+        longer: dict[int, tuple[int, list[int]]] = {}
+        for end in range(1, len(sums)):
+            for start, (largest, edges) in cuts.items():
+                cut = max(largest, sums[end] - sums[start]), [*edges, end]
+                if start < end and (end not in longer or cut < longer[end]):
+                    longer[end] = cut
+        cuts = longer
+    inner = cuts[len(blocks)][1][1:-1]
+    return [0, *(edge + 1 for edge in inner), len(sizes)]
