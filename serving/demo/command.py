@@ -20,7 +20,7 @@ from serving.deployment.deployers import DEPLOYERS
 from serving.deployment.packing import ModelToPack, describe_packing, pack_models
 from serving.deployment.placement import Need, Placement
 from serving.run_requests.figures import PolicyRun
-from serving.simulate.experiment_common import print_markdown
+from serving.simulate.experiment_common import TableRow, print_markdown
 
 PROG = "serving.demo"
 PROFILE, MODEL, DEPLOYER = "rtx3090", "chatglm2-6b", "helr"
@@ -46,7 +46,7 @@ def section(title: str) -> None:
 
 def show_requests(workload: DemoWorkload) -> None:
     section("1. Requests, all there at 0 s, and what a predictor says of their answers")
-    rows = []
+    rows: list[TableRow] = []
     for request, one in zip(workload.requests, workload.given):
         assert request.prediction is not None
         rows.append(

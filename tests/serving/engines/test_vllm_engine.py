@@ -222,7 +222,8 @@ def test_rows_of_files_on_vllm(folder, tmp_path):
         assert answer_files([str(word) for word in words]) == 0
         lines[engine] = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
     for ours, theirs in zip(lines["continuous"], lines["vllm"], strict=True):
-        assert (ours["answer"], ours["output_tokens"]) == (theirs["answer"], theirs["output_tokens"])
+        for key in ("answer", "output_tokens", "finish_reason"):
+            assert ours[key] == theirs[key]
     assert len(lines["vllm"]) == 2
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     assert not [child for child in children if "vllm" in Path(f"/proc/{child}/cmdline").read_text()]
