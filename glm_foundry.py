@@ -36,6 +36,7 @@ COMMANDS = {
     "simulate": Entry("serving.simulate.command", "compare scheduling policies without a model"),
     "deploy": Entry("serving.deployment.command", "where a model's layers are best placed"),
     "cost": Entry("serving.cost_model.command", "seconds and bytes of serving a model"),
+    "sweep": Entry("serving.sweep.command", "batches by size and by number of GPUs"),
     "memory": Entry("finetune.memory.command", "GPU memory of a training run"),
     "lengths": Entry("scripts.collect_lengths", "measure how long a model's answers are"),
     "download": Entry("chatglm.download", "fetch a model from a hub, checked"),

@@ -25,7 +25,7 @@ HEAVY |= {
     "llguidance",
 }
 # Commands whose --help imports numpy.
-READ_WITH_NUMPY = {"simulate", "deploy", "cost", "lengths", "run", "monitor", "demo"}
+READ_WITH_NUMPY = {"simulate", "deploy", "cost", "lengths", "run", "monitor", "demo", "sweep"}
 
 
 def test_the_entry_point_is_installed_with_its_module():

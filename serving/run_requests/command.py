@@ -10,9 +10,8 @@ whole answer. The real continuous engine answers; static policies run their batc
 import argparse
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,6 @@ from serving.engines.runner import AnswerBackend
 from serving.policies.continuous import OBJECTIVE_HELP, POLICIES, with_objective
 from serving.policies.gittins import OBJECTIVES
 from serving.replicas.backends import open_in_process, open_placed
-from serving.replicas.pool import ReplicaPool
 from serving.replicas.served_model import (
     ServedModel,
     check_rereader,
@@ -48,7 +46,15 @@ from serving.run_requests.listed import (
     read_request_list,
 )
 from serving.run_requests.pictures import draw_policy_runs
-from serving.run_requests.runs import POLL_S, STOP_S, PreparedRequest, run_list, running_engine
+from serving.run_requests.runs import (
+    STOP_S,
+    OpenBackend,
+    PreparedRequest,
+    rescheduled_pool,
+    run_list,
+    running_engine,
+    warm_up,
+)
 from serving.simulate.experiment_common import print_markdown
 from serving.simulate.uellm_published import exact_prediction
 
@@ -60,10 +66,6 @@ PROG = "serving.run_requests"
 # An oracle needs lengths that no one knows before the answer.
 RUNNABLE = [name for name in POLICIES if "oracle" not in name]
 ANY_LENGTH = 1 << 30  # tokens: prompts are not truncated, but refused where they are too long
-WARM_TOKENS = 4
-
-# Policy's name -> what answers by it, for one run.
-OpenBackend = Callable[[str], AbstractContextManager[AnswerBackend]]
 
 
 @dataclass(frozen=True)
@@ -231,15 +233,6 @@ def prepare_requests(
     return sorted(requests, key=lambda request: (request.arrival_s, request.number))
 
 
-@contextmanager
-def rescheduled_pool(pool: ReplicaPool, policy: str) -> Iterator[AnswerBackend]:
-    """Open replicas for one run under a policy."""
-    while pool.count():  # the last events of the run before
-        time.sleep(POLL_S)
-    pool.use_policy(policy)
-    yield pool
-
-
 def memory_advice(flags: ListRunFlags) -> str:
     where, size = memory_there()
     return (
@@ -247,18 +240,6 @@ def memory_advice(flags: ListRunFlags) -> str:
         f"{size / 2**30:.1f} GB of this {where}: give a lower --kv_tokens or --max_batch, or "
         "another --device"
     )
-
-
-def warm_up(open_backend: OpenBackend, requests: Sequence[PreparedRequest]) -> None:
-    """A few tokens of a few requests, so that the first policy does not pay for first calls."""
-    first = []
-    for request in requests[:4]:
-        sampling = Sampling(WARM_TOKENS, ignore_stops=True)
-        first.append(
-            PreparedRequest(request.number, request.prompt, request.prompt_ids, 0.0, 60.0, sampling)
-        )
-    with open_backend("fcfs") as backend:
-        run_list(backend, first, None, False)
 
 
 def run_policies(
