@@ -127,6 +127,8 @@ def run_demo(seed: int) -> None:
     section("7. What each policy made of it")
     title = f"{len(DEMO_REQUESTS)} requests on one replica of {MODEL}, simulated; default: too late"
     print_markdown(title, [run.table_row() for run in runs.values()])
+    print()
+    print(runs[CONTINUOUS[-1]].memory_line())
     print(
         "\nYour own requests on your own model: python -m serving.run_requests LIST --model DIR\n"
         "Larger loads without a model:        python -m serving.simulate --help"

@@ -89,7 +89,18 @@ class DemoWorkload:
         for event in run_scheduler(policy, engine, clock, Replay(self.requests)):
             record(event)
         record.total_s = clock.now_s()
-        return policy_run(policy_name, policy, record, self.prepared())
+        if policy.predicts:
+            record.predicted = self.predicted()
+        width = cost.model.kv_bytes_per_token
+        return policy_run(policy_name, policy, record, self.prepared(), width)
+
+    def predicted(self) -> dict[int, float]:
+        """Expected answer tokens by request."""
+        found = {}
+        for request in self.requests:
+            assert request.prediction is not None
+            found[request.id] = request.prediction.expected_tokens
+        return found
 
     def prepared(self) -> list[PreparedRequest]:
         """The requests as a list's rows; their ids are not read."""

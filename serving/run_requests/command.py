@@ -30,12 +30,14 @@ from serving.engines.runner import AnswerBackend
 from serving.policies.continuous import OBJECTIVE_HELP, POLICIES, with_objective
 from serving.policies.gittins import OBJECTIVES
 from serving.replicas.backends import open_in_process, open_placed
+from serving.replicas.devices import count_gpus
 from serving.replicas.served_model import (
     ServedModel,
     check_rereader,
     limits_of_flags,
     load_predictor,
 )
+from serving.replicas.served_sizes import element_bytes_of, served_sizes
 from serving.request import Limits, Policy
 from serving.run_requests.figures import PolicyRun, policy_run
 from serving.run_requests.listed import (
@@ -247,6 +249,7 @@ def run_policies(
     requests: list[PreparedRequest],
     open_backend: OpenBackend,
     predictor: "LengthPredictor | None",
+    kv_token_bytes: int,
     starts_idle: bool = True,
 ) -> list[PolicyRun]:
     """One run a policy, with a progress bar on a terminal; `starts_idle` as of `run_list`."""
@@ -259,7 +262,7 @@ def run_policies(
         bar = tqdm(total=len(requests), desc=name, unit="answer", disable=None)
         with bar, open_backend(name) as backend:
             record = run_list(backend, requests, predict, policy.predicts, bar.update, starts_idle)
-        runs.append(policy_run(name, policy, record, requests))
+        runs.append(policy_run(name, policy, record, requests, kv_token_bytes))
     return runs
 
 
@@ -271,6 +274,7 @@ def report(flags: ListRunFlags, runs: list[PolicyRun], slo_source: str) -> None:
     title = f"{count} requests on {flags.model}, {slo_source}"
     print_markdown(title, [run.table_row() for run in runs])
     for run in runs:
+        print(run.memory_line())
         truncated, refused = run.figures["cut"], run.figures["refused"]
         if truncated or refused:
             print(f"{run.name}: {truncated:g} answers truncated, {refused:g} requests refused")
@@ -320,6 +324,15 @@ def run_requests(flags: ListRunFlags) -> None:
     report(flags, runs, slo_source_of(flags, rows))
 
 
+def kv_token_bytes(flags: ListRunFlags) -> int:
+    """Keys and values of one token of the model, in bytes."""
+    devices = flags.devices or flags.device
+    width = element_bytes_of(flags.precision, count_gpus() > 0 and not devices.startswith("cpu"))
+    return served_sizes(
+        str(resolve_folder(flags.model, weights=True)), base=flags.base_model, element_bytes=width
+    ).model.kv_bytes_per_token
+
+
 def placed_runs(
     flags: ListRunFlags,
     limits: Limits,
@@ -338,7 +351,8 @@ def placed_runs(
 
     try:
         warm_up(open_backend, requests)
-        return run_policies(names, requests, open_backend, predictor, starts_idle=False)
+        width = kv_token_bytes(flags)
+        return run_policies(names, requests, open_backend, predictor, width, starts_idle=False)
     finally:
         pool.stop(STOP_S)
 
@@ -360,7 +374,7 @@ def runs_in_process(
 
     try:
         warm_up(open_backend, requests)
-        return run_policies(names, requests, open_backend, predictor)
+        return run_policies(names, requests, open_backend, predictor, kv_token_bytes(flags))
     except RuntimeError:
         if failures:  # of the engine's thread
             raise failures[0] from None

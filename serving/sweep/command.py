@@ -149,7 +149,7 @@ def measured_rows(flags: SweepFlags) -> tuple[list[SweepRow], str]:
     from chatglm import load_tokenizer
     from chatglm.hub import resolve_folder
     from serving.replicas.devices import count_gpus
-    from serving.replicas.served_sizes import ELEMENT_BYTES, served_sizes
+    from serving.replicas.served_sizes import element_bytes_of, served_sizes
     from serving.sweep.measured import measure_sweep
 
     folder = resolve_folder(flags.model, weights=True)
@@ -158,8 +158,7 @@ def measured_rows(flags: SweepFlags) -> tuple[list[SweepRow], str]:
     )
     profile = None if flags.profile is None else read_profile(flags.profile)
     sizes, repetitions = flags.sizes, flags.repetitions
-    automatic = "bf16" if count_gpus() and flags.device != "cpu" else "fp32"
-    width = ELEMENT_BYTES[automatic if flags.precision == "auto" else flags.precision]
+    width = element_bytes_of(flags.precision, count_gpus() > 0 and flags.device != "cpu")
     model = served_sizes(
         str(folder), base=flags.base_model, element_bytes=width, keep_quantized=flags.keep_quantized
     ).model

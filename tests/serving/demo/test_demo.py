@@ -44,6 +44,7 @@ def test_what_it_prints(capsys):
     table = dict(re.findall(r"^\| (\w+) \| (?:\d+|-) \| ([\d.]+) \|", text, re.M))
     assert list(table) == [*STATIC, *CONTINUOUS]
     assert float(table["deadline"]) < float(table["slo_odbs"]) < float(table["uellm_baseline"])
+    assert re.search(r"deadline: KV memory of a request: mean \S+ MiB, predicted \S+, larg", text)
     assert "chatglm2-6b layers 0-27" in text and "helr: 28 layers on 1 of 3" in text
 
 
