@@ -17,6 +17,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,17 @@ def measured_lengths(path: str, served_model: str | None) -> dict[str, int]:
         ValueError: there are none of the model, or those of several models.
     """
     examples, _ = read_examples(path, served_model="")
-    models = sorted({label.served_model for one in examples for label in one.labels})
+    models: list[str] = []
+    for one in examples:
+        models += map(attrgetter("served_model"), one.labels)
+    models = sorted(set(models))
     if served_model is None and len(models) > 1:
         raise ValueError(f"{path}: lengths of {', '.join(models)}: name one by --served_model")
     if served_model is not None and served_model not in models:
         raise ValueError(f"--served_model {served_model}: {path} has lengths of {models}")
     found = {}
     for one in examples:
-        labels = [one for one in one.labels if served_model in (None, one.served_model)]
+        labels = [label for label in one.labels if served_model in (None, label.served_model)]
         if labels:
             found[one.prompt] = label_of(labels)
     return found
@@ -108,7 +112,7 @@ def measured_lengths(path: str, served_model: str | None) -> dict[str, int]:
 
 def label_of(labels: Sequence[Label]) -> int:
     """One number for several answers: ceil(ceil(mean) / 2 + longest / 2), UELLM's; at least 1."""
-    tokens = [label.tokens for label in labels]
+    tokens = list(map(attrgetter("tokens"), labels))
     mean = math.ceil(sum(tokens) / len(tokens))
     return max(1, math.ceil(mean / 2 + max(tokens) / 2))
 
@@ -126,8 +130,9 @@ def with_objectives(
         if has_one and not overwrite:
             prepared.append(dict(row))
         else:
-            rest = {key: value for key, value in row.items() if key != "slo_s"}
-            prepared.append(rest | {"SLO": seconds})
+            changed = row | {"SLO": seconds}
+            changed.pop("slo_s", None)
+            prepared.append(changed)
     return prepared
 
 
@@ -156,7 +161,7 @@ def list_text(rows: Sequence[dict[str, Any]], path: Path) -> str:
 def prepare(flags: PrepareFlags) -> None:
     """Everything after the flags. Raises ValueError, OSError in one line."""
     placed = read_rows(flags.requests)
-    rows = [row for _, row in placed]
+    rows = list(map(itemgetter(1), placed))
     if flags.lengths is not None:
         found = measured_lengths(flags.lengths, flags.served_model)
         rows = with_lengths(placed, found, flags)

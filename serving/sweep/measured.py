@@ -40,12 +40,11 @@ class SweepProgress(Protocol):
 
 
 @dataclass(frozen=True)
-class OpenedModel:
+class SweptModel:
     """What answers, and where its layers are.
 
     Attributes:
         layers: of the stages, as text.
-        devices: how many there are.
     """
 
     open_backend: OpenBackend
@@ -83,9 +82,9 @@ def random_requests(
 
 
 @contextmanager
-def opened_model(
+def swept_model(
     flags: ServedModelFlags, count: int, sizes: SweptSizes, limits: Limits
-) -> Iterator[OpenedModel]:
+) -> Iterator[SweptModel]:
     """The model on `count` devices: one in this process, several by the deployer."""
     served = ServedModel.of(flags)
     if count == 1:
@@ -94,7 +93,7 @@ def opened_model(
         def open_here(name: str) -> AbstractContextManager[AnswerBackend]:
             return running_engine(engine, POLICIES[name])
 
-        yield OpenedModel(open_here, "", starts_idle=True)
+        yield SweptModel(open_here, "", starts_idle=True)
         return
     placing = PlacementFlags(
         sizes.deployer, count, None, None, None, flags.profile, measure=False, measure_s=0.0
@@ -105,7 +104,7 @@ def opened_model(
         return rescheduled_pool(pool, name)
 
     try:
-        yield OpenedModel(open_there, f"{len(pool.replicas)} replica(s)", starts_idle=False)
+        yield SweptModel(open_there, f"{len(pool.replicas)} replica(s)", starts_idle=False)
     finally:
         pool.stop(STOP_S)
 
@@ -131,7 +130,7 @@ def measure_sweep(
     limits = limits_of_sweep(sizes)
     requests = random_requests(sizes, tokenizer, limits.max_batch)
     for count in sizes.gpus:
-        with opened_model(flags, count, sizes, limits) as opened:
+        with swept_model(flags, count, sizes, limits) as opened:
             seconds: dict[int, list[float]] = {batch: [] for batch in sizes.batches}
             warm_up(opened.open_backend, requests)
             for _ in range(repetitions):
@@ -150,7 +149,7 @@ def measure_sweep(
             )
 
 
-def timed(opened: OpenedModel, requests: list[PreparedRequest]) -> float:
+def timed(opened: SweptModel, requests: list[PreparedRequest]) -> float:
     """Seconds from the first admission to the last token.
 
     Raises:
