@@ -176,7 +176,7 @@ def run_sweep(flags: SweepFlags) -> None:
     print_markdown(title, table_rows(rows))
     for row in rows:
         if row.why:
-            print(f"{row.gpus} GPU(s), batch {row.batch}: {row.why}")
+            print(f"{row.gpus} device(s), batch {row.batch}: {row.why}")
             break
     if flags.json is not None:
         written = [asdict(row) | {"tokens_s": row.tokens_s} for row in rows]

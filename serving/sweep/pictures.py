@@ -21,7 +21,7 @@ def draw_sweep(path: Path, rows: Sequence[SweepRow], title: str) -> None:
     left, right = figure.subplots(1, 2)
     for place, gpus in enumerate(dict.fromkeys(row.gpus for row in rows)):
         colour = COLOURS[place % len(COLOURS)]
-        label = f"{gpus} GPU" if gpus == 1 else f"{gpus} GPUs"
+        label = f"{gpus} device" if gpus == 1 else f"{gpus} devices"
         fitting = [row for row in rows if row.gpus == gpus and row.seconds is not None]
         batches = [row.batch for row in fitting]
         left.plot(batches, [row.seconds for row in fitting], "o-", color=colour, label=label)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serving.cost_model.devices import GIB
+from serving.cost_model.devices import GIB, MIB
 from serving.simulate.experiment_common import TableRow
 
 
@@ -62,11 +62,11 @@ class SweepRow:
         return self.batch * self.output_tokens / self.seconds
 
     def table_row(self) -> TableRow:
-        row: TableRow = {"GPUs": self.gpus, "batch": self.batch, "layers": self.layers}
+        row: TableRow = {"devices": self.gpus, "batch": self.batch, "layers": self.layers}
         row["seconds"] = self.seconds
         row["tokens/s"] = self.tokens_s
-        row["KV GiB"] = self.kv_bytes / GIB
-        row["fullest GPU GiB"] = None if self.device_bytes is None else self.device_bytes / GIB
+        row["KV MiB"] = self.kv_bytes / MIB
+        row["fullest GiB"] = None if self.device_bytes is None else self.device_bytes / GIB
         row["busy %"] = None if self.busy is None else 100 * self.busy
         row["predicted s"] = self.predicted_s
         return row

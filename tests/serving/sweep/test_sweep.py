@@ -65,7 +65,7 @@ def test_another_gpu_and_a_model_that_fits_on_several_alone(tmp_path):
 def test_the_table_leaves_out_what_is_empty():
     rows = [SweepRow(1, 1, 5, 0, seconds=2.0), SweepRow(1, 9, 5, 0, why="too large")]
     first, second = table_rows(rows)
-    assert list(first) == list(second) == ["GPUs", "batch", "seconds", "tokens/s", "KV GiB"]
+    assert list(first) == list(second) == ["devices", "batch", "seconds", "tokens/s", "KV MiB"]
     assert first["tokens/s"] == 2.5 and second["seconds"] == "-" == second["tokens/s"]
 
 
@@ -76,7 +76,7 @@ def test_a_sweep_on_paper_is_printed_drawn_and_kept(tmp_path, capsys):
     assert command(*words, "--picture", picture, "--json", kept) == 0
     text = capsys.readouterr().out
     assert "| 1 | 5 | 28 |" in text and "| 2 | 10 | 13+15 |" in text and "| 1 | 90000 | - |" in text
-    assert "1 GPU(s), batch 90000: even: " in text
+    assert "1 device(s), batch 90000: even: " in text
     found = json.loads(kept.read_text())
     places = [(row["gpus"], row["batch"]) for row in found["rows"]]
     assert places == [(1, 5), (1, 10), (1, 90000), (2, 5), (2, 10), (2, 90000)]
