@@ -19,9 +19,10 @@ from finetune.evaluation.inference import add_loading_flags, add_packing_flag
 from finetune.files import write_json
 from finetune.flag_effects import Effect, check_given
 from finetune.memory.shapes import shape_source
+from finetune.out_of_memory import explained, memory_there
 from finetune.placing import DEPLOYER_NAMES
 from predictor.pictures import new_figure
-from serving.cost_model.devices import MAX_DEVICES
+from serving.cost_model.devices import GIB, MAX_DEVICES
 from serving.cost_model.model import ModelSizes, read_profile
 from serving.simulate.experiment_common import print_markdown
 from serving.sweep.paper import sweep_on_paper
@@ -142,6 +143,14 @@ def rows_on_paper(flags: SweepFlags) -> tuple[list[SweepRow], str]:
     return rows, f"{shape_source(flags.model)}, on paper: {gpu}, profile {profile.name}"
 
 
+def memory_advice(flags: SweepFlags) -> str:
+    where, size = memory_there()
+    return (
+        f"{flags.model} with {max(flags.sizes.batches)} requests of {flags.sizes.tokens} tokens "
+        f"needs more than the {size / GIB:.1f} GB of this {where}: give smaller --batches"
+    )
+
+
 def measured_rows(flags: SweepFlags) -> tuple[list[SweepRow], str]:
     """(rows, title)."""
     from tqdm import tqdm
@@ -163,7 +172,8 @@ def measured_rows(flags: SweepFlags) -> tuple[list[SweepRow], str]:
         str(folder), base=flags.base_model, element_bytes=width, keep_quantized=flags.keep_quantized
     ).model
     total = len(sizes.gpus) * len(sizes.batches) * repetitions
-    with tqdm(total=total, desc="batches", unit="batch", disable=None) as bar:
+    bar = tqdm(total=total, desc="batches", unit="batch", disable=None)
+    with bar, explained(lambda: memory_advice(flags)):
         rows = list(measure_sweep(flags, sizes, tokenizer, model, profile, repetitions, bar))
     return rows, f"{flags.model}, measured: median of {repetitions} runs of each batch"
 

@@ -89,11 +89,17 @@ def swept_model(
     served = ServedModel.of(flags)
     if count == 1:
         engine = open_in_process(served, limits).backend.engine
+        failures: list[BaseException] = []
 
         def open_here(name: str) -> AbstractContextManager[AnswerBackend]:
-            return running_engine(engine, POLICIES[name])
+            return running_engine(engine, POLICIES[name], failures.append)
 
-        yield SweptModel(open_here, "", starts_idle=True)
+        try:
+            yield SweptModel(open_here, "", starts_idle=True)
+        except RuntimeError:
+            if failures:  # of the engine's thread
+                raise failures[0] from None
+            raise
         return
     placing = PlacementFlags(
         sizes.deployer, count, None, None, None, flags.profile, measure=False, measure_s=0.0

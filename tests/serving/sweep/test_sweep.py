@@ -124,6 +124,17 @@ def test_a_prompt_shorter_than_its_frame_is_refused(tiny_folders, capsys):
     assert "this family's prompts have" in capsys.readouterr().err
 
 
+def test_too_little_memory_is_one_line(tiny_folders, capsys, monkeypatch):
+    def step(self, plan, horizon_s=None):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr("serving.engines.continuous_engine.ContinuousEngine.step", step)
+    words = ["--run", "--model", tiny_folders["glm2"], "--device", "cpu", "--output_tokens", 4]
+    assert command(*words, "--batches", "2,7") == 1
+    error = capsys.readouterr().err
+    assert "with 7 requests of 39 tokens needs more than the" in error and "Traceback" not in error
+
+
 @pytest.mark.slow
 def test_several_devices_are_measured(tiny_folders, tmp_path, monkeypatch, capsys):
     """Two processes of the CPU, as a pipeline and as replicas."""
