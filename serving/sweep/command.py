@@ -143,7 +143,7 @@ def rows_on_paper(flags: SweepFlags) -> tuple[list[SweepRow], str]:
     return rows, f"{shape_source(flags.model)}, on paper: {gpu}, profile {profile.name}"
 
 
-def memory_advice(flags: SweepFlags) -> str:
+def sweep_advice(flags: SweepFlags) -> str:
     where, size = memory_there()
     return (
         f"{flags.model} with {max(flags.sizes.batches)} requests of {flags.sizes.tokens} tokens "
@@ -173,7 +173,7 @@ def measured_rows(flags: SweepFlags) -> tuple[list[SweepRow], str]:
     ).model
     total = len(sizes.gpus) * len(sizes.batches) * repetitions
     bar = tqdm(total=total, desc="batches", unit="batch", disable=None)
-    with bar, explained(lambda: memory_advice(flags)):
+    with bar, explained(lambda: sweep_advice(flags)):
         rows = list(measure_sweep(flags, sizes, tokenizer, model, profile, repetitions, bar))
     return rows, f"{flags.model}, measured: median of {repetitions} runs of each batch"
 
