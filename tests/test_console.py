@@ -24,7 +24,8 @@ HEAVY |= {
     "prometheus_client",
     "llguidance",
 }
-READ_WITH_NUMPY = {"simulate", "deploy", "cost", "lengths"}  # commands whose --help imports numpy
+# Commands whose --help imports numpy.
+READ_WITH_NUMPY = {"simulate", "deploy", "cost", "lengths", "run", "monitor", "demo", "sweep"}
 
 
 def test_the_entry_point_is_installed_with_its_module():

@@ -83,6 +83,9 @@ ELSEWHERE = {  # file -> the test that runs it
         "tests/predictor/test_collected_states.py::test_states_of_every_line"
     ),
     "scripts/launch/slurm.sh": "tests/finetune/test_launching.py::test_slurm_script",
+    "scripts/prepare_requests.py": (
+        "tests/serving/run_requests/test_prepare_requests.py::test_objectives_by_place"
+    ),
     "scripts/prepare_sample_data.py": (
         "tests/test_sample_data.py::test_generator_writes_the_committed_bytes"
     ),

@@ -188,7 +188,8 @@ def dependencies_of(flags: BatchFlags) -> dict[str, Any]:
         folders[f"adapter {name}"] = folder
     stamps = {name: file_stamps(Path(folder)) for name, folder in folders.items()}
     options = {}
-    for name in ("base_model", "mode", "prompt_style", "precision", "keep_quantized", "max_tokens"):
+    names = ("base_model", "mode", "prompt_style", "precision", "keep_quantized", "max_tokens")
+    for name in (*names, "engine"):
         options[name] = getattr(flags, name)
     return {"files": stamps, "options": options}
 

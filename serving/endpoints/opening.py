@@ -5,6 +5,7 @@ A model's folder is loaded into this process, by the flags that a server has; a 
 
 import argparse
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from serving.endpoints.remote import RemoteServer, is_url
 from serving.endpoints.replies import Endpoint
 
 KEY_VARIABLES = ("GLM_API_KEY", "OPENAI_API_KEY")
+# Of serving.engines: both admit an answer at a time, which continuous policies need.
+ENDPOINT_ENGINES = ("continuous", "vllm")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,9 @@ class EndpointFlags(PlacementFlags):
     predictor: str | None
     adapter: list[str]
     max_tokens: int
+    engine: str
+    vllm_python: str | None
+    vllm_args: str
     api_key: str | None
     model_name: str | None
     timeout_s: float
@@ -47,6 +53,16 @@ def add_endpoint_flags(parser: argparse.ArgumentParser) -> None:
     here.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help=adapter)
     longest = "longest prompt and answer, in tokens [2048]"
     here.add_argument("--max_tokens", type=whole(2), default=2048, metavar="N", help=longest)
+    here.add_argument(
+        "--engine",
+        choices=ENDPOINT_ENGINES,
+        default=ENDPOINT_ENGINES[0],
+        help="what runs the model [continuous]",
+    )
+    python = "with --engine vllm: the python of an environment that has vLLM [this one]"
+    here.add_argument("--vllm_python", metavar="PATH", help=python)
+    words = "with --engine vllm: more of its command line, in quotes"
+    here.add_argument("--vllm_args", default="", metavar="WORDS", help=words)
     add_placing_flags(parser)
     there = parser.add_argument_group("a server")
     key = f"key of the server (better: the environment's {' or '.join(KEY_VARIABLES)})"
@@ -62,10 +78,12 @@ def add_endpoint_flags(parser: argparse.ArgumentParser) -> None:
 
 HERE = Effect("a model in this process; {c.model} is a server", lambda c: not is_url(c.model))
 THERE = Effect("a server's URL; {c.model} is a folder", lambda c: is_url(c.model))
+VLLM = Effect("--engine vllm", lambda c: c.engine == "vllm" and not is_url(c.model))
 # Of every command with `add_endpoint_flags`.
 ENDPOINT_EFFECTS: dict[str, Effect] = {
     **dict.fromkeys(("base_model", "mode", "prompt_style", "device", "precision"), HERE),
-    **dict.fromkeys(("keep_quantized", "predictor", "adapter", "max_tokens"), HERE),
+    **dict.fromkeys(("keep_quantized", "predictor", "adapter", "max_tokens", "engine"), HERE),
+    **dict.fromkeys(("vllm_python", "vllm_args"), VLLM),
     **dict.fromkeys(("deployer", "num_gpus", "devices", "device_map", "cluster"), HERE),
     **dict.fromkeys(("profile", "measure", "measure_s"), HERE),
     **dict.fromkeys(("api_key", "model_name", "timeout_s"), THERE),
@@ -114,6 +132,8 @@ def open_local(flags: EndpointFlags, policy: str, sizes: tuple[int, int], slo_s:
     max_batch, kv_tokens = sizes
     if POLICIES[policy].predicts and not flags.predictor:
         raise ValueError(f"--policy {policy} uses predicted lengths and needs --predictor DIR")
+    if flags.engine == "vllm" and flags.adapter:
+        raise ValueError("--adapter goes with --engine continuous: vllm takes none")
     limits = limits_of_flags(max_batch, kv_tokens, flags.max_tokens)
     adapters = [named_adapter(text) for text in flags.adapter]
     tokenizer = load_tokenizer(
@@ -124,6 +144,9 @@ def open_local(flags: EndpointFlags, policy: str, sizes: tuple[int, int], slo_s:
         flags,
         policy=policy,
         prefix_cache_tokens=flags.max_tokens,  # a chat's next prompt begins as the one before it
+        engine=flags.engine,
+        vllm_python=flags.vllm_python,
+        vllm_args=tuple(shlex.split(flags.vllm_args)),
     )
     opened = open_backend(served, flags, limits)
     defaults = family_of(tokenizer).chat_defaults

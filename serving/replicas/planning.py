@@ -40,7 +40,7 @@ from serving.replicas.devices import (
 )
 from serving.replicas.measuring import StageTiming, StressTester, limits_of
 from serving.replicas.probe import ProbeResult, ProbeTask, run_probe
-from serving.replicas.served_sizes import ELEMENT_BYTES, ServedSizes, served_sizes
+from serving.replicas.served_sizes import ServedSizes, element_bytes_of, served_sizes
 from serving.replicas.speeds import (
     fit_first,
     fit_other,
@@ -143,8 +143,7 @@ def plan_deployment(
         kind = cluster_file.devices[0].kind
     elif flags.devices:
         kind = parse_devices(flags.devices, gpus, cores)[0].kind
-    automatic = "bf16" if kind == "cuda" else "fp32"
-    width = ELEMENT_BYTES[automatic if precision == "auto" else precision]
+    width = element_bytes_of(precision, kind == "cuda")
     sizes = served_sizes(folder, base=base, element_bytes=width, keep_quantized=keep_quantized)
     need = replace(need, kv_tokens_q90=kv_tokens + batch * sizes.virtual_tokens)
     measured_s = 0.0

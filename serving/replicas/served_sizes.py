@@ -30,6 +30,13 @@ class ServedSizes:
     virtual_tokens: int = 0
 
 
+def element_bytes_of(precision: str, on_gpu: bool) -> int:
+    """Bytes of a weight, and of a key's or value's number; auto: half precision on GPUs alone."""
+    if precision == "auto":
+        precision = "bf16" if on_gpu else "fp32"
+    return ELEMENT_BYTES[precision]
+
+
 def weights_folder(folder: Path, base: str | None = None) -> Path:
     """The folder whose config.json describes the model: of an adapter or prefix, its base's."""
     folder = check_folder(folder)

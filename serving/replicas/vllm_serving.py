@@ -30,7 +30,7 @@ def check_servable(served: ServedModel) -> None:
     if served.policy in BATCH_POLICIES:
         raise ValueError(
             f"--policy {served.policy} makes static batches, --engine vllm admits one answer at a "
-            "time: take another policy, or --engine static"
+            "time: take another policy"
         )
     if served.rereader is not None:
         raise ValueError("--rereader reads the states of --engine continuous, got --engine vllm")

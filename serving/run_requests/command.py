@@ -10,9 +10,8 @@ whole answer. The real continuous engine answers; static policies run their batc
 import argparse
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,13 +30,14 @@ from serving.engines.runner import AnswerBackend
 from serving.policies.continuous import OBJECTIVE_HELP, POLICIES, with_objective
 from serving.policies.gittins import OBJECTIVES
 from serving.replicas.backends import open_in_process, open_placed
-from serving.replicas.pool import ReplicaPool
+from serving.replicas.devices import count_gpus
 from serving.replicas.served_model import (
     ServedModel,
     check_rereader,
     limits_of_flags,
     load_predictor,
 )
+from serving.replicas.served_sizes import element_bytes_of, served_sizes
 from serving.request import Limits, Policy
 from serving.run_requests.figures import PolicyRun, policy_run
 from serving.run_requests.listed import (
@@ -48,7 +48,15 @@ from serving.run_requests.listed import (
     read_request_list,
 )
 from serving.run_requests.pictures import draw_policy_runs
-from serving.run_requests.runs import POLL_S, STOP_S, PreparedRequest, run_list, running_engine
+from serving.run_requests.runs import (
+    STOP_S,
+    OpenBackend,
+    PreparedRequest,
+    rescheduled_pool,
+    run_list,
+    running_engine,
+    warm_up,
+)
 from serving.simulate.experiment_common import print_markdown
 from serving.simulate.uellm_published import exact_prediction
 
@@ -60,10 +68,6 @@ PROG = "serving.run_requests"
 # An oracle needs lengths that no one knows before the answer.
 RUNNABLE = [name for name in POLICIES if "oracle" not in name]
 ANY_LENGTH = 1 << 30  # tokens: prompts are not truncated, but refused where they are too long
-WARM_TOKENS = 4
-
-# Policy's name -> what answers by it, for one run.
-OpenBackend = Callable[[str], AbstractContextManager[AnswerBackend]]
 
 
 @dataclass(frozen=True)
@@ -231,15 +235,6 @@ def prepare_requests(
     return sorted(requests, key=lambda request: (request.arrival_s, request.number))
 
 
-@contextmanager
-def rescheduled_pool(pool: ReplicaPool, policy: str) -> Iterator[AnswerBackend]:
-    """Open replicas for one run under a policy."""
-    while pool.count():  # the last events of the run before
-        time.sleep(POLL_S)
-    pool.use_policy(policy)
-    yield pool
-
-
 def memory_advice(flags: ListRunFlags) -> str:
     where, size = memory_there()
     return (
@@ -249,23 +244,12 @@ def memory_advice(flags: ListRunFlags) -> str:
     )
 
 
-def warm_up(open_backend: OpenBackend, requests: Sequence[PreparedRequest]) -> None:
-    """A few tokens of a few requests, so that the first policy does not pay for first calls."""
-    first = []
-    for request in requests[:4]:
-        sampling = Sampling(WARM_TOKENS, ignore_stops=True)
-        first.append(
-            PreparedRequest(request.number, request.prompt, request.prompt_ids, 0.0, 60.0, sampling)
-        )
-    with open_backend("fcfs") as backend:
-        run_list(backend, first, None, False)
-
-
 def run_policies(
     names: Sequence[str],
     requests: list[PreparedRequest],
     open_backend: OpenBackend,
     predictor: "LengthPredictor | None",
+    kv_token_bytes: int,
     starts_idle: bool = True,
 ) -> list[PolicyRun]:
     """One run a policy, with a progress bar on a terminal; `starts_idle` as of `run_list`."""
@@ -278,7 +262,7 @@ def run_policies(
         bar = tqdm(total=len(requests), desc=name, unit="answer", disable=None)
         with bar, open_backend(name) as backend:
             record = run_list(backend, requests, predict, policy.predicts, bar.update, starts_idle)
-        runs.append(policy_run(name, policy, record, requests))
+        runs.append(policy_run(name, policy, record, requests, kv_token_bytes))
     return runs
 
 
@@ -290,6 +274,7 @@ def report(flags: ListRunFlags, runs: list[PolicyRun], slo_source: str) -> None:
     title = f"{count} requests on {flags.model}, {slo_source}"
     print_markdown(title, [run.table_row() for run in runs])
     for run in runs:
+        print(run.memory_line())
         truncated, refused = run.figures["cut"], run.figures["refused"]
         if truncated or refused:
             print(f"{run.name}: {truncated:g} answers truncated, {refused:g} requests refused")
@@ -339,6 +324,15 @@ def run_requests(flags: ListRunFlags) -> None:
     report(flags, runs, slo_source_of(flags, rows))
 
 
+def kv_token_bytes(flags: ListRunFlags) -> int:
+    """Keys and values of one token of the model, in bytes."""
+    devices = flags.devices or flags.device
+    width = element_bytes_of(flags.precision, count_gpus() > 0 and not devices.startswith("cpu"))
+    return served_sizes(
+        str(resolve_folder(flags.model, weights=True)), base=flags.base_model, element_bytes=width
+    ).model.kv_bytes_per_token
+
+
 def placed_runs(
     flags: ListRunFlags,
     limits: Limits,
@@ -357,7 +351,8 @@ def placed_runs(
 
     try:
         warm_up(open_backend, requests)
-        return run_policies(names, requests, open_backend, predictor, starts_idle=False)
+        width = kv_token_bytes(flags)
+        return run_policies(names, requests, open_backend, predictor, width, starts_idle=False)
     finally:
         pool.stop(STOP_S)
 
@@ -379,7 +374,7 @@ def runs_in_process(
 
     try:
         warm_up(open_backend, requests)
-        return run_policies(names, requests, open_backend, predictor)
+        return run_policies(names, requests, open_backend, predictor, kv_token_bytes(flags))
     except RuntimeError:
         if failures:  # of the engine's thread
             raise failures[0] from None

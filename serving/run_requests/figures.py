@@ -1,8 +1,10 @@
 """The figures of a run: of all requests, of each request, and which ran together."""
 
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
+from serving.cost_model.devices import MIB
 from serving.policies.static import Static
 from serving.request import Policy
 from serving.run_requests.runs import Admission, PreparedRequest, RunRecord
@@ -39,6 +41,21 @@ class PolicyRun:
     groups: list[dict[str, Any]]
     requests: list[dict[str, Any]]
 
+    def memory_line(self) -> str:
+        """The KV memory of a request, predicted where the policy predicts, and as it was."""
+        predicted, actual = [], []
+        for row in self.requests:
+            if "kv_bytes" in row:
+                actual.append(row["kv_bytes"])
+                if row["predicted_kv_bytes"] is not None:
+                    predicted.append(row["predicted_kv_bytes"])
+        if not actual:
+            return f"{self.name}: no answers"
+        parts = [f"mean {fmean(actual) / MIB:.3g} MiB", f"largest {max(actual) / MIB:.3g}"]
+        if predicted:
+            parts.insert(1, f"predicted {fmean(predicted) / MIB:.3g}")
+        return f"{self.name}: KV memory of a request: {', '.join(parts)}"
+
     def table_row(self) -> TableRow:
         row: TableRow = {"policy": self.name}
         for heading, (key, factor) in HEADINGS.items():
@@ -64,9 +81,17 @@ class PolicyRun:
 
 
 def policy_run(
-    name: str, policy: Policy, record: RunRecord, requests: list[PreparedRequest]
+    name: str,
+    policy: Policy,
+    record: RunRecord,
+    requests: list[PreparedRequest],
+    kv_token_bytes: int = 0,
 ) -> PolicyRun:
-    """The figures of a recorded run."""
+    """The figures of a recorded run.
+
+    Args:
+        kv_token_bytes: keys and values of one token, of the model that ran.
+    """
     batches = record.batches() if isinstance(policy, Static) else None
     groups = []
     group_of: dict[int, int] = {}  # the last one, of a row that was preempted
@@ -83,8 +108,23 @@ def policy_run(
     rows = []
     for request in sorted(requests, key=lambda one: one.number):
         row = request_row(request, record)
+        row |= kv_memory(row, kv_token_bytes)
         rows.append(row | {"group": group_of.get(request.number)})
     return PolicyRun(name, run_figures(record, batches), groups, rows)
+
+
+def kv_memory(row: dict[str, Any], token_bytes: int) -> dict[str, float | None]:
+    """Bytes of a request's keys and values at its end: by the predicted length, and as they were.
+
+    UELLM's profiler predicts a prompt's change of memory; this is what it consists of.
+    """
+    predicted, made = row["predicted_tokens"], row.get("output_tokens")
+    memory: dict[str, float | None] = {"predicted_kv_bytes": None}
+    if predicted is not None:
+        memory["predicted_kv_bytes"] = token_bytes * (row["prompt_tokens"] + predicted)
+    if made is not None:
+        memory["kv_bytes"] = token_bytes * (row["prompt_tokens"] + made)
+    return memory
 
 
 def run_figures(record: RunRecord, batches: list[Admission] | None) -> dict[str, float | None]:

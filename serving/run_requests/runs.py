@@ -6,8 +6,9 @@ Free of torch. What answers is an AnswerBackend: an engine of this process, or s
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from predictor.prediction import LengthPrediction
 from serving.engines.answers import Answer, Sampling, TextEngine
@@ -15,11 +16,17 @@ from serving.engines.runner import AnswerBackend, EngineRunner
 from serving.request import Completion, Event, Policy, Record, Request
 from serving.simulate.statistics import Collector
 
+if TYPE_CHECKING:
+    from serving.replicas.pool import ReplicaPool
+
 POLL_S = 0.5  # how soon a failed backend is noticed
 SETTLED = 10  # times POLL_S in which no event follows the end of the last answer
 STOP_S = 30.0  # what the last step may take after Ctrl-C
+WARM_TOKENS = 4
 
 Predict = Callable[[list[str]], list[LengthPrediction]]
+# Policy's name -> what answers by it, for one run.
+OpenBackend = Callable[[str], AbstractContextManager[AnswerBackend]]
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,27 @@ def running_engine(
         yield runner
     finally:
         runner.stop(STOP_S)
+
+
+@contextmanager
+def rescheduled_pool(pool: "ReplicaPool", policy: str) -> Iterator[AnswerBackend]:
+    """Open replicas for one run under a policy."""
+    while pool.count():  # the last events of the run before
+        time.sleep(POLL_S)
+    pool.use_policy(policy)
+    yield pool
+
+
+def warm_up(open_backend: OpenBackend, requests: Sequence[PreparedRequest]) -> None:
+    """A few tokens of a few requests, so that the first policy does not pay for first calls."""
+    first = []
+    for request in requests[:4]:
+        sampling = Sampling(WARM_TOKENS, ignore_stops=True)
+        first.append(
+            PreparedRequest(request.number, request.prompt, request.prompt_ids, 0.0, 60.0, sampling)
+        )
+    with open_backend("fcfs") as backend:
+        run_list(backend, first, None, False)
 
 
 def run_list(

@@ -341,6 +341,10 @@ def wait_for_lines(path, count: int, process):
         (["--model", "{model}", "--kv_tokens", "100"], "--max_batch, --kv_tokens, --max_tokens"),
         (["--model", "http://127.0.0.1:9", "--policy", "fcfs"], "--policy needs a model in this"),
         (["--model", "{model}", "--input", "none.jsonl"], "none.jsonl"),
+        (["--model", "{model}", "--vllm_python", "python"], "--vllm_python needs --engine vllm"),
+        (["--model", "http://127.0.0.1:9", "--engine", "vllm"], "--engine needs a model in this"),
+        (["--model", "{model}", "--engine", "vllm", "--adapter", "a=b"], "vllm takes none"),
+        (["--model", "{model}", "--engine", "vllm", "--policy", "fifo"], "makes static batches"),
     ],
 )
 def test_errors_are_one_line(tiny_folders, tmp_path, capsys, words, message):

@@ -14,6 +14,7 @@ import torch
 
 from chatglm import load_model, load_tokenizer
 from finetune.placing import ReplicaSpec, StageSpec
+from serving.batch.command import main as answer_files
 from serving.engines import Sampling
 from serving.engines.runner import EngineRunner
 from serving.engines.stage_reports import ModelLoading
@@ -202,3 +203,27 @@ def test_the_server_on_vllm(folder, tmp_path):
     ends = wanted[-1].item() in tokenizer.stop_ids
     assert found["choices"][0]["finish_reason"] == ("stop" if ends else "length")
     assert found["glm_foundry"]["output_tokens"] == len(wanted) - ends
+
+
+@pytest.mark.slow
+def test_rows_of_files_on_vllm(folder, tmp_path):
+    """serving.batch --engine vllm: the answers of the continuous engine, and no vLLM left."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "你好"}\n{"prompt": "hello world", "max_tokens": 5}\n', "utf-8")
+    lines = {}
+    for engine in ("continuous", "vllm"):
+        output = tmp_path / f"{engine}.jsonl"
+        words = ["--model", folder, "--input", rows, "--output", output, "--engine", engine]
+        words += ["--precision", "fp32", "--max_new_tokens", TOKENS, "--max_tokens", 256]
+        if engine == "vllm":
+            words += ["--vllm_python", made_python(), "--vllm_args=--enforce-eager"]
+        else:
+            words += ["--device", "cpu"]
+        assert answer_files([str(word) for word in words]) == 0
+        lines[engine] = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    for ours, theirs in zip(lines["continuous"], lines["vllm"], strict=True):
+        for key in ("answer", "output_tokens", "finish_reason"):
+            assert ours[key] == theirs[key]
+    assert len(lines["vllm"]) == 2
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    assert not [child for child in children if "vllm" in Path(f"/proc/{child}/cmdline").read_text()]

@@ -277,8 +277,24 @@ def test_a_uellm_list_in_miniature(folders, tmp_path, capsys):
             assert predicted == pytest.approx(LENGTHS, abs=0.01)
         else:
             assert predicted == [None] * 12
+        check_memory(run["requests"], folders[0])
+    assert re.search(r"slo_odbs: KV memory of a request: mean \S+ MiB, predicted \S+,", printed)
     assert policies["fcfs"]["groups"] == [] and len(policies["slo_odbs"]["groups"]) >= 3
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def check_memory(rows, folder):
+    """Bytes of a request's keys and values: its tokens, times those of the configuration."""
+    config = json.loads((folder / "config.json").read_text())
+    groups = config["multi_query_group_num"] if config["multi_query_attention"] else None
+    heads = groups or config["num_attention_heads"]
+    width = 2 * 4 * config["num_layers"] * heads * config["kv_channels"]
+    for row in rows:
+        assert row["kv_bytes"] == width * (row["prompt_tokens"] + row["output_tokens"])
+        if row["predicted_tokens"] is None:
+            assert row["predicted_kv_bytes"] is None
+        else:
+            assert row["predicted_kv_bytes"] == pytest.approx(row["kv_bytes"], rel=0.01)
 
 
 def test_by_a_predictor_at_a_rate(folders, tmp_path, capsys):

@@ -53,6 +53,20 @@ def test_the_prompt_is_the_templates(tokenizer):
     )
 
 
+def test_messages_are_taken_in_any_order(tokenizer):
+    """As by the originals' own servers: two questions in a row, a system's text amid a chat."""
+    first, second = ({"role": "user", "content": text} for text in ("你好", "hello world"))
+    system = {"role": "system", "content": "a b"}
+
+    def ids(*messages):
+        return encode_messages(tokenizer, request_of(*messages).messages)
+
+    start, answer = ids(first)[:2], ids(first)[-1:]
+    middle = [ids(first)[2:-1], ids(second)[2:-1], ids(system, first)[2 : -len(ids(first)[2:])]]
+    assert all(middle)
+    assert ids(first, second, system, first) == sum([start, *middle, middle[0], answer], [])
+
+
 def ids_of(tokenizer, *parts):
     """Ids of an answer's messages, the role token between them."""
     ids = []

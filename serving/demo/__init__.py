@@ -1,0 +1,1 @@
+"""The whole of serving on paper: python -m serving.demo."""
