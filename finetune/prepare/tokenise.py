@@ -11,13 +11,8 @@ from finetune.rows.arrays import EncodedRow
 from finetune.rows.encoding import Preparation, RowEncoder, count_rows, tokenise
 from finetune.rows.formats import BadRow
 from finetune.rows.sources import Source, parse_sources
-from finetune.rows.tokenised import (
-    TOKENISED,
-    TOKENISED_FORMAT,
-    card_text,
-    is_tokenised,
-    write_parquet,
-)
+from finetune.rows.token_folders import TOKENISED, is_tokenised
+from finetune.rows.tokenised import TOKENISED_FORMAT, card_text, write_parquet
 from finetune.task import FineTuning
 
 WHOLE = 2**20  # tokens: a limit that cuts no row

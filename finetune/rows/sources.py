@@ -19,7 +19,7 @@ from typing import BinaryIO, cast
 
 from chatglm.files import decode_utf8, is_lfs_pointer, pointer_error
 from finetune.rows.formats import BadRow, Row, parse_row, refused_by, single_questions
-from finetune.rows.tokenised import is_tokenised, tokenised_files
+from finetune.rows.token_folders import is_tokenised, tokenised_files
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}  # of tables, by their suffix
 SUFFIXES = (".json", ".jsonl", *DELIMITERS, ".parquet")

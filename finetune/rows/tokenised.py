@@ -14,6 +14,7 @@ from chatglm.files import read_json
 from finetune.files import sha256
 from finetune.rows.arrays import EncodedRow
 from finetune.rows.formats import BadRow
+from finetune.rows.token_folders import FILES, TOKENISED
 
 if TYPE_CHECKING:
     import pyarrow
@@ -21,29 +22,12 @@ if TYPE_CHECKING:
     from chatglm.families import Family
     from chatglm.family_tokenizer import FamilyTokenizer
 
-TOKENISED = "tokenised.json"
 TOKENISED_FORMAT = 1
-FILES = "train-*.parquet"
 COLUMNS = ("input_ids", "labels", "truncated", "source")
 ROWS_A_FILE = 200_000
 ROWS_A_GROUP = 1024  # of Parquet: what is read at a time
 SAMPLE = ("示例 Sample 123：", "答案 answer。\n")  # its ids are a part of the fingerprint
 SAMPLE_LENGTH = 256
-
-
-def is_tokenised(folder: str | Path) -> bool:
-    """Whether a folder is such a data set."""
-    return Path(folder, TOKENISED).is_file()
-
-
-def tokenised_files(folder: Path) -> tuple[Path, ...]:
-    """The Parquet files of a data set, in order; raises ValueError where they are not those that
-    tokenised.json names."""
-    files = tuple(sorted(folder.glob(FILES)))
-    named = read_json(folder / TOKENISED).get("files")
-    if [path.name for path in files] != named:
-        raise ValueError(f"{folder / TOKENISED} names {named}, the folder has {len(files)} files")
-    return files
 
 
 def fingerprint(

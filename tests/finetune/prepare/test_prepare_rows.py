@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from finetune.preference.formats import PREFERENCE_FORMATS
 from finetune.prepare import fetch as fetching
 from finetune.prepare.command import main
 from finetune.prepare.corpora import CORPORA, row_rng
-from finetune.preference.formats import PREFERENCE_FORMATS
 from finetune.rows.sources import read_rows
 from tests.conftest import SHARED, shared_file
 
@@ -130,7 +130,10 @@ def test_compared_by_prompt(tmp_path):
         ("--input a.jsonl --output o.jsonl --threshold 0.5", "--threshold needs --duplicates near"),
         ("--input a.jsonl --output o.jsonl --held_out_share 0.5", "needs --held_out"),
         ("--input a.jsonl --output o.jsonl --held_out o.jsonl", "name the same file"),
-        ("--input h.jsonl --to belle --output o.jsonl", "h.jsonl:1: --to belle writes one question"),
+        (
+            "--input h.jsonl --to belle --output o.jsonl",
+            "h.jsonl:1: --to belle writes one question",
+        ),
         ("--input b.jsonl --to context --output o.jsonl", "b.jsonl:1: --to context wants"),
     ],
 )
@@ -198,7 +201,9 @@ def test_couplets(tmp_path):
 
 
 def test_zhidao_and_baike(tmp_path):
-    table = "title,question,reply,is_best\n车险,怎么买,网上买,1\n车险,怎么买,不知道,0\n寿险,,问人,1\n"
+    table = (
+        "title,question,reply,is_best\n车险,怎么买,网上买,1\n车险,怎么买,不知道,0\n寿险,,问人,1\n"
+    )
     (tmp_path / "z.csv").write_text(table, "utf-8")
     made = corpus("zhidao", tmp_path / "z.csv", tmp_path / "o.jsonl")
     assert [row["prompt"] for row in made] == ["问题：车险 内容：怎么买", "问题：寿险"]
@@ -232,9 +237,17 @@ def test_classical(tmp_path):
 
 def test_poetry(tmp_path):
     poems = []
-    for author, genre in (("李白", "诗"), ("李白", "诗"), ("杜甫", "诗"), ("苏轼", "词"), ("贾谊", "赋")):
+    for author, genre in (
+        ("李白", "诗"),
+        ("李白", "诗"),
+        ("杜甫", "诗"),
+        ("苏轼", "词"),
+        ("贾谊", "赋"),
+    ):
         title = f"{author}{len(poems)}"
-        poems.append({"author": author, "title": title, "genre": genre, "paragraphs": [title, "行"]})
+        poems.append(
+            {"author": author, "title": title, "genre": genre, "paragraphs": [title, "行"]}
+        )
     made = corpus("poetry", write(tmp_path / "p.json", *poems), tmp_path / "o.jsonl")
     assert made[0]["prompt"] == "以李白的风格，写一首诗，题为李白0" and made[0]["prefix"] == ""
     assert "写一篇赋" in made[4]["prompt"]
@@ -268,7 +281,7 @@ def test_graded_answers_are_read_as_pairs(tmp_path):
 
 
 def test_fetch(tmp_path, capsys):
-    """Downloaded from a mirror, checked, not downloaded twice; a page in place of rows is refused."""
+    """From a mirror, checked, not twice; a page in the place of rows is refused."""
     files = fetching.SETS["chatglm_finetuning"]
     mirror = tmp_path / "mirror"
     for file in files.files:
