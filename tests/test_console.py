@@ -25,12 +25,6 @@ HEAVY |= {
     "llguidance",
 }
 READ_WITH_NUMPY = {"simulate", "deploy", "cost", "lengths", "prepare"}  # in --help
-    "simulate",
-    "deploy",
-    "cost",
-    "lengths",
-    "prepare",
-}  # commands whose --help imports numpy
 
 
 def test_the_entry_point_is_installed_with_its_module():
