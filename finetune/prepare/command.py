@@ -24,14 +24,14 @@ from chatglm.commands import Parser, number, run_command
 from finetune.config import TrainConfig, add_flag
 from finetune.files import write_aside, write_json
 from finetune.prepare.corpora import CORPORA
-from finetune.prepare.fetch import BASE_URL, SETS, fetch
+from finetune.prepare.fetch import BASE_URL, SETS, fetch_files
 from finetune.prepare.rewrite import (
     COMPARED,
     DUPLICATES,
     LAYOUTS,
     ReadRow,
     Selection,
-    read_values,
+    read_all,
     rewrite,
 )
 from finetune.rows.formats import COLUMN_NAMES, FORMATS, BadRow, parse_columns
@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_output_flags(parser: argparse.ArgumentParser) -> None:
+def add_jsonl_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines")
     parser.add_argument(
         "--held_out", type=Path, metavar="FILE", help="JSON lines of a part that is held out"
@@ -97,7 +97,7 @@ def add_rows_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input", required=True, metavar="PATHS", help="as --train_path of train.py"
     )
-    add_output_flags(parser)
+    add_jsonl_flags(parser)
     parser.add_argument(
         "--to", choices=tuple(LAYOUTS), default="as_is", help="layout of the rows [as_is]"
     )
@@ -120,14 +120,14 @@ def add_rows_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_format", choices=("auto", *FORMATS), default="auto")
     parser.add_argument("--columns", default="", help="as train.py's: prompt=title,response=body")
     parser.add_argument("--on_bad_row", choices=("error", "skip"), default="error")
-    parser.set_defaults(run=run_rows)
+    parser.set_defaults(run=run_merge)
 
 
 def add_corpus_flags(parser: argparse.ArgumentParser) -> None:
     texts = [f"{name}: {corpus.text}" for name, corpus in CORPORA.items()]
     parser.add_argument("name", choices=tuple(CORPORA), help="; ".join(texts))
     parser.add_argument("--input", type=Path, required=True, metavar="PATH", help="file or folder")
-    add_output_flags(parser)
+    add_jsonl_flags(parser)
     parser.set_defaults(run=run_corpus)
 
 
@@ -152,7 +152,7 @@ def add_fetch_flags(parser: argparse.ArgumentParser) -> None:
 # ---- the commands
 
 
-def check_outputs(args: argparse.Namespace, sources: list[Source]) -> None:
+def check_jsonl_outputs(args: argparse.Namespace, sources: list[Source]) -> None:
     """Raises ValueError where an output is an input, or there are flags without effect."""
     outputs = [args.output] + ([args.held_out] if args.held_out else [])
     read: set[Path] = set()
@@ -171,12 +171,12 @@ def check_outputs(args: argparse.Namespace, sources: list[Source]) -> None:
         raise ValueError("--held_out needs a --held_out_share above 0")
 
 
-def run_rows(args: argparse.Namespace) -> None:
+def run_merge(args: argparse.Namespace) -> None:
     """Merge rows of any format."""
     if args.threshold != 0.8 and args.duplicates != "near":
         raise ValueError("--threshold needs --duplicates near: it has no effect otherwise")
     sources = parse_sources(args.input, "--input", weights=False)
-    check_outputs(args, sources)
+    check_jsonl_outputs(args, sources)
     columns = parse_columns(args.columns, COLUMN_NAMES)
     reader = RowReader(args.prompt_text, args.data_format, columns)
     selection = Selection(
@@ -186,7 +186,7 @@ def run_rows(args: argparse.Namespace) -> None:
         args.held_out_share if args.held_out else 0.0,
         args.seed,
     )
-    read = partial(read_values, sources, reader, args.on_bad_row)
+    read = partial(read_all, sources, reader, args.on_bad_row)
     print(rewrite(read, args.to, selection, args.output, args.held_out).text)
 
 
@@ -194,7 +194,9 @@ def run_corpus(args: argparse.Namespace) -> None:
     """Write a corpus with graded answers."""
     if not args.input.exists():
         raise FileNotFoundError(f"--input: no such file: {args.input}")
-    check_outputs(args, parse_sources(str(args.input), "--input", weights=False, documents="file"))
+    check_jsonl_outputs(
+        args, parse_sources(str(args.input), "--input", weights=False, documents="file")
+    )
     corpus = CORPORA[args.name]
     rows = list(tqdm(corpus.read(args.input), desc="reading", unit="row", disable=None, delay=1))
     selection = Selection(share=args.held_out_share if args.held_out else 0.0, seed=args.seed)
@@ -217,10 +219,10 @@ def token_config(args: argparse.Namespace) -> TrainConfig:
 def run_tokenise(args: argparse.Namespace) -> None:
     """Write a data set of token ids."""
     from finetune.prepare.lengths import lengths_text
-    from finetune.prepare.tokenise import Tokenising, check_output, write_tokenised
+    from finetune.prepare.tokenise import Tokenising, check_replaceable, write_tokenised
 
     config = token_config(args)
-    check_output(args.output)
+    check_replaceable(args.output)
     card, lengths = write_tokenised(Tokenising(config), args.output)
     figures = lengths.figures(config.max_len, config.max_src_len)
     skipped = f", {card['bad']} bad ones skipped" if card["bad"] else ""
@@ -257,7 +259,7 @@ def keep_figures(
 
 def run_fetch(args: argparse.Namespace) -> None:
     """Download public files."""
-    for line in fetch(SETS[args.name], args.output, args.base_url):
+    for line in fetch_files(SETS[args.name], args.output, args.base_url):
         print(line)
 
 

@@ -9,6 +9,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,11 @@ class Draws:
                 self.taken.add(text)
                 found.append(text)
         return found
+
+
+def differs(keys: Sequence[Any], own: object, number: int) -> bool:
+    """Whether a row's key is another than `own`."""
+    return bool(keys[number] != own)
 
 
 def scored(texts: Sequence[str], score: float) -> list[tuple[str, float]]:
@@ -214,19 +220,19 @@ def couplets(rows: Sequence[CorpusRow], seed: int) -> Iterator[Graded]:
     """{first, second}: the second half 1, two others of its length 0, two of other lengths -1."""
     seconds = [row.text("second") for row in rows]
     lengths = list(map(len, seconds))
-    by_length = grouped(lengths)
+    by_length = numbers_by_key(lengths)
     everything = range(len(seconds))
     for number, row in enumerate(rows):
         own = seconds[number]
         draws = Draws(row_rng(seed, number), seconds, {own})
         length = lengths[number]
         same = draws.texts_of(by_length[length], 2)
-        other = draws.texts_of(everything, 2, lambda each: lengths[each] != length)  # noqa: B023
+        other = draws.texts_of(everything, 2, partial(differs, lengths, length))
         answers = [(own, 1.0), *scored(same, 0.0), *scored(other, -1.0)]
         yield graded(f"上联：{row.text('first')}", "下联：", answers)
 
 
-def grouped(keys: Sequence[Any]) -> dict[Any, list[int]]:
+def numbers_by_key(keys: Sequence[Any]) -> dict[Any, list[int]]:
     """{key: the numbers of what has it}."""
     found: dict[Any, list[int]] = defaultdict(list)
     for number, key in enumerate(keys):
@@ -254,7 +260,7 @@ def classical(rows: Sequence[CorpusRow], seed: int) -> Iterator[Graded]:
     names = {"classical": "古文", "modern": "现代文"}
     texts = {key: [row.text(key) for row in rows] for key in names}
     books = [row.text("book", needed=False) for row in rows]
-    by_book = grouped(books)
+    by_book = numbers_by_key(books)
     everything = range(len(rows))
     for number in everything:
         rng = row_rng(seed, number)
@@ -262,7 +268,7 @@ def classical(rows: Sequence[CorpusRow], seed: int) -> Iterator[Graded]:
         own, book = texts[wanted][number], books[number]
         draws = Draws(rng, texts[wanted], {own})
         near = draws.texts_of(by_book[book], 2)
-        far = draws.texts_of(everything, 2, lambda each: books[each] != book)  # noqa: B023
+        far = draws.texts_of(everything, 2, partial(differs, books, book))
         answers = [(own, 1.0), *scored(near, 0.0), *scored(far, -1.0)]
         yield graded(f"{names[asked]}：{texts[asked][number]}", f"{names[wanted]}：", answers)
 
@@ -277,13 +283,14 @@ def poetry(rows: Sequence[CorpusRow], seed: int) -> Iterator[Graded]:
     texts = [work["text"] for work in works]
     authors = [work["author"] for work in works]
     genres = [work["genre"] for work in works]
-    by_author, by_genre = grouped(authors), grouped(genres)
+    by_author, by_genre = numbers_by_key(authors), numbers_by_key(genres)
     for number, work in enumerate(works):
         author, genre = work["author"], work["genre"]
         draws = Draws(row_rng(seed, number), texts, {work["text"]})
         near = draws.texts_of(by_author[author], 1)
-        alike = draws.texts_of(by_genre[genre], 1, lambda each: authors[each] != author)  # noqa: B023
-        other = draws.texts_of(range(len(works)), 1, lambda each: genres[each] != genre)  # noqa: B023
+        by_others = partial(differs, authors, author)
+        alike = draws.texts_of(by_genre[genre], 1, by_others)
+        other = draws.texts_of(range(len(works)), 1, partial(differs, genres, genre))
         answers = [(work["text"], 1.0), *scored(near, 0.0), *scored(alike, -1.0)]
         answers += scored(other, -2.0)
         measure = "篇" if genre.endswith(PROSE) else "首"

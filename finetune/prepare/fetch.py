@@ -131,7 +131,7 @@ def url_of(files: FileSet, file: PublicFile, base_url: str) -> str:
     return f"{base_url.rstrip('/')}/{files.repository}/HEAD/{file.path}"
 
 
-def fetch(files: FileSet, output: Path, base_url: str = BASE_URL) -> list[str]:
+def fetch_files(files: FileSet, output: Path, base_url: str = BASE_URL) -> list[str]:
     """Download the files that are not there yet; returns a line of each.
 
     A file is written aside and renamed, once its rows are read.
@@ -146,16 +146,16 @@ def fetch(files: FileSet, output: Path, base_url: str = BASE_URL) -> list[str]:
         if path.is_file():
             lines.append(f"{path}: is there; {compared(path.read_bytes(), file)}")
             continue
-        content = download(url_of(files, file, base_url))
+        content = download_bytes(url_of(files, file, base_url))
         with written_whole(path) as handle:
             handle.write(content)
             handle.flush()
-            check_rows(Path(handle.name), path)
+            check_fetched_rows(Path(handle.name), path)
         lines.append(f"{path}: {compared(content, file)}")
     return lines
 
 
-def download(url: str) -> bytes:
+def download_bytes(url: str) -> bytes:
     """The content at a URL, with a progress bar."""
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
@@ -187,7 +187,7 @@ def compared(content: bytes, file: PublicFile) -> str:
     )
 
 
-def check_rows(aside: Path, path: Path) -> None:
+def check_fetched_rows(aside: Path, path: Path) -> None:
     """Raises BadRow where a downloaded file holds no rows: a page of a proxy, for example."""
     number = -1
     for number, (place, item) in enumerate(read_json_items(aside)):

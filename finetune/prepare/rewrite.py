@@ -32,7 +32,7 @@ class ReadRow:
 # ---- layouts that are written
 
 
-def one_answer(read: ReadRow, layout: str) -> tuple[str, str]:
+def single_answer(read: ReadRow, layout: str) -> tuple[str, str]:
     """(prompt, answer); raises BadRow for a conversation, a document or several answers."""
     row = read.row
     if row.turns or row.is_document or len(row.answers) != 1:
@@ -47,19 +47,19 @@ def as_is(read: ReadRow) -> Value:
 
 def as_belle(read: ReadRow) -> Value:
     """Belle's {input, target}, without the space that its converter adds."""
-    prompt, answer = one_answer(read, "belle")
+    prompt, answer = single_answer(read, "belle")
     return {"input": prompt, "target": answer}
 
 
 def as_instruction(read: ReadRow) -> Value:
     """{instruction, output}."""
-    prompt, answer = one_answer(read, "instruction")
+    prompt, answer = single_answer(read, "instruction")
     return {"instruction": prompt, "output": answer}
 
 
 def as_context(read: ReadRow) -> Value:
     """{context, target}, as Chatglm_lora_multi-gpu converts Alpaca's rows."""
-    _, answer = one_answer(read, "context")
+    _, answer = single_answer(read, "context")
     instruction, given = read.value.get("instruction"), read.value.get("input")
     if not isinstance(instruction, str):
         raise BadRow(f"{read.row.place}: --to context wants rows with instruction and output")
@@ -71,7 +71,7 @@ def as_openai(read: ReadRow) -> Value:
     """Messages with roles, also of conversations; calls of tools are refused."""
     row = read.row
     if not row.turns:
-        prompt, answer = one_answer(read, "openai")
+        prompt, answer = single_answer(read, "openai")
         turns = [("user", prompt), ("assistant", answer)]
     else:
         turns = [(turn.role, turn.content) for turn in row.turns]
@@ -165,7 +165,7 @@ class Selection:
         return number < self.share * 2**64
 
 
-def read_values(
+def read_all(
     sources: list[Source], reader: RowReader, on_bad_row: str, title: str
 ) -> Iterator[ReadRow | BadRow]:
     """Every row of the sources in order, with a progress bar.

@@ -18,7 +18,7 @@ from finetune.task import FineTuning
 WHOLE = 2**20  # tokens: a limit that cuts no row
 
 
-def check_output(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     """Raises ValueError where a folder is there that is no such data set."""
     if folder.exists() and not is_tokenised(folder):
         raise ValueError(f"--output {folder} is there and is no tokenised data set")

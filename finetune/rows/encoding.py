@@ -33,7 +33,7 @@ from finetune.rows.arrays import (
 from finetune.rows.documents import encode_document
 from finetune.rows.formats import BadRow, Row
 from finetune.rows.sources import RowReader, Source, hash_rows, no_rows, parse_items, read_parts
-from finetune.rows.tokenised import check_tokenised, fingerprint, read_tokenised
+from finetune.rows.tokenised import check_tokenised, read_tokenised, token_fingerprint
 
 if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
@@ -113,7 +113,7 @@ class RowEncoder:
 
     def fingerprint(self) -> dict[str, Any]:
         """As `finetune.rows.tokenised` has it."""
-        return fingerprint(
+        return token_fingerprint(
             self.tokenizer, self.family, self.max_len, self.max_src_len, self.glm3_labels
         )
 

@@ -30,7 +30,7 @@ SAMPLE = ("示例 Sample 123：", "答案 answer。\n")  # its ids are a part of
 SAMPLE_LENGTH = 256
 
 
-def fingerprint(
+def token_fingerprint(
     tokenizer: "FamilyTokenizer",
     family: "Family",
     max_len: int,
