@@ -224,7 +224,7 @@ def run_tokenise(args: argparse.Namespace) -> None:
     config = token_config(args)
     check_replaceable(args.output)
     card, lengths = write_tokenised(Tokenising(config), args.output)
-    figures = lengths.figures(config.max_len, config.max_src_len)
+    figures = lengths.figures(config.max_len)
     skipped = f", {card['bad']} bad ones skipped" if card["bad"] else ""
     print(f"{args.output}: {card['rows']} rows, {card['truncated']} cut{skipped}")
     print(lengths_text(figures, config.max_len, config.max_src_len))
@@ -240,7 +240,7 @@ def run_lengths(args: argparse.Namespace) -> None:
     meter = LengthMeter()
     for _, row in Tokenising(config, whole=True).rows():
         meter.see(row)
-    figures = meter.lengths.figures(config.max_len, config.max_src_len)
+    figures = meter.lengths.figures(config.max_len)
     print(lengths_text(figures, config.max_len, config.max_src_len))
     keep_figures(args, figures, meter.lengths, config)
 

@@ -17,18 +17,23 @@ SIDES = ("prompt", "answer", "whole")
 
 @dataclass(frozen=True)
 class RowLengths:
-    """Tokens of rows: (rows,) int64 each. The prompt is what comes before the first label."""
+    """Tokens of rows: (rows,) int64 each. The prompt is what comes before the first label.
+
+    Attributes:
+        cut: how many rows a run cuts.
+    """
 
     prompt: np.ndarray
     whole: np.ndarray
+    cut: int
 
     @property
     def answer(self) -> np.ndarray:
         """Tokens from the first label on."""
         return self.whole - self.prompt
 
-    def figures(self, max_len: int, max_src_len: int) -> dict[str, Any]:
-        """Percentiles, means, and the shares of rows over the limits of train.py."""
+    def figures(self, max_len: int) -> dict[str, Any]:
+        """Percentiles, means, and the shares of rows over --max_len, and that are cut."""
         found: dict[str, Any] = {"rows": len(self.whole), "tokens": int(self.whole.sum())}
         for side in SIDES:
             lengths = getattr(self, side)
@@ -37,7 +42,7 @@ class RowLengths:
                 value = np.percentile(lengths, percentile, method="inverted_cdf")
                 found[side][f"p{percentile}" if percentile < 100 else "max"] = int(value)
         found["over_max_len"] = float((self.whole > max_len).mean())
-        found["over_max_src_len"] = float((self.prompt > max_src_len).mean())
+        found["cut"] = self.cut / len(self.whole)
         return found
 
 
@@ -47,16 +52,19 @@ class LengthMeter:
     def __init__(self) -> None:
         self.prompts = array("q")
         self.wholes = array("q")
+        self.cut = 0
 
     def see(self, row: EncodedRow) -> None:
         """Note a row's lengths."""
         self.wholes.append(len(row.input_ids))
         self.prompts.append(min(row.n_masked, len(row.input_ids)))
+        self.cut += row.truncated
 
     @property
     def lengths(self) -> RowLengths:
         """Those of all rows that were seen."""
-        return RowLengths(np.array(self.prompts, np.int64), np.array(self.wholes, np.int64))
+        prompts, wholes = np.array(self.prompts, np.int64), np.array(self.wholes, np.int64)
+        return RowLengths(prompts, wholes, self.cut)
 
 
 def lengths_text(figures: dict[str, Any], max_len: int, max_src_len: int) -> str:
@@ -68,8 +76,8 @@ def lengths_text(figures: dict[str, Any], max_len: int, max_src_len: int) -> str
         lines.append(f"{side:>9}" + "".join(f"{value:>9}" for value in values))
     lines.append(
         f"{figures['rows']} rows, {figures['tokens']} tokens; over --max_len {max_len}: "
-        f"{100 * figures['over_max_len']:.1f} %; prompts over --max_src_len {max_src_len}: "
-        f"{100 * figures['over_max_src_len']:.1f} %"
+        f"{100 * figures['over_max_len']:.1f} %; cut with --max_src_len {max_src_len} too: "
+        f"{100 * figures['cut']:.1f} %"
     )
     return "\n".join(lines)
 

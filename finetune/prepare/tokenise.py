@@ -1,6 +1,7 @@
 """Rows -> a data set of token ids on disk, for train.py and for other programs."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from finetune.files import write_json, written_folder
 from finetune.prepare.lengths import LengthMeter, RowLengths
 from finetune.rows.arrays import EncodedRow
 from finetune.rows.encoding import Preparation, RowEncoder, count_rows, tokenise
-from finetune.rows.formats import BadRow
+from finetune.rows.formats import BadRow, Row
 from finetune.rows.sources import Source, parse_sources
 from finetune.rows.token_folders import TOKENISED, is_tokenised
 from finetune.rows.tokenised import TOKENISED_FORMAT, card_text, write_parquet
@@ -24,6 +25,18 @@ def check_replaceable(folder: Path) -> None:
         raise ValueError(f"--output {folder} is there and is no tokenised data set")
 
 
+@dataclass(frozen=True)
+class UncutRows(RowEncoder):
+    """Whole rows, of which `truncated` says whether `limited` cuts them."""
+
+    limited: RowEncoder | None = None
+
+    def encode(self, row: Row) -> list[EncodedRow]:
+        made = self.limited.encode(row) if self.limited else []
+        cut = any(part.truncated for part in made)
+        return [part._replace(truncated=cut) for part in super().encode(row)]
+
+
 class Tokenising:
     """The rows that the flags name, and their encoder, both as train.py has them.
 
@@ -34,7 +47,7 @@ class Tokenising:
     def __init__(self, config: TrainConfig, *, whole: bool = False) -> None:
         """
         Args:
-            whole: no row is cut.
+            whole: no row is cut; `truncated` says which ones a run would cut.
         Raises:
             ValueError, FileNotFoundError: flags, files or rows that do not fit; a bad row comes
                 with its file and line.
@@ -44,7 +57,9 @@ class Tokenising:
         self.sources = parse_sources(config.train_path, weights=False)
         self.preparation = task.preparation("train")
         if whole:
-            encoder = RowEncoder(task.tokenizer, task.family, WHOLE, WHOLE, config.glm3_labels)
+            encoder = UncutRows(
+                task.tokenizer, task.family, WHOLE, WHOLE, config.glm3_labels, task.encoder
+            )
             self.preparation = Preparation(task.reader, encoder, config.on_bad_row)
         self.counts = [count_rows(source, self.preparation) for source in self.sources]
 
@@ -81,12 +96,9 @@ def write_tokenised(tokenising: Tokenising, output: Path) -> tuple[dict[str, Any
         OSError: it cannot be written.
     """
     meter = LengthMeter()
-    truncated = 0
 
     def passing() -> Iterator[tuple[str, EncodedRow]]:
-        nonlocal truncated
         for place, row in tokenising.rows():
-            truncated += row.truncated
             meter.see(row)
             yield place, row
 
@@ -100,7 +112,7 @@ def write_tokenised(tokenising: Tokenising, output: Path) -> tuple[dict[str, Any
             "fingerprint": tokenising.preparation.encoder.fingerprint(),
             "rows": len(lengths.whole),
             "tokens": int(lengths.whole.sum()),
-            "truncated": truncated,
+            "truncated": lengths.cut,
             "bad": tokenising.bad,
             "files": files,
         }

@@ -215,14 +215,18 @@ def test_lengths(bases, tmp_path, capsys):
         prompts.append(made.n_masked)
     words = ["lengths", "--model_name_or_path", str(bases["glm2"]), "--train_path", str(rows)]
     limit = sorted(wholes)[79]
-    more = ["--max_len", str(limit), "--max_src_len", "4", "--json", str(tmp_path / "l.json")]
+    more = ["--max_len", str(limit), "--max_src_len", "32", "--json", str(tmp_path / "l.json")]
     assert main([*words, *more, "--picture", str(tmp_path / "l.png")]) == 0
     found = json.loads((tmp_path / "l.json").read_text())
     ordered = sorted(wholes)
     whole = found["whole"]
     assert (whole["p50"], whole["p90"], whole["p99"]) == (ordered[49], ordered[89], ordered[98])
     assert whole["max"] == ordered[-1] and found["tokens"] == sum(wholes)
-    assert found["prompt"]["max"] == prompts[0] and found["over_max_src_len"] == 1.0
+    assert found["prompt"]["max"] == prompts[0]
     assert found["over_max_len"] == pytest.approx(sum(n > limit for n in wholes) / 100)
+    cut = [
+        RowEncoder(tokenizer, FAMILIES["glm2"], limit, 32).encode(row) for row in read_rows(rows)[0]
+    ]
+    assert found["cut"] == sum(made[0].truncated for made in cut) / 100 > 0.1
     assert "100 rows" in capsys.readouterr().out
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
