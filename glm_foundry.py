@@ -26,6 +26,7 @@ COMMANDS = {
     "score": Entry("finetune.preference.scorer", "scores of answers by a reward model"),
     "chat": Entry("serving.chat.command", "a conversation in the terminal"),
     "batch": Entry("serving.batch.command", "answers to many rows, through the scheduler"),
+    "prepare": Entry("finetune.prepare.command", "training data from files as published"),
     "serve": Entry("serving.server.command", "a server of OpenAI's API"),
     "gateway": Entry("serving.gateway.command", "predicted lengths for engines that run"),
     "keys": Entry("serving.server.keys", "a new API key for a server"),

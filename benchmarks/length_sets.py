@@ -1,6 +1,6 @@
 """The data sets of LengthBench: prompts, the lengths of their runs, and a side to test on.
 
-Every set is split by groups of near-duplicates (predictor.labels.group_prompts): no tested prompt,
+Every set is split by groups of near-duplicates (group_prompts): no tested prompt,
 and nothing like one, is trained on, in the pairs that a student reads neither.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune.rows.near_duplicates import group_prompts, normalise
 from predictor.bench import ceiling_of_runs, runs_of_rows
-from predictor.labels import group_prompts, normalise
 from predictor.scores import kendall_tau
 
 TEMPERATURES = ("t0.0", "t0.3", "t0.5", "t0.7")

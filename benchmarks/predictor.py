@@ -30,11 +30,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.rows import read_lines, write_rows  # noqa: E402
+from finetune.rows.near_duplicates import normalise  # noqa: E402
 from predictor import frozen  # noqa: E402
 from predictor.config import PredictorConfig  # noqa: E402
 from predictor.decoder import Decoder  # noqa: E402
 from predictor.heads import HEADS, Regression  # noqa: E402
-from predictor.labels import LabelledPrompt, language, normalise, read_examples  # noqa: E402
+from predictor.labels import LabelledPrompt, language, read_examples  # noqa: E402
 from predictor.lengths import load_lengths  # noqa: E402
 from predictor.prediction import bins_of_lengths  # noqa: E402
 from predictor.scores import PINBALL_LEVELS, kendall_tau, metrics_of, pinball  # noqa: E402

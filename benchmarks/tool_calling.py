@@ -131,7 +131,8 @@ def as_row(call: Call) -> dict:
 
 def divide(calls: list[Call], share: float = 0.25) -> tuple[list[Call], list[Call]]:
     """(training, held-out) calls; near-duplicates share a side, held-out questions are distinct."""
-    from predictor.labels import group_prompts, split_groups
+    from finetune.rows.near_duplicates import group_prompts
+    from predictor.labels import split_groups
 
     questions = [call.question for call in calls]
     sides = split_groups(

@@ -55,6 +55,7 @@ from finetune.epochs import StepBatches
 from finetune.evaluation.metrics import check_packages
 from finetune.files import LastingStream, locked_folder
 from finetune.lora import use_lean_lora
+from finetune.memory_trace import MemoryTrace
 from finetune.out_of_memory import explained, training_advice
 from finetune.recompute import recompute
 from finetune.record import RunLog, check_loggers, is_better_value, processor
@@ -392,6 +393,7 @@ class Loop:
         )
         self.signals = SignalWatch()
         self.last_metrics: dict[str, float] = {}
+        self.memory = MemoryTrace()
         self.workers = ThreadPoolExecutor(config.num_workers) if config.num_workers else None
         self.ahead: dict[int, Future[StepBatches]] = {}  # step -> what a worker is making
 
@@ -440,6 +442,7 @@ class Loop:
         config = self.config
         total_steps = self.schedule.total_steps
         folder = None
+        self.memory.begin(self.done + 1)
         while self.done < total_steps and not self.patience.ended(config.early_stopping_patience):
             self.last_metrics = {}  # a checkpoint has the evaluation of its own step or none
             stop = self.measured_step(bar, writer)
@@ -452,6 +455,8 @@ class Loop:
             saves = must_save or epoch_end or improved or self.is_due(config.save_model_step)
             if saves:
                 folder = self.save(improved, needed=must_save) or folder
+            if epoch_end or stop or ended:
+                self.note_memory(writer)
             if writer and (saves or self.last_metrics):
                 writer.write()
             if stop and self.done < total_steps:
@@ -468,6 +473,15 @@ class Loop:
             )
             return folder, "stopped early"
         return folder, "finished"
+
+    def note_memory(self, writer: RunLog | None) -> None:
+        """Record the memory of the epoch that the last step was of, with its evaluation and its
+        checkpoint, and begin the next one's."""
+        found = self.memory.end(self.schedule.epoch_of(self.done), self.done)
+        self.memory.begin(self.done + 1)
+        self.print_line(found.text)
+        if writer:
+            writer.add_memory(found.to_dict())
 
     def save_needed(self) -> Path:
         """`save` of a checkpoint that the run cannot go on without."""
@@ -495,7 +509,7 @@ class Loop:
                 "learning_rate": lr,
                 "grad_norm": norm,
                 "tokens_per_second": speed,
-                "memory_gb": peak_memory_gb(),
+                "memory_gb": self.memory.see(),
                 **found,
             }
             writer.add(self.done, values)
@@ -687,12 +701,3 @@ class Patience:
     def state(self) -> dict[str, Any]:
         """What a checkpoint's manifest stores of it."""
         return {"metric": self.metric, "best": self.best, "since": self.since}
-
-
-def peak_memory_gb() -> float:
-    """Peak memory of this rank: the GPU's where there is one, else the process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated(device()) / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

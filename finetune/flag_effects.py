@@ -155,17 +155,29 @@ EVALUATING: dict[str, Effect] = {
 
 FITTED = Effect("--compare_seeds", lambda c: bool(c.compare_seeds))
 ONE_RUN = Effect(
-    "--model, without --compare_seeds or --table",
-    lambda c: bool(c.model and not (c.compare_seeds or c.table)),
+    "--model, without --compare_seeds, --table or --guide",
+    lambda c: bool(c.model and not (c.compare_seeds or c.table or c.guide)),
 )
+DESCRIBED = Effect(
+    "--model, without --suggest, --compare_seeds, --table or --guide",
+    lambda c: bool(c.model and not (c.suggest or c.compare_seeds or c.table or c.guide)),
+)
+SUGGESTED = Effect("--suggest", lambda c: bool(c.suggest))
 
 # Of finetune.memory, beside those of TRAINING.
 ESTIMATING: dict[str, Effect] = {
     "fit": FITTED,
-    "gpu": Effect("--model or --table, without --compare_seeds", lambda c: not c.compare_seeds),
-    **dict.fromkeys(("mode", "gpus", "label_share", "real_tokens"), ONE_RUN),
+    "gpu": Effect(
+        "--model or --table, without --compare_seeds or --guide",
+        lambda c: not (c.compare_seeds or c.guide),
+    ),
+    **dict.fromkeys(("gpus", "label_share", "suggest"), ONE_RUN),
+    **dict.fromkeys(("mode", "real_tokens", "ds_file"), DESCRIBED),
+    **dict.fromkeys(("host_gb", "write"), SUGGESTED),
+    "json": Effect("a run without --guide", lambda c: not c.guide),
     "model": Effect(
-        "a run without --compare_seeds or --table", lambda c: not (c.compare_seeds or c.table)
+        "a run without --compare_seeds, --table or --guide",
+        lambda c: not (c.compare_seeds or c.table or c.guide),
     ),
 }
 

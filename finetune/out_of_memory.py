@@ -81,7 +81,8 @@ def training_advice(config: "RunConfig", there: tuple[str, float] | None = None)
     needs = f"the run needs about {needed / GIB:.1f} GB by the estimate of finetune.memory, {has}"
     if needed <= size:
         return f"{needs}: other programs, or the data, hold the rest; {smaller}"
-    return f"{needs}; what would make it fit: {cheapest_change(run, size)}"
+    more = "; python -m finetune.memory --suggest has more ways"
+    return f"{needs}; what would make it fit: {cheapest_change(run, size)}{more}"
 
 
 def inference_advice(model_path: str, batch_size: int, quantization_bit: int | None) -> str:

@@ -315,6 +315,7 @@ class RunLog:
             "status": "running",
             "started": before.get("started", utc_now()),
             "sittings": [*before.get("sittings", []), sitting],
+            "memory": [each for each in before.get("memory", []) if each["last_step"] <= done],
             **facts,
             "flags": config.to_dict(),
             "versions": versions(),
@@ -350,16 +351,30 @@ class RunLog:
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Write the values of a step."""
+        self.log(step, values)
+        self.attempt(self.path, lambda: self.file.add(to_json({"step": step, **values})))
+        self.note_best({"step": step, **values})
+        if time.monotonic() - self.written > RECORD_SECONDS:
+            self.write()
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Hand values to the loggers; one that fails gets no more."""
         for name, logger in list(self.loggers.items()):
             try:
                 logger.add(step, values)
             except Exception as error:
                 self.warn(f"--report_to {name}", error)
                 del self.loggers[name]
-        self.attempt(self.path, lambda: self.file.add(to_json({"step": step, **values})))
-        self.note_best({"step": step, **values})
-        if time.monotonic() - self.written > RECORD_SECONDS:
-            self.write()
+
+    def add_memory(self, epoch: dict[str, Any]) -> None:
+        """Write an epoch's memory, as EpochMemory has it, to run.json and the loggers."""
+        self.record["memory"].append(epoch)
+        values = {
+            "memory/epoch_peak_gb": max(epoch["rank_peaks_gb"]),
+            "memory/epoch_added_gb": epoch["end_gb"] - epoch["begin_gb"],
+            "memory/epoch_host_peak_gb": epoch["host_peak_gb"],
+        }
+        self.log(epoch["last_step"], values)
 
     def attempt(self, path: Path, write: Callable[[], object]) -> bool:
         """Whether `write()` could write.

@@ -108,6 +108,36 @@ def run_line(name: str, run: dict[str, Any]) -> list[str]:
     ]
 
 
+MEMORY_HEADS = [
+    "run",
+    "epoch",
+    "steps",
+    "memory at its start",
+    "peak",
+    "at its end",
+    "process peak",
+]
+
+
+def memory_table(runs: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines: the memory of each epoch in GB, of the ranks' peaks the highest."""
+    lines = []
+    for name, run in runs.items():
+        for epoch in run.get("memory", []):
+            lines.append(
+                [
+                    name,
+                    str(epoch["epoch"]),
+                    f"{epoch['first_step']}-{epoch['last_step']}",
+                    f"{epoch['begin_gb']:.2f}",
+                    f"{max(epoch['rank_peaks_gb']):.2f}",
+                    f"{epoch['end_gb']:.2f}",
+                    f"{epoch['host_peak_gb']:.2f}",
+                ]
+            )
+    return MEMORY_HEADS, lines
+
+
 def panels(runs: dict[str, dict[str, Any]]) -> list[str]:
     """What is drawn, in order: losses, learning rate, the metrics that any run has."""
     evaluated: set[str] = set()
@@ -260,6 +290,10 @@ def print_report(folders: list[Path], output: Path | None) -> None:
         raise ValueError("a run is named twice")
     runs = dict(zip(run_names(folders), map(read_run, folders)))
     print_columns(*runs_table(runs))
+    heads, lines = memory_table(runs)
+    if lines:
+        print("\nGB of each epoch, of its GPU, without one of its process:")
+        print_columns(heads, lines)
     if output:
         write_aside(output, runs_picture(runs))
 

@@ -118,6 +118,7 @@ class RowTask(Generic[Config, Rows]):
         sources = self.sources_of("train_path")
         replay = self.sources_of("replay_path") if config.replay_path else []
         held_out = self.sources_of("eval_path") if config.eval_path else []
+        check_reading_flags(config, [*sources, *replay, *held_out])
         if config.streaming:
             self.stream = self.open_stream(sources, replay)
         else:
@@ -312,6 +313,13 @@ class RowTask(Generic[Config, Rows]):
     def export(self, model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
         """Write what inference needs; `state` as checkpoint.export_model takes it."""
         export_model(model, self.method, self.tokenizer, state, folder)
+
+
+def check_reading_flags(config: RowsConfig, sources: Sequence[Source]) -> None:
+    """Raises ValueError for a flag of how texts are read where no source has texts."""
+    changed = config.changed("prompt_text", "data_format", "columns", "on_bad_row")
+    if changed and all(source.is_tokenised for source in sources):
+        raise ValueError(f"--{changed[0]} has no effect: all rows are token ids already")
 
 
 def hash_of_sources(loaded: Sequence[tuple[Any, list[str]]]) -> str:

@@ -12,6 +12,8 @@ from math import log1p
 
 import numpy as np
 
+from finetune.rows.near_duplicates import BASE, finalise
+
 # Characters read of a longer prompt, at its beginning and its end, where instructions stand.
 HEAD, TAIL = 1400, 600
 
@@ -131,7 +133,6 @@ CUE_FEATURE_NAMES = (
 )
 NUM_CUE_FEATURES = len(CUE_FEATURE_NAMES)
 
-BASE = 0x9E3779B97F4A7C15
 LETTER, DIGIT, SINGLE = 1, 2, 3  # classes of characters; 0: between words
 # One for each kind: odd multiples of one number, modulo 2^64.
 SALTS = np.uint64(0x1F83D9ABFB41BD6B) * np.arange(1, 2 * len(KINDS), 2, dtype=np.uint64)
@@ -189,13 +190,6 @@ def cue_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     owners = np.concatenate([grams.text_of[single], grams.text_of[first]])
     order = owners.argsort(kind="stable")
     return hashes[order], owners[order]
-
-
-def finalise(values: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of each number (the finaliser of splitmix64)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def clip(text: str) -> str:

@@ -10,13 +10,13 @@ import numpy as np
 
 from chatglm.files import read_json, shorten
 from finetune.rows.formats import BadRow
+from finetune.rows.near_duplicates import group_prompts
 from predictor.config import PredictorConfig
 from predictor.decoder import tokenizer_hash
 from predictor.labels import (
     MAX_TOKENS,
     LabelledPrompt,
     data_hash,
-    group_prompts,
     make_counter,
     read_examples,
     served_name,

@@ -25,7 +25,10 @@ HEAVY |= {
     "llguidance",
 }
 # Commands whose --help imports numpy.
-READ_WITH_NUMPY = {"simulate", "deploy", "cost", "lengths", "run", "monitor", "demo", "sweep"}
+READ_WITH_NUMPY = {
+    *("simulate", "deploy", "cost", "lengths", "run", "monitor", "demo", "sweep"),
+    "prepare",
+}
 
 
 def test_the_entry_point_is_installed_with_its_module():

@@ -4,6 +4,8 @@
         --per_device_train_batch_size 1 --gpu A40
     python -m finetune.memory --compare_seeds   the published rows of memory against the formula
     python -m finetune.memory --table           what each method needs, as in docs/results.md
+    python -m finetune.memory --suggest --model chatglm2-6b --train_type all --gpu A40 --num_gpus 4
+    python -m finetune.memory --guide           which ZeRO file for which card, as in docs/zero.md
     python train.py --estimate_memory ...       the run that the other flags describe
 
 finetune/memory/formula.py has the formula. GB in print are GiB, as nvidia-smi's. Free of torch.
@@ -20,46 +22,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from chatglm.commands import Parser, run_command
+from chatglm.commands import Parser, number, run_command
 from chatglm.files import read_json
 from finetune.config import RowsConfig, TrainConfig, add_flag, changed_flags
-from finetune.ds_file import BETWEEN_RANKS, fill_sizes, read_ds_file
+from finetune.ds_file import fill_sizes, read_ds_file
 from finetune.files import write_json
 from finetune.flag_effects import ESTIMATING, ONE_RUN, TRAINING, check_given, refuse_without_effect
 from finetune.memory.cards import CARDS, GIB, MIB
 from finetune.memory.formula import Estimate, estimate
+from finetune.memory.guide import LANGUAGES, guide_text
 from finetune.memory.run import Run, Zero
+from finetune.memory.search import LIMIT, largest, make_zero
 from finetune.memory.shapes import PUBLISHED, TABLED, read_shape, shape_source, short_name
+from finetune.memory.suggest import print_suggestions
 from finetune.methods import first_layers, layer_number, module_names
 from finetune.stages import check_zero_stage
-
-LIMIT = 2**20  # the search for a batch or a length stops here
-
-
-def largest(run: Run, name: Literal["batch", "length"], card: float, step: int = 1) -> int:
-    """The largest "batch" or "length" that fits the card, all rows at their longest.
-
-    In multiples of `step`; 0 where none fits.
-    """
-
-    def fits(units: int) -> bool:
-        if name == "batch":
-            changed = replace(run, real_tokens=None, batch=units * step)
-        else:
-            changed = replace(run, real_tokens=None, length=units * step)
-        return estimate(changed).needed <= card
-
-    low, high = 0, 1
-    while high * step < LIMIT and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle
-    return low * step
-
 
 Mode = Literal["ours", "plain"]
 Change = tuple[str, Run]  # the change in words and flags, and the changed run
@@ -150,25 +127,6 @@ def read_zero(name: str, hidden: int) -> Zero:
         return make_zero(fill_sizes(ds.get("zero_optimization", {"stage": 0}), hidden))
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"--ds_file: {path} is no DeepSpeed configuration") from None
-
-
-def make_zero(section: dict[str, Any]) -> Zero:
-    """The Zero of a zero_optimization section; "auto" is DeepSpeed's choice."""
-    given = {key: value for key, value in section.items() if value != "auto"}
-
-    def offloads(key: str) -> bool:
-        return (given.get(key) or {}).get("device", "none") not in ("none", "auto")
-
-    keys = {"reduce_bucket": "reduce_bucket_size", "live": "stage3_max_live_parameters"}
-    sizes = {name: float(given[key]) for name, key in keys.items() if given.get(key) is not None}
-    return Zero(
-        stage=int(given.get("stage", 0)),
-        offload_optimizer=offloads("offload_optimizer"),
-        offload_param=offloads("offload_param"),
-        overlap=given.get("overlap_comm"),
-        obeyed=not given.keys() <= BETWEEN_RANKS,
-        **sizes,
-    )
 
 
 # train.py's flags that an estimate depends on.
@@ -450,7 +408,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="ours",
         help="this project's loop, or the seeds' (padded rows, full logits) [ours]",
     )
-    parser.add_argument("--gpus", type=int, default=1, metavar="INT", help="GPUs in all [1]")
+    parser.add_argument(
+        "--gpus", "--num_gpus", type=int, default=1, metavar="INT", help="GPUs in all [1]"
+    )
     parser.add_argument("--gpu", choices=tuple(CARDS), default="A40", help="the card [A40]")
     parser.add_argument(
         "--label_share",
@@ -474,6 +434,30 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--table", action="store_true", help="what each method needs, for the published models"
     )
+    parser.add_argument(
+        "--suggest",
+        action="store_true",
+        help="the DeepSpeed file and flags that fit the card at the least cost, with the same rows "
+        "a step",
+    )
+    parser.add_argument(
+        "--host_gb",
+        type=number(1),
+        metavar="FLOAT",
+        help="with --suggest: RAM of the machine, GB [any]",
+    )
+    parser.add_argument(
+        "--write",
+        metavar="FILE",
+        help="with --suggest: write its DeepSpeed file there where no shipped one does",
+    )
+    parser.add_argument(
+        "--guide",
+        choices=tuple(LANGUAGES),
+        nargs="?",
+        const="en",
+        help="the tables of docs/zero.md, or in Chinese those of docs/zh/zero.md",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     return parser
 
@@ -483,7 +467,7 @@ def check_flags(parser: argparse.ArgumentParser, args: dict[str, Any]) -> TrainC
 
     Exits by `parser.error` where a flag has no effect beside the others.
     """
-    check_given(parser, args, ESTIMATING | dict.fromkeys(FLAGS, ONE_RUN))
+    check_given(parser, args, dict.fromkeys(FLAGS, ONE_RUN) | ESTIMATING)
     given = {name: args[name] for name in FLAGS if name in args}
     try:
         config = TrainConfig(
@@ -500,14 +484,14 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(parser.parse_args(argv))
     if args["fit"] and not args["compare_seeds"]:
         parser.error("--fit needs --compare_seeds")
-    if not (args["compare_seeds"] or args["table"] or args["model"]):
+    if not (args["compare_seeds"] or args["table"] or args["guide"] or args["model"]):
         parser.error("--model is required: a folder with config.json or a published name")
     config = check_flags(parser, args)
     return run_command(parser.prog, lambda: print_memory(args, config))
 
 
 def print_memory(args: dict[str, Any], config: TrainConfig) -> None:
-    """Print what the flags ask for: an estimate, --table or --compare_seeds."""
+    """Print what the flags ask for: an estimate, --suggest, --table, --guide or --compare_seeds."""
     card = args["gpu"]
     size = CARDS[card] * MIB
     if args["json"] and not Path(args["json"]).parent.is_dir():
@@ -523,6 +507,8 @@ def print_memory(args: dict[str, Any], config: TrainConfig) -> None:
         published.print_comparison_with_published(figures)
     elif args["table"]:
         figures = print_methods(card, size)
+    elif args["guide"]:
+        print(guide_text(args["guide"], make_run))
     else:
         described = make_run(
             config,
@@ -532,6 +518,11 @@ def print_memory(args: dict[str, Any], config: TrainConfig) -> None:
             label_share=args["label_share"],
             real_tokens=args["real_tokens"],
         )
+        if args["suggest"]:
+            figures = print_suggestions(args, described, size)
+            if args["json"]:
+                write_json(args["json"], figures)
+            return
         figures = memory_figures(described, card, size)
         print_figures(args["model"], described, figures)
     if args["json"]:

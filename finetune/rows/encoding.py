@@ -33,6 +33,7 @@ from finetune.rows.arrays import (
 from finetune.rows.documents import encode_document
 from finetune.rows.formats import BadRow, Row
 from finetune.rows.sources import RowReader, Source, hash_rows, no_rows, parse_items, read_parts
+from finetune.rows.tokenised import check_tokenised, read_tokenised, token_fingerprint
 
 if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
@@ -110,6 +111,12 @@ class RowEncoder:
         has_role = self.family.name == "glm3" and not self.family.raw
         return has_role and self.glm3_labels != GLM3_LABELS[0]
 
+    def fingerprint(self) -> dict[str, Any]:
+        """As `finetune.rows.tokenised` has it."""
+        return token_fingerprint(
+            self.tokenizer, self.family, self.max_len, self.max_src_len, self.glm3_labels
+        )
+
     def settings(self) -> list[Any]:
         """All that encoded rows depend on but the rows: the tokenizer's model, the settings and
         CACHE_FORMAT; as JSON.
@@ -169,6 +176,19 @@ class Preparation:
         for place, row in self.rows(source):
             if isinstance(row, Row):
                 yield place, row
+
+    def encoded_rows(self, source: Source) -> Iterator[tuple[Place, EncodedRow]]:
+        """The rows of a tokenised data set, at most `limit`; raises as check_tokenised."""
+        if type(self.encoder) is not RowEncoder:
+            raise ValueError(
+                f"{source.name} is tokenised for fine-tuning, which this --task is not: "
+                "give it the rows themselves"
+            )
+        check_tokenised(Path(source.name), self.encoder.fingerprint())
+        file = -1
+        for number, row in islice(read_tokenised(source.files), self.limit):
+            file += number == 0
+            yield Place(file, f"[{number}]"), row
 
     def hashes(self, source: Source) -> list[str]:
         """The SHA-256 of each file; of a hub, of its rows."""
@@ -254,21 +274,19 @@ def prepare_rows(
         with suppress(OSError):  # of another user
             os.utime(file)
         return Prepared(key, hashes, file)
-    good = bad = 0
-    # All of them before the first is tokenised, which takes much longer.
-    for _, row in preparation.rows(source):
-        good += isinstance(row, Row)
-        bad += isinstance(row, BadRow)
-    if not good:
-        raise no_rows(source.name, bad)
+    good, bad = count_rows(source, preparation)
 
     def encode(output: BinaryIO | None) -> RowWriter:
         writer = RowWriter(output)
-        for place, rows in tokenise(
-            preparation.encoder, preparation.good_rows(source), good, progress, workers
-        ):
-            for row in rows:
+        if source.is_tokenised:
+            for place, row in preparation.encoded_rows(source):
                 writer.add(place, row)
+        else:
+            for place, rows in tokenise(
+                preparation.encoder, preparation.good_rows(source), good, progress, workers
+            ):
+                for row in rows:
+                    writer.add(place, row)
         for path, before in zip(source.files, stamps):
             if stamp(path) != before:
                 raise ValueError(f"{path} was changed while it was read; start again")
@@ -297,6 +315,22 @@ def prepare_rows(
             os.unlink(temporary.name)
             raise
     return Prepared(key, hashes, Path(temporary.name), temporary=True)
+
+
+def count_rows(source: Source, preparation: Preparation) -> tuple[int, int]:
+    """(good, bad) rows: all of them are read before the first is tokenised, which takes much
+    longer. Raises BadRow where none is good."""
+    good = bad = 0
+    if source.is_tokenised:
+        for _ in preparation.encoded_rows(source):
+            good += 1
+    else:
+        for _, row in preparation.rows(source):
+            good += isinstance(row, Row)
+            bad += isinstance(row, BadRow)
+    if not good:
+        raise no_rows(source.name, bad)
+    return good, bad
 
 
 def stamp(file: Path) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from typing import BinaryIO, cast
 
 from chatglm.files import decode_utf8, is_lfs_pointer, pointer_error
 from finetune.rows.formats import BadRow, Row, parse_row, refused_by, single_questions
+from finetune.rows.token_folders import is_tokenised, tokenised_files
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}  # of tables, by their suffix
 SUFFIXES = (".json", ".jsonl", *DELIMITERS, ".parquet")
@@ -50,6 +51,11 @@ class Source:
     @property
     def is_hub(self) -> bool:
         return self.name.startswith(HUBS)
+
+    @property
+    def is_tokenised(self) -> bool:
+        """Whether its rows are token ids already."""
+        return not self.is_hub and is_tokenised(self.name)
 
 
 def parse_sources(
@@ -103,6 +109,8 @@ def find_files(name: str, flag: str, documents: str = "") -> tuple[Path, ...]:
         return ()
     if path.is_file():
         return (path,)
+    if is_tokenised(path):
+        return tokenised_files(path)
     if path.is_dir():
         suffixes = (*SUFFIXES, ".txt") if documents else SUFFIXES
         files = sorted(file for file in path.rglob("*") if is_data_file(file, suffixes))
@@ -130,8 +138,13 @@ def is_data_file(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
 def read_parts(source: Source) -> Iterator[tuple[str, Iterator[tuple[str, object]]]]:
     """(name, (place, value) of every row) of each file, or of the hub.
 
-    A place begins with that name.
+    A place begins with that name. Raises ValueError for rows of token ids, which have no text.
     """
+    if source.is_tokenised:
+        raise ValueError(
+            f"{source.name} is a tokenised data set, without its texts: only --train_path, "
+            "--replay_path and --eval_path of fine-tuning read one"
+        )
     if source.is_hub:
         yield source.name, read_hub(source.name)
     for path in source.files:

@@ -354,13 +354,15 @@ def test_loggers(flags, train, tmp_path, monkeypatch):
     out = tmp_path / "out"
     train(flags(out, "--report_to", "lines, tensorboard", "--max_steps", 2))
     train(flags(out, "--report_to", "lines", "--max_steps", 2, "--resume_from_checkpoint", "auto"))
-    first, *told, second = [
+    first, *told, memory, second = [
         json.loads(line) for line in (out / "lines.jsonl").read_text().splitlines()
     ]
     assert (
         told == [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         and len(told) == 2
     )
+    epoch = read_run(out)["memory"][0]
+    assert memory["step"] == 2 and memory["memory/epoch_peak_gb"] == epoch["peak_gb"]
     assert first == {"id": read_run(out)["id"], "done": 0} and second == {
         "id": first["id"],
         "done": 2,

@@ -12,15 +12,13 @@ from hypothesis import strategies as st
 from chatglm import load_tokenizer
 from chatglm.families import CHATGLM_FAMILIES, FAMILIES
 from finetune.rows.formats import BadRow
+from finetune.rows.near_duplicates import group_prompts, normalise, shingle_hashes
 from predictor.labels import (
     Label,
     LabelledPrompt,
     data_hash,
-    group_prompts,
     make_counter,
-    normalise,
     read_examples,
-    shingle_hashes,
     split_groups,
 )
 from tests.conftest import shared_file

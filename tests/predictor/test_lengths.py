@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.rows.near_duplicates import normalise
 from predictor.config import PredictorConfig
-from predictor.labels import Label, LabelledPrompt, normalise
+from predictor.labels import Label, LabelledPrompt
 from predictor.lengths import LengthArrays, LengthScale, load_lengths
 
 MODELS = ["a", "b", "own"]

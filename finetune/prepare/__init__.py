@@ -1,0 +1,1 @@
+"""Training data from files as they are published: python -m finetune.prepare."""

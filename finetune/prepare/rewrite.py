@@ -1,0 +1,235 @@
+"""Rows of any format in one file of JSON lines: merged, without duplicates, with a held-out part.
+
+Free of torch.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from finetune.files import written_whole
+from finetune.rows.formats import BadRow, Row
+from finetune.rows.near_duplicates import group_prompts, normalise
+from finetune.rows.sources import RowReader, Source, read_items
+
+Value = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ReadRow:
+    """A row as it is in its file, and what train.py reads of it."""
+
+    value: Value
+    row: Row
+
+
+# ---- layouts that are written
+
+
+def single_answer(read: ReadRow, layout: str) -> tuple[str, str]:
+    """(prompt, answer); raises BadRow for a conversation, a document or several answers."""
+    row = read.row
+    if row.turns or row.is_document or len(row.answers) != 1:
+        raise BadRow(f"{row.place}: --to {layout} writes one question and one answer")
+    return row.prompt, row.answers[0]
+
+
+def as_is(read: ReadRow) -> Value:
+    """The row unchanged."""
+    return read.value
+
+
+def as_belle(read: ReadRow) -> Value:
+    """Belle's {input, target}, without the space that its converter adds."""
+    prompt, answer = single_answer(read, "belle")
+    return {"input": prompt, "target": answer}
+
+
+def as_instruction(read: ReadRow) -> Value:
+    """{instruction, output}."""
+    prompt, answer = single_answer(read, "instruction")
+    return {"instruction": prompt, "output": answer}
+
+
+def as_context(read: ReadRow) -> Value:
+    """{context, target}, as Chatglm_lora_multi-gpu converts Alpaca's rows."""
+    _, answer = single_answer(read, "context")
+    instruction, given = read.value.get("instruction"), read.value.get("input")
+    if not isinstance(instruction, str):
+        raise BadRow(f"{read.row.place}: --to context wants rows with instruction and output")
+    asked = f"Input: {given}\n" if given else ""
+    return {"context": f"Instruction: {instruction}\n{asked}Answer: ", "target": answer}
+
+
+def as_openai(read: ReadRow) -> Value:
+    """Messages with roles, also of conversations; calls of tools are refused."""
+    row = read.row
+    if not row.turns:
+        prompt, answer = single_answer(read, "openai")
+        turns = [("user", prompt), ("assistant", answer)]
+    else:
+        turns = [(turn.role, turn.content) for turn in row.turns]
+        for turn in row.turns:
+            if turn.metadata or turn.role not in ("system", "user", "assistant") or not turn.loss:
+                raise BadRow(
+                    f"{row.place}: --to openai writes neither calls of tools nor answers without "
+                    "loss; --to as_is keeps them"
+                )
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+LAYOUTS: dict[str, Callable[[ReadRow], Value]] = {
+    "as_is": as_is,
+    "belle": as_belle,
+    "instruction": as_instruction,
+    "context": as_context,
+    "openai": as_openai,
+}
+
+# ---- which rows are written
+
+DUPLICATES = ("exact", "near", "keep")
+COMPARED = ("row", "prompt")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the rows that were read."""
+
+    rows: int
+    bad: int
+    duplicates: int
+    written: int
+    held_out: int
+
+    @property
+    def text(self) -> str:
+        parts = [f"{self.rows} rows read"]
+        parts += [f"{self.bad} bad ones skipped"] if self.bad else []
+        parts += [f"{self.duplicates} duplicates left out"] if self.duplicates else []
+        parts.append(f"{self.written} written")
+        parts += [f"{self.held_out} held out"] if self.held_out else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows are kept.
+
+    Attributes:
+        duplicates: "exact" ones (the same normalised text) or "near" ones are left out, or all rows
+            are kept.
+        compare: the whole "row", or its "prompt" alone.
+        threshold: Jaccard similarity of character 5-grams from which texts are near.
+        share: of the rows that are held out, by a hash of their prompts: the same prompt is on one
+            side.
+    """
+
+    duplicates: str = "exact"
+    compare: str = "row"
+    threshold: float = 0.8
+    share: float = 0.0
+    seed: int = 1234
+
+    def text(self, row: Row) -> str:
+        """What is compared."""
+        if self.compare == "prompt":
+            return "\n".join([*(turn.content for turn in row.turns[:-1]), row.prompt])
+        return "\n".join([row.prompt, *row.answers, *(turn.content for turn in row.turns)])
+
+    def kept(self, texts: Iterable[str]) -> list[bool]:
+        """Whether each row is kept: of its duplicates the first is."""
+        if self.duplicates == "near":
+            groups = group_prompts(list(texts), threshold=self.threshold)
+            return [number == group for number, group in enumerate(groups.tolist())]
+        seen: set[bytes] = set()
+        found = []
+        for text in texts:
+            digest = hashlib.blake2b(
+                normalise(text).encode("utf-8", "surrogatepass"), digest_size=16
+            ).digest()
+            found.append(self.duplicates == "keep" or digest not in seen)
+            seen.add(digest)
+        return found
+
+    def holds_out(self, prompt: str) -> bool:
+        """Whether a prompt is of the held-out part."""
+        content = f"{self.seed}\n{normalise(prompt)}".encode("utf-8", "surrogatepass")
+        number = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
+        return number < self.share * 2**64
+
+
+def read_all(
+    sources: list[Source], reader: RowReader, on_bad_row: str, title: str
+) -> Iterator[ReadRow | BadRow]:
+    """Every row of the sources in order, with a progress bar.
+
+    Raises:
+        BadRow: the first bad row, with on_bad_row "error"; else it comes as BadRow.
+    """
+    with tqdm(desc=title, unit="row", disable=None, delay=1) as bar:
+        for source in sources:
+            for place, item in read_items(source):
+                bar.update()
+                try:
+                    row = reader.row(item, place)
+                except BadRow as error:
+                    if on_bad_row == "error":
+                        raise
+                    yield error
+                    continue
+                if isinstance(item, dict):
+                    yield ReadRow(item, row)
+
+
+def rewrite(
+    read: Callable[[str], Iterator[ReadRow | BadRow]],
+    layout: str,
+    selection: Selection,
+    output: Path,
+    held_out: Path | None = None,
+) -> Counts:
+    """Write the rows that are kept, as JSON lines; the files appear whole or not at all.
+
+    Args:
+        read: title of a progress bar -> the rows; it is called twice.
+        held_out: the file of the held-out part, where selection.share is above 0.
+    Raises:
+        BadRow: a bad row, or one that the layout does not hold.
+        ValueError: no row is left for a file.
+    """
+    texts: list[str] = []
+    bad = 0
+    for each in read("reading"):
+        if isinstance(each, BadRow):
+            bad += 1
+        else:
+            texts.append(selection.text(each.row))
+    kept = selection.kept(texts)
+    del texts
+    counts = [0, 0]
+    with ExitStack() as files:
+        opened = [files.enter_context(written_whole(path)) for path in (output, held_out) if path]
+        number = 0
+        for each in read("writing"):
+            if isinstance(each, BadRow):
+                continue
+            if number >= len(kept):
+                raise ValueError("the rows were changed while they were read; start again")
+            if kept[number]:
+                side = int(held_out is not None and selection.holds_out(each.row.prompt))
+                line = json.dumps(LAYOUTS[layout](each), ensure_ascii=False)
+                opened[side].write(line.encode() + b"\n")
+                counts[side] += 1
+            number += 1
+        if number != len(kept):
+            raise ValueError("the rows were changed while they were read; start again")
+        if not counts[0] or (held_out and not counts[1]):
+            raise ValueError(f"nothing to write to {held_out if counts[0] else output}")
+    return Counts(len(kept) + bad, bad, kept.count(False), counts[0], counts[1])
