@@ -21,9 +21,11 @@ from serving.cluster.flags import (
 
 LOOK_S = 2.0
 STATUS_S = 10.0  # for the front to tell its status
-# Of a Ray that this command starts: Ray's own five seconds are few for a proxy on busy cores.
+# Of a Ray that this command starts, unless the environment says otherwise.
 LOCAL_VARIABLES = {
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # Ray's 5 s are few on busy cores
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # the third failed look starts another: 10 s each
+    "RAY_worker_niceness": "0",  # Ray's 15 lets other programs starve the model
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
 }

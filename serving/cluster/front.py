@@ -50,6 +50,7 @@ OWN_PATHS = ("/health", "/health/live", "/health/ready", "/cluster/status")
 RETRY_LATER = {"Retry-After": "2"}
 # Written anew for the next connection.
 HOP_NAMES = (b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"host")
+ID_NAME = REQUEST_ID.lower().encode()  # Ray's proxy writes it to clients
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,6 @@ class Front:
             response = JSONResponse(ApiError(500, "internal error").body(), 500)
         finally:
             self.open -= not streamed  # a stream counts until its end
-        response.headers[REQUEST_ID] = request_id
         return response
 
     async def _answer(self, http: Request, request_id: str) -> Response:
@@ -291,18 +291,18 @@ def request_id_of_headers(given: str | None) -> str:
 
 def forwarded_headers(headers: list[tuple[bytes, bytes]], request_id: str) -> RawHeaders:
     """A client's headers for a replica: without its connection's and its key, with the id."""
-    left_out = (*HOP_NAMES, b"authorization", REQUEST_ID.lower().encode())
+    left_out = (*HOP_NAMES, b"authorization", ID_NAME)
     kept = []
     for name, value in headers:
         if name not in left_out:
             kept.append((name, value))
-    return (*kept, (REQUEST_ID.lower().encode(), request_id.encode()))
+    return (*kept, (ID_NAME, request_id.encode()))
 
 
 def with_headers(response: Response, head: ResponseHead) -> Response:
     """The response with a replica's headers, as they are."""
     for name, value in head.headers:
-        if name.lower() not in HOP_NAMES:
+        if name.lower() not in (*HOP_NAMES, ID_NAME):
             response.raw_headers.append((name.lower(), value))
     return response
 
