@@ -28,6 +28,7 @@ COMMANDS = {
     "batch": Entry("serving.batch.command", "answers to many rows, through the scheduler"),
     "serve": Entry("serving.server.command", "a server of OpenAI's API"),
     "gateway": Entry("serving.gateway.command", "predicted lengths for engines that run"),
+    "cluster": Entry("serving.cluster.command", "replicas of a model on a Ray cluster"),
     "keys": Entry("serving.server.keys", "a new API key for a server"),
     "feedback": Entry("serving.feedback.command", "training rows from what people said of answers"),
     "simulate": Entry("serving.simulate.command", "compare scheduling policies without a model"),

@@ -8,9 +8,10 @@ the text that its greedy answer has, then for each of --faults:
     replica     the process of a replica gets SIGKILL, while --clients ask without a pause
     front       the process that predicts and routes
     proxy       the one that has the clients' connections
+    gateway     the same, with python -m serving.gateway between the clients and the proxy
 
-Clients do as OpenAI's: a connection that breaks before anything of the answer came is tried again.
-The columns:
+Clients do as OpenAI's, but longer: where nothing of the answer has come, they ask again for
+--patience_s. The columns:
 
     requests        that were asked for around the fault
     whole           answered whole, with the text of their prompt, without a client's second attempt
@@ -43,10 +44,10 @@ FAULTS = {  # fault -> what the name of its process has
     "replica": ("ServeReplica", ":Replica"),
     "front": ("ServeReplica", ":Front"),
     "proxy": ("Proxy",),
+    "gateway": ("Proxy",),
 }
 COLUMNS = ("requests", "whole", "asked again", "broken off", "lost", "doubled")
-TRIES = 6  # of a client, in all
-PAUSE_S = 0.5  # before each but the first
+PAUSE_S = 0.5  # of a client, before it asks again
 ANSWER_S = 120.0
 LOOK_S = 0.25
 
@@ -77,14 +78,15 @@ def body_of(prompt: int, is_stream: bool, tokens: int) -> dict:
     return body | {"max_tokens": tokens, "stream": is_stream}
 
 
-def ask(base: str, prompt: int, is_stream: bool, tokens: int) -> Asked:
-    """One request, tried again as long as nothing of its answer has come."""
+def ask(base: str, prompt: int, is_stream: bool, tokens: int, patience_s: float) -> Asked:
+    """One request, tried again for a while as long as nothing of its answer has come."""
     import httpx
 
     asked = Asked(prompt, is_stream, time.monotonic())
-    while asked.tries < TRIES and not asked.begun_s:
+    until_s = asked.asked_s + patience_s
+    while not asked.begun_s and (not asked.tries or time.monotonic() < until_s):
         if asked.tries:
-            time.sleep(PAUSE_S * asked.tries)
+            time.sleep(PAUSE_S)
         asked.tries += 1
         try:
             with httpx.stream(
@@ -126,6 +128,7 @@ class Load:
     base: str
     tokens: int
     prompts: int
+    patience_s: float
     asked: list[Asked] = field(default_factory=list)
     stopped: threading.Event = field(default_factory=threading.Event)
 
@@ -139,7 +142,8 @@ class Load:
     def _ask_on(self, client: int) -> None:
         turn = client
         while not self.stopped.is_set():
-            self.asked.append(ask(self.base, turn % self.prompts, turn % 2 == 0, self.tokens))
+            prompt, is_stream = turn % self.prompts, turn % 2 == 0
+            self.asked.append(ask(self.base, prompt, is_stream, self.tokens, self.patience_s))
             turn += 1
 
 
@@ -205,6 +209,25 @@ def running_cluster(flags: argparse.Namespace, base: str) -> Iterator[subprocess
             process.kill()
 
 
+@contextmanager
+def running_gateway(flags: argparse.Namespace, base: str) -> Iterator[str]:
+    """The address of a gateway before the cluster, which waits as long as a client would."""
+    command = [sys.executable, "-m", "serving.gateway", "--upstream", base, "--port", "0"]
+    command += ["--kind", "glm-foundry", "--wait_s", str(flags.patience_s), "--policy", "fcfs"]
+    process = subprocess.Popen(
+        command, env=child_environment(threads=1), stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        if " at " not in said:
+            raise ValueError(f"the gateway did not start: exit code {process.wait()}")
+        yield said.split(" at ")[1].strip().removesuffix("/v1")
+    finally:
+        process.kill()
+        process.wait()
+
+
 def names_of(base: str) -> set[str]:
     """The replicas to which the front has given work; empty where it does not answer."""
     import httpx
@@ -240,7 +263,22 @@ def run_fault(
 ) -> dict:
     """A row of the table: load, a kill, and load until everything is there again."""
     base = f"http://127.0.0.1:{flags.port}"
-    load = Load(base, flags.tokens, flags.prompts)
+    if fault == "gateway":
+        with running_gateway(flags, base) as before:
+            return run_kill(fault, process, before, wanted, flags)
+    return run_kill(fault, process, base, wanted, flags)
+
+
+def run_kill(
+    fault: str,
+    process: subprocess.Popen,
+    asked_at: str,
+    wanted: dict[int, str],
+    flags: argparse.Namespace,
+) -> dict:
+    """`run_fault`, of clients that ask at this address."""
+    base = f"http://127.0.0.1:{flags.port}"
+    load = Load(asked_at, flags.tokens, flags.prompts, flags.patience_s)
     threads = load.run(flags.clients)
     time.sleep(flags.before_s)
     gone = names_of(base) if fault == "replica" else set()
@@ -287,6 +325,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--prompts", type=whole(1), default=12, help="different ones [12]")
     add("--before_s", type=number(), default=3.0, help="seconds of load before the kill [3]")
     add("--after_s", type=number(), default=2.0, help="and after all is there again [2]")
+    patience = "seconds for which a client asks again [60]"
+    add("--patience_s", type=number(), default=60.0, help=patience)
     add("--limit_s", type=number(), default=120.0, help="seconds to wait for that [120]")
     add("--port", type=whole(1, 65535), default=8123, help="of the cluster [8123]")
     add("--json", help="write the rows to this file too")
@@ -302,7 +342,7 @@ def measure(flags: argparse.Namespace) -> int:
         print(f"served after {time.monotonic() - began_s:.1f} s", flush=True)
         wanted = {}
         for prompt in range(flags.prompts):
-            wanted[prompt] = ask(base, prompt, False, flags.tokens).text
+            wanted[prompt] = ask(base, prompt, False, flags.tokens, flags.patience_s).text
         print("| fault | " + " | ".join((*COLUMNS, "served again s", "restored s")) + " |")
         print("|---" * (len(COLUMNS) + 3) + "|", flush=True)
         for fault in flags.faults:

@@ -1,7 +1,7 @@
 """One request through an ASGI application in this process, as a stream of parts."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -38,7 +38,7 @@ def scope_of_request(request: ForwardedRequest) -> dict[str, Any]:
 
 async def response_of(
     application: Application, request: ForwardedRequest
-) -> AsyncIterator[ResponseHead | bytes]:
+) -> AsyncGenerator[ResponseHead | bytes, None]:
     """The head of the response, then its body as it comes.
 
     A reader that stops is a client that has left: the application is told so.

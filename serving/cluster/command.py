@@ -33,8 +33,13 @@ LOCAL_VARIABLES = {
 
 def main(argv: list[str] | None = None) -> int:
     command, flags = parse_cluster_flags(argv)
-    work = {"up": go_up, "down": go_down, "status": show_status}[command]
-    return run_command("serving.cluster", lambda: work(flags))
+
+    def work() -> int:
+        if command == "up":
+            return go_up(flags)
+        return go_down(flags) if command == "down" else show_status(flags)
+
+    return run_command("serving.cluster", work)
 
 
 def import_ray() -> Any:
