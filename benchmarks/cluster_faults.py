@@ -20,7 +20,8 @@ Clients do as OpenAI's, but longer: where nothing of the answer has come, they a
     lost            not begun, and not answered
     doubled         answered with more than the text of their prompt, or another one
     served again s  from the kill to the first answer that was asked for after it
-    restored s      from the kill until the front gives work to all replicas again
+    restored s      from the kill until the front gives work to all replicas again; `-`: not within
+                    --limit_s
 """
 
 import argparse
@@ -35,6 +36,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -102,7 +107,7 @@ def ask(base: str, prompt: int, is_stream: bool, tokens: int, patience_s: float)
     return asked
 
 
-def read_reply(asked: Asked, reply) -> None:
+def read_reply(asked: Asked, reply: "httpx.Response") -> None:
     """Read an answer into `asked`. Raises httpx's errors where it breaks off."""
     if reply.status_code != 200:
         asked.why = f"HTTP {reply.status_code}"
@@ -327,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--after_s", type=number(), default=2.0, help="and after all is there again [2]")
     patience = "seconds for which a client asks again [60]"
     add("--patience_s", type=number(), default=60.0, help=patience)
-    add("--limit_s", type=number(), default=120.0, help="seconds to wait for that [120]")
+    add("--limit_s", type=number(), default=300.0, help="seconds to wait for that [300]")
     add("--port", type=whole(1, 65535), default=8123, help="of the cluster [8123]")
     add("--json", help="write the rows to this file too")
     flags = parser.parse_args(argv)
@@ -356,7 +361,8 @@ def measure(flags: argparse.Namespace) -> int:
 def line_of(row: dict) -> str:
     cells = []
     for value in row.values():
-        cells.append(f"{value:.1f}" if isinstance(value, float) else str(value))
+        text = "-" if value is None else str(value)
+        cells.append(f"{value:.1f}" if isinstance(value, float) else text)
     return f"| {' | '.join(cells)} |"
 
 
