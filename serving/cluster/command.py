@@ -104,8 +104,12 @@ def go_up(flags: ClusterFlags) -> int:
 
     server = flags.server
     place, count = placed(flags)
-    if is_own:  # no other node will join it
+    try:
         check_room(place, count)
+    except ValueError as error:
+        if is_own:  # no other node will join it
+            raise
+        print(f"serving.cluster: {error}: it waits for nodes", file=sys.stderr, flush=True)
     serve.start(proxy_location="EveryNode", http_options={"host": server.host, "port": server.port})
     try:
         serve.run(make_application(flags, place, count), name=flags.name, route_prefix="/")
@@ -168,13 +172,15 @@ def show_status(flags: ConnectionFlags) -> int:
         raise ValueError(f"no application {flags.name} runs there")
     deployments = {}
     for name, deployment in application.deployments.items():
-        states = {str(state): count for state, count in deployment.replica_states.items()}
-        deployments[name] = {"status": str(deployment.status), "replicas": states}
+        states = {}
+        for state, count in deployment.replica_states.items():
+            states[word_of(state)] = count
+        deployments[name] = {"status": word_of(deployment.status), "replicas": states}
     shown: dict[str, Any] = {
         "name": flags.name,
-        "status": str(application.status),
+        "status": word_of(application.status),
         "deployments": deployments,
-        "proxies": {name: str(status) for name, status in said.proxies.items()},
+        "proxies": {name: word_of(status) for name, status in said.proxies.items()},
     }
     try:
         handle = serve.get_app_handle(flags.name)
@@ -184,6 +190,11 @@ def show_status(flags: ConnectionFlags) -> int:
     print(json.dumps(shown, indent=2))
     ray.shutdown()
     return 0
+
+
+def word_of(state: Any) -> str:
+    """A state of Ray's, which is text or an enumeration of texts."""
+    return str(getattr(state, "value", state))
 
 
 if __name__ == "__main__":

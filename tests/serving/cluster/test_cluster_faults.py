@@ -116,7 +116,7 @@ def test_up_status_and_down(ray_python, folders):
         assert models["data"][0]["id"] == "m"
         status = run("status")
         told = json.loads(status.stdout)
-        assert told["status"].endswith("RUNNING") and told["front"]["open"] == 0, status.stderr
+        assert told["status"] == "RUNNING" and told["front"]["open"] == 0, status.stderr
         assert told["deployments"]["Replica"]["replicas"] == {"RUNNING": 1}
         down = run("down")
         assert down.returncode == 0 and down.stdout == "glm-foundry has ended\n", down.stderr
