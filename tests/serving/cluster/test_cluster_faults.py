@@ -54,6 +54,38 @@ def test_requests_are_counted_as_what_their_clients_saw():
     assert found == told
 
 
+SETTINGS = """
+from types import SimpleNamespace
+from ray import serve
+from serving.cluster import application
+from serving.cluster.bundles import ReplicaPlace
+from serving.cluster.flags import parse_cluster_flags
+
+words = ["up", "--model", "m", "--replicas", "2", "--max_replicas", "5", "--kv_tokens", "1000"]
+_, flags = parse_cluster_flags(words)
+settings = application.replica_settings(flags, ReplicaPlace(2, 1), 2)
+deployment = serve.deployment(application.RayReplica, name="Replica").options(**settings)
+scaling = deployment._deployment_config.autoscaling_config
+policy = scaling.policy.get_policy()(**scaling.policy.policy_kwargs)
+said = {"predicted_tokens": {"a": 2500.0, "b": 500.0}}
+print(policy(SimpleNamespace(aggregated_metrics=said, target_num_replicas=2))[0])
+print(scaling.min_replicas, scaling.max_replicas)
+print(deployment._deployment_config.request_router_config.get_request_router_class().__name__)
+print(deployment._replica_config.placement_group_bundles)
+"""
+
+
+@pytest.mark.slow
+def test_ray_takes_the_settings(ray_python):
+    """Its own checks of the deployment; policy and router as its processes will unpack them."""
+    python, environment = ray_python
+    done = subprocess.run(
+        [python, "-c", SETTINGS], env=environment, capture_output=True, text=True, timeout=300
+    )
+    wanted = ["3.0", "2 5", "PredictedWorkRouter", "[{'CPU': 2.0, 'GPU': 1.0}]"]
+    assert done.stdout.splitlines() == wanted, done.stderr[-2000:]
+
+
 @pytest.mark.slow
 def test_the_benchmark_in_miniature(ray_python, folders, tmp_path):
     """Nothing that had not begun is lost or doubled, whichever process is killed."""
