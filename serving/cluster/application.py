@@ -29,7 +29,7 @@ from serving.cluster.flags import (
     unplaced,
     words_of,
 )
-from serving.cluster.front import Front, FrontOptions, ReplicaFailed
+from serving.cluster.front import AttemptFailed, Front, FrontOptions
 from serving.cluster.messages import ForwardedRequest, Part
 from serving.cluster.replica import ModelReplica, ReplicaOptions
 from serving.server.keys import KEY_VARIABLE
@@ -52,7 +52,7 @@ class RayReplicas:
             async for part in response:
                 yield part
         except (RayError, RayServeException) as error:
-            raise ReplicaFailed(one_line_of(error)[:500]) from None
+            raise AttemptFailed(one_line_of(error)[:500]) from None
         finally:
             with suppress(RayError, RayServeException):
                 response.cancel()  # has no effect on one that has ended

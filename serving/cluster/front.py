@@ -7,7 +7,6 @@ Free of Ray: the replicas are a protocol, which serving.cluster.application fill
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -34,11 +33,11 @@ from serving.gateway.starting import open_predictor
 from serving.gateway.upstreams import Passage
 from serving.server.access import (
     CLIENT_CLOSED_REQUEST,
-    FIT_ID,
     REQUEST_ID,
     AccessRules,
     ApiError,
     access_rules_at,
+    request_id_of,
 )
 
 log = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ class FrontOptions:
     allowed_hosts: str
 
 
-class ReplicaFailed(Exception):
+class AttemptFailed(Exception):
     """A replica has not answered, or has broken off; the text says why."""
 
 
@@ -81,7 +80,7 @@ class Replicas(Protocol):
     """Where requests go."""
 
     def parts(self, request: ForwardedRequest) -> AsyncIterator[Part]:
-        """One attempt: Accepted, the head, and the body's parts. Raises ReplicaFailed."""
+        """One attempt: Accepted, the head, and the body's parts. Raises AttemptFailed."""
         ...
 
 
@@ -116,7 +115,7 @@ class Front:
 
     async def __call__(self, http: Request) -> Response:
         """The response to a request, whatever happens."""
-        request_id = request_id_of_headers(http.headers.get(REQUEST_ID))
+        request_id = request_id_of(http.scope)
         self.open += 1
         streamed = False
         try:
@@ -142,7 +141,7 @@ class Front:
         is_answer = method == "POST" and path in ANSWER_PATHS
         if not is_answer:
             check_path(method, path)
-        body = await body_of_request(http)
+        body = await read_request_body(http)
         predicted = Predicted("")
         asked = asked_answer(body) if is_answer else None
         if is_answer:
@@ -181,19 +180,19 @@ class Front:
             self.retries += attempt > 0
             try:
                 return await self._try(request, passage, is_last=attempt == MOST_TRIES - 1)
-            except ReplicaFailed as failure:
+            except AttemptFailed as failure:
                 why = str(failure)
                 self.ledger.fail(request.number)
                 log.warning("request %d: %s", request.number, why)
         raise ApiError(502, f"{MOST_TRIES} attempts failed (last: {why})", "upstream_failed")
 
     async def _try(self, request: ForwardedRequest, passage: Passage, is_last: bool) -> Response:
-        """One attempt. Raises ReplicaFailed while the client has seen nothing, ApiError."""
+        """One attempt. Raises AttemptFailed while the client has seen nothing, ApiError."""
         parts = self.replicas.parts(request)
         try:
             head = await self._head_of(parts)
             if head.status in BUSY_STATUSES and not is_last and self.ledger.fail(request.number):
-                raise ReplicaFailed(f"HTTP {head.status}")
+                raise AttemptFailed(f"HTTP {head.status}")
             tail = AnswerTail(is_stream(head))
             if tail.is_stream:
                 first = await anext(parts, b"")
@@ -219,9 +218,9 @@ class Front:
             text = f"no replica takes requests (waited {self.options.wait_s:g} s)"
             raise ApiError(503, text, "unavailable", RETRY_LATER) from None
         except StopAsyncIteration:
-            raise ReplicaFailed("a replica ended without an answer") from None
+            raise AttemptFailed("a replica ended without an answer") from None
         if not isinstance(accepted, Accepted) or not isinstance(head, ResponseHead):
-            raise ReplicaFailed("a replica's answer has no head")
+            raise AttemptFailed("a replica's answer has no head")
         return head
 
     async def _relay(
@@ -234,7 +233,7 @@ class Front:
         """The body of an answer as it comes.
 
         Raises:
-            ReplicaFailed: it breaks off; Ray cuts the client's connection, so that what came does
+            AttemptFailed: it breaks off; Ray cuts the client's connection, so that what came does
                 not pass for a whole answer.
         """
         try:
@@ -245,7 +244,7 @@ class Front:
                 self.ledger.progress(request.number, tail.add(chunk))
                 yield chunk
             self._note_sizes(request, tail)
-        except ReplicaFailed as failure:
+        except AttemptFailed as failure:
             self.broken += 1
             log.warning("request %d broke off: %s", request.number, failure)
             raise
@@ -270,7 +269,7 @@ def check_path(method: str, path: str) -> None:
         raise ApiError(405, f"{method} {path}: wanted {wanted}", None, {"Allow": wanted})
 
 
-async def body_of_request(http: Request) -> bytes:
+async def read_request_body(http: Request) -> bytes:
     """The body of a request. Raises ApiError."""
     body = bytearray()
     async with aclosing(http.stream()) as stream:
@@ -280,13 +279,6 @@ async def body_of_request(http: Request) -> bytes:
                 limit = MOST_BODY_BYTES // 2**20
                 raise ApiError(413, f"the body is over {limit} MiB", "large_body")
     return bytes(body)
-
-
-def request_id_of_headers(given: str | None) -> str:
-    """The client's X-Request-Id where it is fit to be logged, else a new one."""
-    if given is not None and FIT_ID.fullmatch(given.encode("utf-8", "surrogateescape")):
-        return given
-    return uuid.uuid4().hex
 
 
 def forwarded_headers(headers: list[tuple[bytes, bytes]], request_id: str) -> RawHeaders:
@@ -322,9 +314,9 @@ def is_stream(head: ResponseHead) -> bool:
 
 
 def bytes_of(part: Part) -> bytes:
-    """A part of a body. Raises ReplicaFailed for what is none."""
+    """A part of a body. Raises AttemptFailed for what is none."""
     if not isinstance(part, bytes):
-        raise ReplicaFailed(f"wanted a part of a body, got {type(part).__name__}")
+        raise AttemptFailed(f"wanted a part of a body, got {type(part).__name__}")
     return part
 
 

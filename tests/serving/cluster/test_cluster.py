@@ -20,7 +20,7 @@ from serving.cluster.autoscaling import PREDICTED_TOKENS, PredictedTokensPolicy
 from serving.cluster.bundles import ReplicaPlace, common_place, place_of_replica
 from serving.cluster.command import main
 from serving.cluster.flags import NOT_SHARED, check_cluster_flags, parse_cluster_flags, words_of
-from serving.cluster.front import Front, FrontOptions, ReplicaFailed
+from serving.cluster.front import AttemptFailed, Front, FrontOptions
 from serving.cluster.ledger import Ledger
 from serving.cluster.messages import Accepted, ForwardedRequest, ResponseHead
 from serving.cost_model.devices import Cluster, Device, Link
@@ -306,10 +306,10 @@ class FakeReplicas:
             if step == "none":
                 await asyncio.sleep(60)
             if step == "dead":
-                raise ReplicaFailed("it has died")
+                raise AttemptFailed("it has died")
             yield Accepted("a")
             if step == "dead later":
-                raise ReplicaFailed("it has died")
+                raise AttemptFailed("it has died")
             if step == "busy":
                 yield ResponseHead(503, ())
                 yield b'{"error": 1}'
@@ -320,7 +320,7 @@ class FakeReplicas:
                 yield ResponseHead(200, ((b"content-type", b"text/event-stream"),))
                 for number, chunk in enumerate(stream_of(4, tokens=4)):
                     if step == "broken" and number == 2:
-                        raise ReplicaFailed("it has died")
+                        raise AttemptFailed("it has died")
                     yield chunk
         except GeneratorExit:
             self.left += 1
@@ -361,7 +361,7 @@ async def answered(front, path=PATH, method="POST", headers=(), **fields):
     try:
         async for part in response.body_iterator:
             parts.append(part)
-    except ReplicaFailed as failure:
+    except AttemptFailed as failure:
         broken = str(failure)
     return response.status_code, b"".join(parts), response.headers, broken
 
