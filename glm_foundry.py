@@ -29,6 +29,7 @@ COMMANDS = {
     "prepare": Entry("finetune.prepare.command", "training data from files as published"),
     "serve": Entry("serving.server.command", "a server of OpenAI's API"),
     "gateway": Entry("serving.gateway.command", "predicted lengths for engines that run"),
+    "cluster": Entry("serving.cluster.command", "replicas of a model on a Ray cluster"),
     "keys": Entry("serving.server.keys", "a new API key for a server"),
     "feedback": Entry("serving.feedback.command", "training rows from what people said of answers"),
     "run": Entry("serving.run_requests.command", "a list of requests, policy by policy"),

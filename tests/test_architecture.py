@@ -163,6 +163,7 @@ ROOMS = {  # a room of serving/ -> what of serving/ it may import
         "tools",
     },
     "gateway": {"request", "scheduler", "policies", "server", "gateway"},
+    "cluster": {"deployment", "replicas", "server", "gateway", "cluster"},
     "server/page": {"request", "engines", "server", "tools"},
     "run_requests": {
         "request",

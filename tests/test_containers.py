@@ -19,7 +19,8 @@ import tomllib
 import yaml
 
 import glm_foundry
-from benchmarks.client_env import environment_python
+from benchmarks.client_env import PACKAGES, environment_python
+from serving.cluster.flags import check_cluster_flags, parse_cluster_flags, words_of
 from serving.gateway.flags import UPSTREAM_KEY_VARIABLE, parse_gateway_flags
 from serving.server.flags import ServerFlags, check_bounds, parse_flags
 from serving.server.keys import KEY_VARIABLE
@@ -28,6 +29,7 @@ from tests.conftest import REPO_ROOT
 DOCKERFILE = REPO_ROOT / "Dockerfile"
 COMPOSE = REPO_ROOT / "compose.yaml"
 MANIFESTS = REPO_ROOT / "examples" / "kubernetes" / "servers.yaml"
+RAY_SERVICE = MANIFESTS.with_name("rayservice.yaml")
 UNIT = REPO_ROOT / "deploy" / "glm-foundry.service"
 EXAMPLE = REPO_ROOT / "deploy" / "glm-foundry.env.example"
 VARIABLE = re.compile(r"\$\{(\w+)(?::([-?])([^}]*))?\}")  # the forms that compose.yaml uses
@@ -311,6 +313,48 @@ def test_kubernetes_objects_have_the_fields_of_their_kinds():
     script = REPO_ROOT / "tests" / "manifests.py"
     done = subprocess.run([python, script, MANIFESTS], capture_output=True, text=True)
     assert len(done.stdout.splitlines()) == len(manifests()) == 4, done.stderr
+
+
+def ray_service() -> tuple[dict, dict]:
+    """(the object, its configuration of Ray Serve)."""
+    found = yaml.safe_load(RAY_SERVICE.read_text(encoding="utf-8"))
+    return found, yaml.safe_load(found["spec"]["serveConfigV2"])
+
+
+def test_the_ray_service_has_the_flags_of_the_command():
+    found, serve = ray_service()
+    [application] = serve["applications"]
+    words = words_of(application["args"])
+    _, flags = parse_cluster_flags(["up", *words])
+    check_cluster_flags(flags)
+    cluster = found["spec"]["rayClusterConfig"]
+    [workers] = cluster["workerGroupSpecs"]
+    assert (flags.replicas, flags.max_replicas) == (workers["minReplicas"], workers["maxReplicas"])
+    pod = workers["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] >= flags.server.drain_s + 10
+    limits = pod["containers"][0]["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == flags.replica_gpus
+    assert flags.server.host == serve["http_options"]["host"]
+    assert cluster["rayVersion"] in PACKAGES["ray"][0]
+    assert PROJECT["project"]["optional-dependencies"]["ray"] == list(PACKAGES["ray"])
+    module, _, name = application["import_path"].partition(":")
+    text = (REPO_ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    assert f"def {name}(arguments: dict" in text and serve["proxy_location"] == "EveryNode"
+
+
+@pytest.mark.slow
+def test_the_ray_service_has_the_fields_of_its_kinds():
+    """Of KubeRay's and the Kubernetes client's; Serve's part against Ray's own schema."""
+    script = REPO_ROOT / "tests" / "manifests.py"
+    words = [environment_python("kubernetes"), script, RAY_SERVICE]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.stdout == "RayService glm-cluster\n", done.stderr
+    code = "import json, sys; from ray.serve.schema import ServeDeploySchema; "
+    code += "print(len(ServeDeploySchema(**json.load(sys.stdin)).applications))"
+    _, serve = ray_service()
+    words = [environment_python("ray"), "-c", code]
+    done = subprocess.run(words, input=json.dumps(serve), capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
 
 
 # ---- systemd

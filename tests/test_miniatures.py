@@ -49,6 +49,9 @@ ELSEWHERE = {  # file -> the test that runs it
     "benchmarks/serving_attack.py": (
         "tests/serving/server/test_server_faults.py::test_the_attack_in_miniature"
     ),
+    "benchmarks/cluster_faults.py": (
+        "tests/serving/cluster/test_cluster_faults.py::test_the_benchmark_in_miniature"
+    ),
     "benchmarks/deployment.py": (
         "tests/serving/replicas/test_planning.py::test_the_benchmark_in_miniature"
     ),

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import aiohttp
 from aiohttp import web
@@ -19,16 +19,12 @@ from yarl import URL
 from serving.gateway.bodies import AskedAnswer, asked_answer, prompt_beginnings
 from serving.gateway.dispatch import Dispatcher, NoUpstream, QueueIsFull
 from serving.gateway.figures import GatewayFigures
-from serving.gateway.kinds import LENGTH_HEADER, NEUTRAL_TOKENS, Added, Hints, Kind
+from serving.gateway.kinds import LENGTH_HEADER, Added, Hints, Kind
 from serving.gateway.observed import AnswerTail, LengthDrift, PromptSizes
-from serving.gateway.predicting import MADE, GuardedPredictor, Predicted, cut_prediction
-from serving.gateway.upstreams import (
-    Passage,
-    Upstream,
-    request_numbers,
-)
+from serving.gateway.passages import errand_of, passage_of
+from serving.gateway.predicting import MADE, GuardedPredictor, Predicted
+from serving.gateway.upstreams import Passage, Upstream
 from serving.gateway.view import GatewayView
-from serving.request import Record, Request
 from serving.server.access import (
     CLIENT_CLOSED_REQUEST,
     FIT_ID,
@@ -40,9 +36,6 @@ from serving.server.access import (
 )
 from serving.server.monitor import LogFile
 from serving.server.predictors import one_line_of
-
-if TYPE_CHECKING:
-    from predictor.prediction import LengthPrediction
 
 log = logging.getLogger(__name__)
 
@@ -235,39 +228,22 @@ class Gateway:
             if predicted.outcome == MADE:
                 self.figures.observe("predict_seconds", time.perf_counter() - began_s)
             self.figures.count("predictions", predicted.outcome)
-        passage = self._passage_of(asked, predicted.prediction, len(body), arrival_s, is_answer)
+        if not is_answer:
+            passage = errand_of(arrival_s, self.slo_s)
+        else:
+            beginnings: tuple[int, ...] = ()
+            if asked is not None and self.dispatcher.places is not None:
+                beginnings = prompt_beginnings(asked)
+            passage = passage_of(
+                asked,
+                predicted.prediction,
+                prompt_tokens=self.sizes.tokens(len(body)),
+                arrival_s=arrival_s,
+                slo_s=self.slo_s,
+                beginnings=beginnings,
+            )
         passage.is_predicted = predicted.outcome == MADE
         return Call(request, body, exchange, is_answer, asked, predicted, passage)
-
-    def _passage_of(
-        self,
-        asked: AskedAnswer | None,
-        prediction: "LengthPrediction | None",
-        body_bytes: int,
-        arrival_s: float,
-        is_answer: bool,
-    ) -> Passage:
-        most = asked.max_tokens if asked else None
-        answers = asked.answers if asked else 1
-        tokens = q90 = 0.0
-        if is_answer:
-            if prediction is not None and most is not None:
-                prediction = cut_prediction(prediction, most)
-            tokens = q90 = min(NEUTRAL_TOKENS, most or NEUTRAL_TOKENS)
-            if prediction is not None:
-                tokens, q90 = prediction.expected_tokens, prediction.q90_tokens
-        slo_s = asked.slo_s if asked and asked.slo_s else self.slo_s
-        request = Request(
-            next(request_numbers),
-            self.sizes.tokens(body_bytes) if is_answer else 1,
-            arrival_s,
-            slo_s,
-            prediction or unknown_length(most),
-        )
-        beginnings: tuple[int, ...] = ()
-        if is_answer and asked is not None and self.dispatcher.places is not None:
-            beginnings = prompt_beginnings(asked)
-        return Passage(Record(request), tokens * answers, q90 * answers, beginnings)
 
     async def _forward(self, call: Call) -> web.StreamResponse:
         """Try upstreams until one answers. Raises ApiError."""
@@ -602,16 +578,6 @@ def drop_hop_headers(headers: CIMultiDict[str]) -> None:
 def is_streamed(reply: aiohttp.ClientResponse) -> bool:
     """Whether an answer comes in parts that its client should see as they are made."""
     return reply.content_type in ("text/event-stream", "application/x-ndjson")
-
-
-def unknown_length(most: int | None) -> "LengthPrediction":
-    """The place in the order of an answer of which nothing is known."""
-    import numpy as np
-
-    from predictor.prediction import from_bins
-
-    longest = float(min(2 * NEUTRAL_TOKENS, most or 2 * NEUTRAL_TOKENS))
-    return from_bins(np.ones(1), np.array([0.0, longest]))
 
 
 def answered_row(asked: AskedAnswer, tokens: int, finished: bool) -> str:

@@ -101,8 +101,15 @@ class AccessFlags(Protocol):
 
 
 def access_rules_of(flags: AccessFlags, sock: socket.socket) -> AccessRules:
+    """`access_rules_at` of the address of a listening socket."""
+    return access_rules_at(flags, sock.getsockname()[0])
+
+
+def access_rules_at(flags: AccessFlags, address: str) -> AccessRules:
     """The hosts and the keys that are accepted, from the flags and the environment.
 
+    Args:
+        address: that clients connect to; on loopback only its own names are accepted.
     Raises:
         ValueError, OSError: a key that no header can hold, or a file of keys that is wrong.
     """
@@ -115,7 +122,7 @@ def access_rules_of(flags: AccessFlags, sock: socket.socket) -> AccessRules:
         keys = KeyRing(key, Path(flags.api_keys) if flags.api_keys is not None else None)
     hosts = filter(None, map(str.strip, flags.allowed_hosts.split(",")))
     named = set(map(host_name, hosts))
-    if named or is_loopback(sock.getsockname()[0]):
+    if named or is_loopback(address):
         return AccessRules(keys, frozenset(named | {flags.host.lower()}))
     return AccessRules(keys)
 

@@ -41,6 +41,22 @@ HOSTILE = """<img src=x onerror="window.hacked=1"><script>window.hacked=2</scrip
 <script>window.hacked = 9</script>
 ```
 """
+HELD = """
+const held = [];
+const property = Object.getOwnPropertyDescriptor(IDBRequest.prototype, "onsuccess");
+let isHeld = true;
+window.released = false;
+Object.defineProperty(IDBRequest.prototype, "onsuccess", {
+  set(handler) {
+    property.set.call(this, (event) => (isHeld ? held.push(() => handler(event)) : handler(event)));
+  },
+});
+window.release = () => {
+  isHeld = false;
+  for (const handle of held) handle();
+  setTimeout(() => { window.released = true; }, 500);
+};
+"""
 MARKDOWN = """# A
 
 text *a*
@@ -104,6 +120,25 @@ def test_a_conversation_is_answered_reported_and_kept(chat):
     assert texts(page, ".bubble") == ["hello world", "and more"]
     assert page.locator(".answer .rendered").first.inner_text() == text
     assert texts(page, ".entry-title") == ["hello world"]
+
+
+def test_what_is_typed_before_the_conversations_are_read_is_asked(chat):
+    """Reading them from the browser's database takes until `release()`, at first and later."""
+    page = chat()
+    page.add_init_script(HELD)
+    sent = requests_of(page)
+    for number, question in enumerate(("the first", "the second")):
+        page.reload()
+        page.fill(QUESTION, question)
+        page.evaluate("release()")
+        wait_for(lambda: page.evaluate("released"))
+        # The conversation before is open again.
+        wait_for(lambda count=number: page.locator(".bubble").count() == count)
+        assert page.input_value(QUESTION) == question
+        page.press(QUESTION, "Enter")
+        ended_answer(page)
+    assert [len(body["messages"]) for body in sent] == [1, 3]
+    assert {body["max_tokens"] for body in sent} == {SHORT["max_tokens"]}
 
 
 def test_a_stop_keeps_what_was_written(chat):

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("aiohttp", reason="aiohttp is of the extra serve")
 
+from tests.page.chat_pages import SHORT, ask, opened_chat, requests_of, texts
 from tests.page.test_live_page import STILL, figure, wait_for
 from tests.serving.gateway.engines import (
     PATH,
@@ -52,3 +53,20 @@ def test_the_live_view_is_the_gateway_s(open_page):
             reader.result()
         wait_for(lambda: figure(page, "running") == "0")
     engine.close()
+
+
+@pytest.mark.slow
+def test_a_chat_goes_through_the_gateway(open_page, address):
+    """Two questions to a server of ours: answered and reported as on its own page."""
+    with gateway_before(address, kind="glm-foundry") as gateway:
+        page = opened_chat(open_page, gateway.process.address)
+        sent = requests_of(page)
+        answer = ask(page, "hello world")
+        assert answer.locator(".rendered").inner_text()
+        assert answer.locator(".report strong").first.inner_text() == str(SHORT["max_tokens"])
+        assert answer.locator(".ending").inner_text() == "Cut at the longest length"
+        ask(page, "and more")
+        assert texts(page, ".bubble") == ["hello world", "and more"]
+        assert [message["role"] for message in sent[1]["messages"]] == ["user", "assistant", "user"]
+        [upstream] = gateway.status()["upstreams"]
+        assert upstream["base"] == address and upstream["requests"] == 0

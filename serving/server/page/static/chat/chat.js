@@ -12,7 +12,7 @@ const SETUP = "chat.setup";
 
 export class Chat extends Observed {
   conversations = new Map();
-  open = newConversation();
+  open = newConversation(keptSetup());
   answering = new Map(); // by conversation
   drafts = new Map();
   models = [];
@@ -31,8 +31,11 @@ export class Chat extends Observed {
       this.isKept = false;
     }
     const last = this.conversations.get(localStorage.getItem(OPEN));
-    if (last && !shownPath(this.open).length) this.open = last;
-    else if (!shownPath(this.open).length) this.open = newConversation(keptSetup());
+    if (last && !shownPath(this.open).length) {
+      const typed = this.drafts.get(this.open.id); // while the conversations were read
+      if (typed) this.drafts.set(last.id, typed);
+      this.open = last;
+    }
     this.changed();
   }
 
