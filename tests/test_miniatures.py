@@ -103,6 +103,7 @@ ELSEWHERE = {  # file -> the test that runs it
 }
 HERE = {  # file -> the test of this file that runs it
     "benchmarks/adapters.py": "test_adapters",
+    "benchmarks/cells.py": "test_scale",
     "benchmarks/entry_points.py": "test_entry_points",
     "benchmarks/export_real_size.py": "test_export_real_size",
     "benchmarks/gateway_overhead.py": "test_gateway_overhead",
