@@ -110,7 +110,7 @@ class QualityFlags:
 
     @property
     def all_pretrain_steps(self) -> int:
-        return self.pretrain_steps or (250 if self.start else 900)
+        return self.pretrain_steps or (500 if self.start else 900)
 
     def settings(self) -> dict[str, Any]:
         """What cells of one file have in common."""
@@ -534,7 +534,7 @@ def build_parser() -> Parser:
     add("--rates", default="", help="METHOD=LEARNING RATE,... [those of the small model]")
     add("--seeds", type=whole(), default=3, help="[%(default)s]")
     add("--steps", type=whole(0), default=0, help="of training; 0: each task's own [%(default)s]")
-    add("--pretrain_steps", type=whole(0), default=0, help="[900; with --start 250]")
+    add("--pretrain_steps", type=whole(0), default=0, help="[900; with --start 500]")
     add("--rows", type=whole(0), default=0, help="of each file; 0: all [%(default)s]")
     add("--hidden", type=whole(), default=320, help="size of the small model [%(default)s]")
     add("--shared", type=Path, default=ROOT / "../shared/data", help="real data [%(default)s]")
