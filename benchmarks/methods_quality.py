@@ -299,7 +299,7 @@ class Comparison:
         scores = json.loads((folder / "scores.json").read_text())
         figures["scores"] = scores["metrics"]
         if task.main == "macro_f1":
-            figures["scores"] |= class_scores(scores["answers"])
+            figures["scores"] |= score_classes(scores["answers"])
         if cell["method"] != BASE:
             asking = [*words, "--probe", self.flags.work / "probe.jsonl", "--max_new_tokens", 32]
             asking += ["--metrics", self.probe_metric, "--output", folder / "probe.json"]
@@ -357,7 +357,7 @@ def last_layers(base: Path) -> str:
     return ",".join(f"layers.{layer}." for layer in range(first, layers))
 
 
-def class_scores(rows: list[dict[str, Any]]) -> dict[str, float]:
+def score_classes(rows: list[dict[str, Any]]) -> dict[str, float]:
     """{accuracy, macro_f1} of {answer, gold} rows; F1 is averaged over the classes of the gold."""
     answers = [row["answer"].strip() for row in rows]
     golds = [row["gold"].strip() for row in rows]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import peers_table
 from benchmarks.gateway_overhead import train_lexical
-from benchmarks.methods_quality import class_scores
+from benchmarks.methods_quality import score_classes
 from benchmarks.page_paint import find_browser
 from chatglm.export.folders import export_glm
 from tests.causal_folders import make_causal_folder
@@ -319,7 +319,7 @@ def test_class_scores():
     """Macro F1 is the mean over the classes of the gold; an answer of no class is wrong."""
     pairs = [("a", "a"), ("a", "b"), ("b", "b"), ("?", "b")]
     rows = [{"answer": f"{answer}\n", "gold": gold} for answer, gold in pairs]
-    assert class_scores(rows) == {"accuracy": 0.5, "macro_f1": pytest.approx((2 / 3 + 0.5) / 2)}
+    assert score_classes(rows) == {"accuracy": 0.5, "macro_f1": pytest.approx((2 / 3 + 0.5) / 2)}
 
 
 @pytest.fixture
