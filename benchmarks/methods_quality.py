@@ -101,10 +101,11 @@ class QualityFlags:
 
     def cell_list(self, tasks: Sequence[str]) -> list[Cell]:
         """Every cell, in the order in which they are run."""
-        cells: list[Cell] = [{"task": task, "method": BASE, "seed": 0} for task in tasks]
+        cells: list[Cell] = []
         for seed in range(self.seeds):
             for task in tasks:
-                for method in self.methods.split(","):
+                base = [] if seed else [BASE]
+                for method in (*base, *self.methods.split(",")):
                     cells.append({"task": task, "method": method, "seed": seed})
         return cells
 
