@@ -249,8 +249,12 @@ class Comparison:
 
     def prepare(self) -> None:
         """Write the rows, and make the base where there is none."""
+        # Cells are forks of this process: they need not import these again.
+        import deepspeed  # noqa: F401
+        import peft  # noqa: F401
+
         import finetune.engine
-        import finetune.evaluation.evaluate  # noqa: F401  cells are forks: they import nothing more
+        import finetune.evaluation.evaluate  # noqa: F401
 
         everything = {name: pair[0] + pair[1] for name, pair in self.rows.items()}
         self.base = self.flags.base or make_base(self.flags, everything)
