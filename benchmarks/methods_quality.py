@@ -26,25 +26,23 @@ import os
 import shutil
 import sys
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.cells import Cell, KeptCells, print_table, shown_mean
-from benchmarks.methods_tasks import SKILLS, TASKS, Row, pretraining_rows, skill_rows
+from benchmarks.cells import Cell, KeptCells
+from benchmarks.methods_figures import BASE, column, draw, print_tables
+from benchmarks.methods_tasks import TASKS, Row, pretraining_rows, skill_rows
 from benchmarks.rows import read_lines, write_rows
 from chatglm.commands import Parser, number, run_command, whole
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-BASE = "base"  # the method of a cell that trains nothing
 LAYERS_LEFT = 5  # of a frozen model's layers one in so many is trained, the last ones
 ROWS_PER_STEP = 16
 PREFIX = ["--train_type", "ptuning", "--pre_seq_len", 16]
@@ -168,16 +166,15 @@ def last_checkpoint(folder: Path) -> Path:
 # ---- the base
 
 
-def make_base(flags: QualityFlags, rows: dict[str, list[Row]]) -> Path:
-    """The small model's folder, made once; `rows`: of the tasks, for the tokenizer."""
+def make_base(flags: QualityFlags, files: Sequence[Path]) -> Path:
+    """The small model's folder, made once; `files`: the tasks' rows, for the tokenizer."""
     base = flags.work / "base"
     if base.exists():
         return base
-    flags.work.mkdir(parents=True, exist_ok=True)
     copies = COPIES_BESIDE_SKILLS if flags.start else COPIES
     texts = write_rows(flags.work / "pretrain.jsonl", pretraining_rows(flags.rows or copies))
     shutil.rmtree(flags.work / "pretrain", ignore_errors=True)
-    start = flags.start or make_random(flags, texts, rows)
+    start = flags.start or make_random(flags, [texts, *files])
     words: list[object] = ["--model_name_or_path", start, "--train_path", texts]
     words += ["--max_steps", flags.all_pretrain_steps, "--learning_rate", 2e-3]
     words += ["--train_type", "all", *shared_words(flags.work / "pretrain", 160, 120)]
@@ -186,7 +183,7 @@ def make_base(flags: QualityFlags, rows: dict[str, list[Row]]) -> Path:
     return base
 
 
-def make_random(flags: QualityFlags, texts: Path, rows: dict[str, list[Row]]) -> Path:
+def make_random(flags: QualityFlags, files: Sequence[Path]) -> Path:
     """The small model before any training, and its tokenizer."""
     from scripts.prepare_small_model import make_model
     from scripts.prepare_tokenizer import main as make_tokenizer
@@ -194,9 +191,7 @@ def make_random(flags: QualityFlags, texts: Path, rows: dict[str, list[Row]]) ->
     tokenizer, random = flags.work / "tokenizer", flags.work / "random"
     for folder in (tokenizer, random):
         shutil.rmtree(folder, ignore_errors=True)
-    words = ["--output_dir", tokenizer, "--input", texts]
-    for name, of_task in rows.items():
-        words.append(write_rows(flags.work / f"tokenizer-{name}.jsonl", of_task))
+    words = ["--output_dir", tokenizer, "--input", *files]
     if make_tokenizer(list(map(str, words))):
         raise ValueError("the tokenizer could not be made")
     sizes = SIZES | {"hidden_size": flags.hidden, "ffn": flags.hidden * 11 // 4}
@@ -214,9 +209,9 @@ def probe_of(flags: QualityFlags) -> tuple[dict[str, list[Row]], str]:
     """({kind: rows of the probe}, the metric that counts them)."""
     if flags.base is None:
         return skill_rows()[1], "exact_match"
-    kinds: dict[str, list[Row]] = {name: [] for name in SKILLS}
+    kinds: dict[str, list[Row]] = {}
     for row in read_lines(ROOT / "data" / "probe.jsonl"):
-        kinds[kind_of(row["instruction"])].append(row)
+        kinds.setdefault(kind_of(row["instruction"]), []).append(row)
     return kinds, "rougeL"
 
 
@@ -256,11 +251,13 @@ class Comparison:
         import finetune.engine
         import finetune.evaluation.evaluate  # noqa: F401
 
-        everything = {name: pair[0] + pair[1] for name, pair in self.rows.items()}
-        self.base = self.flags.base or make_base(self.flags, everything)
+        files = []
         for name, pair in self.rows.items():
             for side, rows in zip(("train", "test"), pair):
-                write_rows(self.flags.work / f"{name}-{side}.jsonl", rows)
+                file = self.flags.work / f"{name}-{side}.jsonl"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                files.append(write_rows(file, rows))
+        self.base = self.flags.base or make_base(self.flags, files)
         probed = []
         for rows in self.probe.values():
             probed += rows
@@ -335,10 +332,11 @@ class Comparison:
             of_kind, rest = rest[: len(rows)], rest[len(rows) :]
             means: dict[str, Any] = {"shown": of_kind[0]}
             for when in ("before", "after"):
-                total = sum(score([row[f"answer_{when}"]], row["reference"]) for row in of_kind)
-                means[when] = total / len(rows)
-                losses = sum(row[f"loss_{when}"] for row in of_kind)
-                means[f"loss_{when}"] = losses / len(rows)
+                scores = []
+                for row in of_kind:
+                    scores.append(score([row[f"answer_{when}"]], row["reference"]))
+                means[when] = fmean(scores)
+                means[f"loss_{when}"] = fmean(column(of_kind, f"loss_{when}"))
             figures[kind] = means
         return figures
 
@@ -346,12 +344,11 @@ class Comparison:
 def recorded(output: Path) -> dict[str, Any]:
     """What a run's record has of its cost."""
     run = json.loads((output / "run.json").read_text())
-    memory = [row["memory_gb"] for row in read_lines(output / "metrics.jsonl")]
     return {
         "trainable": run["parameters"]["trainable"],
         "parameters": run["parameters"]["all"],
         "seconds": run["sittings"][0]["seconds"],
-        "memory_gb": max(memory),
+        "memory_gb": max(column(read_lines(output / "metrics.jsonl"), "memory_gb")),
     }
 
 
@@ -359,18 +356,21 @@ def last_layers(base: Path) -> str:
     """The last fifth of a model's layers, at least one, for --freeze_module_name."""
     layers = json.loads((base / "config.json").read_text())["num_layers"]
     first = layers - max(layers // LAYERS_LEFT, 1)
-    return ",".join(f"layers.{layer}." for layer in range(first, layers))
+    return ",".join(map("layers.{}.".format, range(first, layers)))
 
 
 def score_classes(rows: list[dict[str, Any]]) -> dict[str, float]:
     """{accuracy, macro_f1} of {answer, gold} rows; F1 is averaged over the classes of the gold."""
-    answers = [row["answer"].strip() for row in rows]
-    golds = [row["gold"].strip() for row in rows]
-    hits: dict[str, int] = defaultdict(int)
-    for answer, gold in zip(answers, golds):
+    named: Counter[str] = Counter()
+    wanted: Counter[str] = Counter()
+    hits: Counter[str] = Counter()
+    for row in rows:
+        answer, gold = row["answer"].strip(), row["gold"].strip()
+        named[answer] += 1
+        wanted[gold] += 1
         hits[gold] += answer == gold
-    f1 = [2 * hits[name] / (answers.count(name) + golds.count(name)) for name in hits]
-    return {"accuracy": sum(hits.values()) / len(rows), "macro_f1": sum(f1) / len(f1)}
+    f1 = [2 * hits[name] / (named[name] + wanted[name]) for name in wanted]
+    return {"accuracy": hits.total() / len(rows), "macro_f1": fmean(f1)}
 
 
 def parse_rates(text: str) -> dict[str, float]:
@@ -382,123 +382,6 @@ def parse_rates(text: str) -> dict[str, float]:
             raise ValueError(f"--rates: wanted METHOD=RATE of {', '.join(METHODS)}; got {part!r}")
         rates[name] = number(above=True)(value)
     return rates
-
-
-# ---- tables and the picture
-
-Runs = dict[str, list[dict[str, Any]]]  # method -> its rows
-
-
-def by_method(rows: list[dict[str, Any]], task: str) -> Runs:
-    found: Runs = {name: [] for name in (BASE, *METHODS)}
-    for row in rows:
-        if row["task"] == task:
-            found[row["method"]].append(row)
-    return {name: of_method for name, of_method in found.items() if of_method}
-
-
-def print_tables(rows: list[dict[str, Any]]) -> None:
-    """One table for each task, then the same probe's rows by every method."""
-    for task in dict.fromkeys(row["task"] for row in rows):
-        runs = by_method(rows, task)
-        names = list(next(iter(runs.values()))[0]["scores"])
-        columns = ["method", "seeds", *names, "trainable %", "memory GB", "CPU s"]
-        columns += [f"{kind}: before -> after" for kind in SKILLS]
-        print(f"\n{task}\n")
-        print_table(columns, [table_line(name, found, names) for name, found in runs.items()])
-    print_answers(rows)
-
-
-def table_line(method: str, rows: list[dict[str, Any]], names: list[str]) -> list[str]:
-    line = [method, str(len(rows))]
-    for name in names:
-        line.append(shown_mean([row["scores"][name] for row in rows], ".3f"))
-    if method == BASE:
-        return line + [""] * (3 + len(SKILLS))
-    line.append(f"{100 * rows[0]['trainable'] / rows[0]['parameters']:.3g}")
-    line.append(shown_mean([row["memory_gb"] for row in rows]))
-    line.append(shown_mean([row["cpu_s"] for row in rows]))
-    for kind in SKILLS:
-        before = [row["probe"][kind]["before"] for row in rows]
-        after = [row["probe"][kind]["after"] for row in rows]
-        line.append(f"{shown_mean(before[:1], '.2f')} -> {shown_mean(after, '.2f')}")
-    return line
-
-
-def print_answers(rows: list[dict[str, Any]]) -> None:
-    """A question of each kind of the probe, answered after each method's first run."""
-    first: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in rows:
-        if row["method"] != BASE:
-            first.setdefault((row["task"], row["method"]), row)
-    if not first:
-        return
-    shown = next(iter(first.values()))["probe"]
-    print(f"\n{'; '.join(one_line(shown[kind]['shown']['prompt']) for kind in SKILLS)}\n")
-    lines = [["", "before"]]
-    lines[0] += [one_line(shown[kind]["shown"]["answer_before"]) for kind in SKILLS]
-    for (task, method), row in first.items():
-        answers = [one_line(row["probe"][kind]["shown"]["answer_after"]) for kind in SKILLS]
-        lines.append([task, method, *answers])
-    print_table(["task", "method", *SKILLS], lines)
-
-
-def one_line(text: str) -> str:
-    """The beginning of a text, for a table."""
-    return " ".join(text.replace("|", "/").split())[:60]
-
-
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Scores, what stays of the skills, and the cost of each method; ValueError, no matplotlib."""
-    from predictor.pictures import new_figure, save_figure
-
-    figure = new_figure()
-    figure.set_size_inches(11, 7)
-    scores, skills, share, cpu = figure.subplots(2, 2).flat
-    trained = [row for row in rows if row["method"] != BASE]
-    by_task: dict[str, Runs] = {}
-    for task in dict.fromkeys(row["task"] for row in trained):
-        by_task[task] = by_method(trained, task)
-    every: Runs = {}
-    for name in METHODS:
-        every[name] = [row for row in trained if row["method"] == name]
-    groups = {}
-    for task, runs in by_task.items():
-        main = TASKS[task].main
-        groups[f"{task}: {main}"] = values_of(runs, lambda row, main=main: row["scores"][main])
-    draw_bars(scores, "score on the task", groups)
-    groups = {}
-    for kind in SKILLS:
-        groups[kind] = values_of(every, lambda row, kind=kind: row["probe"][kind]["after"])
-    draw_bars(skills, "what the base could do, after training", groups)
-    shares = values_of(every, lambda row: 100 * row["trainable"] / row["parameters"])
-    draw_bars(share, "trainable parameters, %", {"": shares})
-    share.set_yscale("log")
-    draw_bars(cpu, "CPU seconds of training", {"": values_of(every, lambda row: row["cpu_s"])})
-    save_figure(figure, path)
-
-
-def values_of(runs: Runs, value: Callable[..., float]) -> dict[str, list[float]]:
-    """{method: a value of each of its rows}."""
-    return {name: list(map(value, rows)) for name, rows in runs.items() if rows}
-
-
-def draw_bars(panel: "Axes", title: str, groups: dict[str, dict[str, list[float]]]) -> None:
-    """{group: {method: values}}: a bar for each method in each group, the mean, with the values."""
-    names = [name for name in METHODS if any(name in group for group in groups.values())]
-    width = 0.8 / len(groups)
-    for place, (label, group) in enumerate(groups.items()):
-        left = (place - (len(groups) - 1) / 2) * width
-        for name, values in group.items():
-            x = names.index(name) + left
-            panel.bar(x, sum(values) / len(values), width * 0.9, color=f"C{place}")
-            panel.scatter([x] * len(values), values, color="black", s=6, zorder=3)
-        panel.bar(0, 0, 0, color=f"C{place}", label=label)
-    panel.set_xticks(range(len(names)), names, fontsize=8)
-    panel.set_title(title, fontsize=10)
-    panel.grid(axis="y", alpha=0.3)
-    if len(groups) > 1:
-        panel.legend(fontsize=7)
 
 
 # ---- the command
@@ -523,7 +406,7 @@ def compare(flags: QualityFlags) -> int:
 
 
 def describe_row(row: dict[str, Any]) -> str:
-    scores = ", ".join(f"{name} {value:.3f}" for name, value in row["scores"].items())
+    scores = ", ".join(map("{0[0]} {0[1]:.3f}".format, row["scores"].items()))
     return f"{row['task']} {row['method']} ({row['seed'] + 1}): {scores}"
 
 

@@ -118,6 +118,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/length_policies.py": "test_length_policies",
     "benchmarks/live_view.py": "test_live_view",
     "benchmarks/method_matrix.py": "test_method_matrix",
+    "benchmarks/methods_figures.py": "test_methods_quality",
     "benchmarks/methods_quality.py": "test_methods_quality",
     "benchmarks/methods_tasks.py": "test_methods_quality",
     "benchmarks/offline.py": "test_offline",

@@ -14,6 +14,7 @@ import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ CRITERIA = {  # column of the sheet -> the fault that a 1 in it says
     "not_fluent": "not fluent",
     "harmful": "harmful",
 }
-DIVERSITY = ("near_duplicate", "answer_repeats")  # the others are called accuracy there
+DIVERSITY = ("near_duplicate", "answer_repeats")  # as the rubric groups them
+ACCURACY = ("unanswerable", "not_fluent", "harmful")
 READ = "read"  # the column that says that a person has judged the question
 COLUMNS = ("document", "prompt", "answer", READ, *CRITERIA)
 YES, NO = ("1", "1.0", "x", "X"), ("", "0", "0.0")
@@ -52,7 +54,7 @@ class DocumentMarks:
 
     def lost(self, criteria: tuple[str, ...]) -> float:
         """Points that these criteria take: one for each where all questions have the fault."""
-        return sum(self.faults[name] for name in criteria) / self.questions
+        return sum(map(self.faults.__getitem__, criteria)) / self.questions
 
 
 def make_sheet(predictions: str, sheet: Path, documents: int | None) -> int:
@@ -72,7 +74,7 @@ def make_sheet(predictions: str, sheet: Path, documents: int | None) -> int:
     for number, (place, item) in enumerate(read_file_items(predictions), 1):
         if documents is not None and number > documents:
             break
-        prompt, answers = parse_prediction(item, place)
+        prompt, answers = marked_answers(item, place)
         for answer in answers:
             writer.writerow({"document": number, "prompt": prompt, "answer": answer})
         questions += len(answers)
@@ -82,7 +84,7 @@ def make_sheet(predictions: str, sheet: Path, documents: int | None) -> int:
     return questions
 
 
-def parse_prediction(item: Any, place: str) -> tuple[str, list[str]]:
+def marked_answers(item: Any, place: str) -> tuple[str, list[str]]:
     """(prompt, answers) of a row that finetune.evaluate wrote; raises ValueError."""
     if isinstance(item, dict):
         prompt, answers = item.get("prompt"), item.get("answer")
@@ -122,9 +124,10 @@ def sheet_rows(sheet: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, row) of a sheet; raises ValueError where a column is missing."""
     text = read_text(sheet).removeprefix("\ufeff")
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    absent = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-    if absent:
-        raise ValueError(f"--marked {sheet}:1: no column {absent[0]!r}; wanted a sheet of --sheet")
+    columns = reader.fieldnames or ()
+    for name in COLUMNS:
+        if name not in columns:
+            raise ValueError(f"--marked {sheet}:1: no column {name!r}; wanted a sheet of --sheet")
     for row in reader:
         yield reader.line_num, row
 
@@ -134,13 +137,15 @@ def sum_marks(marks: dict[str, DocumentMarks]) -> tuple[int, float, float, float
 
     Documents with a question that nobody has read do not count; the score is nan without any.
     """
-    whole_ones = [document for document in marks.values() if not document.unread]
-    if not whole_ones:
-        return 0, float("nan"), float("nan"), float("nan")
-    accuracy = tuple(name for name in CRITERIA if name not in DIVERSITY)
-    count = len(whole_ones)
-    diversity_lost = sum(document.lost(DIVERSITY) for document in whole_ones) / count
-    accuracy_lost = sum(document.lost(accuracy) for document in whole_ones) / count
+    diversity_lost, accuracy_lost, count = 0.0, 0.0, 0
+    for document in marks.values():
+        if not document.unread:
+            diversity_lost += document.lost(DIVERSITY)
+            accuracy_lost += document.lost(ACCURACY)
+            count += 1
+    if not count:
+        return 0, nan, nan, nan
+    diversity_lost, accuracy_lost = diversity_lost / count, accuracy_lost / count
     return count, diversity_lost, accuracy_lost, POINTS - diversity_lost - accuracy_lost
 
 
@@ -158,7 +163,7 @@ def print_sums(sheets: list[Path]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    criteria = "\n".join(f"  {name:<16}{fault}" for name, fault in CRITERIA.items())
+    criteria = "\n".join(map("  {0[0]:<16}{0[1]}".format, CRITERIA.items()))
     parser = Parser(
         prog="finetune.marks",
         description=f"{__doc__}\nColumns of the sheet, 1 where a question has the fault:\n"
