@@ -92,14 +92,19 @@ def one_line(text: str) -> str:
 
 
 def draw(rows: Sequence[CellRow], path: Path) -> None:
-    """Scores, what stays of the skills, and the cost of each method; ValueError, no matplotlib."""
+    """Scores, what stays of the skills, and the cost of each method.
+
+    Raises ValueError: no method has a row, or matplotlib is not installed.
+    """
     from predictor.pictures import new_figure, save_figure
 
+    by_method = split_by(rows, "method")
+    by_method.pop(BASE, None)
+    if not by_method:
+        raise ValueError(f"--picture {path}: there is no cell of a method yet")
     figure = new_figure()
     figure.set_size_inches(11, 7)
     scores, skills, share, cpu = figure.subplots(2, 2).flat
-    by_method = split_by(rows, "method")
-    by_method.pop(BASE, None)
     groups: Groups = {}
     for task, of_task in split_by(rows, "task").items():
         main = TASKS[task].main
@@ -108,8 +113,13 @@ def draw(rows: Sequence[CellRow], path: Path) -> None:
         if of_methods:
             groups[f"{task}: {main}"] = columns_of(of_methods, "scores", main)
     draw_bars(scores, "score on the task", groups)
-    groups = {kind: columns_of(by_method, "probe", kind, "after") for kind in SKILLS}
-    draw_bars(skills, "what the base could do, after training", groups)
+    groups = {}
+    for kind in SKILLS:
+        before = {BASE: column(next(iter(by_method.values()))[:1], "probe", kind, "before")}
+        groups[kind] = before | columns_of(by_method, "probe", kind, "after")
+    draw_bars(skills, "what the base can do, before and after training", groups)
+    for panel in (scores, skills):
+        panel.set_ylim(0, 1)
     draw_bars(share, "trainable parameters, %", {"": of_each(by_method, trainable_percent)})
     share.set_yscale("log")
     draw_bars(cpu, "CPU seconds of training", {"": columns_of(by_method, "cpu_s")})
