@@ -21,7 +21,6 @@ A policy's name with +read: the same engine reads its answers again while they a
 """
 
 import argparse
-import json
 import sys
 import time
 from collections import defaultdict
@@ -34,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
+from benchmarks.cells import Cell, KeptCells, changes, in_turns, print_table, shown_mean
 from benchmarks.rows import read_lines
 from benchmarks.steady import (
     SteadyTimer,
@@ -50,7 +50,7 @@ from serving.policies.continuous import POLICIES
 from serving.request import Limits, Request
 from serving.scheduler import Replay, run_scheduler
 from serving.simulate.engine import LinearCost
-from serving.simulate.statistics import Collector, interval
+from serving.simulate.statistics import Collector
 from serving.simulate.workload import gamma_arrivals, poisson_arrivals
 
 READ = "+read"
@@ -80,20 +80,6 @@ class KnownAnswer:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run: a policy at one load. `policy` may end in +read."""
-
-    policy: str
-    arrivals: str
-    load: float
-    repetition: int
-
-    @property
-    def reads(self) -> bool:
-        return self.policy.endswith(READ)
-
-
-@dataclass(frozen=True)
 class LengthServingFlags:
     """The command's flags; build_parser has their meaning and defaults."""
 
@@ -119,9 +105,9 @@ class LengthServingFlags:
         for repetition in range(self.repetitions):
             for load in map(float, self.loads.split(",")):
                 for arrivals in self.arrivals.split(","):
-                    for place in range(len(policies)):
-                        policy = policies[(place + repetition) % len(policies)]
-                        cells.append(Cell(policy, arrivals, load, repetition))
+                    for policy in in_turns(policies, repetition):
+                        cell = {"policy": policy, "arrivals": arrivals, "load": load}
+                        cells.append(cell | {"repetition": repetition})
         return cells
 
 
@@ -194,9 +180,9 @@ class ServedModel:
 
     def requests(self, cell: Cell, count: int, slo_scale: float) -> list[tuple[Request, int]]:
         """(request, which of `known`) by arrival: the same for all policies of a repetition."""
-        rng = np.random.default_rng([cell.repetition, round(100 * cell.load)])
+        rng = np.random.default_rng([cell["repetition"], round(100 * cell["load"])])
         which = rng.integers(0, len(self.known), count)
-        arrivals = ARRIVALS[cell.arrivals](count, cell.load * self.machine["capacity"], rng)
+        arrivals = ARRIVALS[cell["arrivals"]](count, cell["load"] * self.machine["capacity"], rng)
         typical = round(float(np.mean([answer.tokens for answer in self.known])))
         classes = rng.choice([0.5, 1.0, 2.0], count)
         cost = self.engine.cost
@@ -260,109 +246,51 @@ def run_cells(flags: LengthServingFlags) -> list[dict]:
     depends_on |= {"lengths": str(flags.lengths), "requests": flags.requests}
     depends_on |= {"max_batch": flags.max_batch, "slo_scale": flags.slo_scale}
     depends_on |= {"precision": flags.precision}
-    kept = KeptCells(flags.cells, depends_on)
-    missing = [cell for cell in flags.cell_list() if cell not in kept.done]
-    if not missing:
+    kept = KeptCells(flags.cells, depends_on, ["capacity"])
+    cells = flags.cell_list()
+    if not kept.missing(cells):
         return kept.rows
     begin = time.perf_counter()
     served = ServedModel(flags)
-    if kept.machine is None:
-        kept.add(served.calibrate(flags.requests))
-    assert kept.machine is not None
-    served.use_machine(kept.machine)
-    print(f"capacity {kept.machine['capacity']:.3g} answers/s", file=sys.stderr)
-    for number, cell in enumerate(missing, 1):
-        if time.perf_counter() - begin > 60 * flags.minutes:
-            break
+    machine = kept.note("capacity", lambda: served.calibrate(flags.requests))
+    served.use_machine(machine)
+    print(f"capacity {machine['capacity']:.3g} answers/s", file=sys.stderr)
+
+    def measure(cell: Cell) -> dict[str, Any]:
         requests = served.requests(cell, flags.requests, flags.slo_scale)
-        collector = served.run(cell.policy, requests)
-        metrics = collector.summary() | {"reread": collector.counts.get("reread", 0)}
-        kept.add({**vars(cell), **metrics})
-        print(
-            f"{number}/{len(missing)} {cell.policy} {cell.arrivals} {cell.load} "
-            f"({cell.repetition + 1}): mean {metrics['latency_mean_s']:.2f} s",
-            file=sys.stderr,
-            flush=True,
-        )
-    return kept.rows
+        collector = served.run(cell["policy"], requests)
+        return collector.summary() | {"reread": collector.counts.get("reread", 0)}
+
+    spent = (time.perf_counter() - begin) / 60
+    return kept.run_missing(cells, measure, flags.minutes - spent, describe_row)
 
 
-class KeptCells:
-    """The lines of --cells: what they depend on, the calibration, then a line for each cell.
-
-    Attributes:
-        rows: of the cells. done: the cells that are there.
-        machine: the calibration; None before it is there.
-    Raises:
-        ValueError: the file is of other settings.
-    """
-
-    def __init__(self, path: Path, depends_on: dict) -> None:
-        self.path = path
-        self.rows: list[dict] = []
-        self.done: set[Cell] = set()
-        self.machine: dict[str, Any] | None = None
-        if not path.exists():
-            self._write(depends_on)
-            return
-        lines = read_lines(path)
-        if lines[:1] != [depends_on]:
-            raise ValueError(f"--cells {path}: made with other settings; name another file")
-        for line in lines[1:]:
-            self._take(line)
-
-    def add(self, line: dict) -> None:
-        self._write(line)
-        self._take(line)
-
-    def _write(self, line: dict) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def _take(self, line: dict) -> None:
-        if "capacity" in line:
-            self.machine = line
-            return
-        self.rows.append(line)
-        self.done.add(Cell(line["policy"], line["arrivals"], line["load"], line["repetition"]))
+def describe_row(row: dict) -> str:
+    name = f"{row['policy']} {row['arrivals']} {row['load']} ({row['repetition'] + 1})"
+    return f"{name}: mean {row['latency_mean_s']:.2f} s"
 
 
 def print_tables(rows: list[dict]) -> None:
     """One table for each kind of arrivals and load: means over repetitions; pairs against fcfs."""
+    columns = ["policy", "runs", *SHOWN, "mean against fcfs %", "p99 against fcfs %"]
     groups: dict[tuple[str, float], list[dict]] = defaultdict(list)
     for row in rows:
         groups[row["arrivals"], row["load"]].append(row)
     for (arrivals, load), group in sorted(groups.items()):
         print(f"\n{arrivals} arrivals at {load} of capacity\n")
-        columns = ["policy", "runs", *SHOWN, "mean against fcfs %", "p99 against fcfs %"]
-        print(f"| {' | '.join(columns)} |")
-        print("|---" * len(columns) + "|")
         by_policy: dict[str, dict[int, dict]] = defaultdict(dict)
         for row in group:
             by_policy[row["policy"]][row["repetition"]] = row
+        lines = []
         for policy, runs in by_policy.items():
-            cells = [policy, str(len(runs))]
+            line = [policy, str(len(runs))]
             for name, metric in SHOWN.items():
                 scale = 100 if "%" in name else 1
-                cells.append(shown_mean([scale * run[metric] for run in runs.values()]))
+                line.append(shown_mean([scale * run[metric] for run in runs.values()]))
             for metric in ("latency_mean_s", "latency_p99_s"):
-                cells.append(against(runs, by_policy.get("fcfs", {}), metric))
-            print("| " + " | ".join(cells) + " |")
-
-
-def against(runs: dict[int, dict], base: dict[int, dict], metric: str) -> str:
-    """The metric over the base's of the same repetitions, less 1, in percent."""
-    ratios = []
-    for repetition, run in runs.items():
-        if repetition in base:
-            ratios.append(100 * (run[metric] / base[repetition][metric] - 1))
-    return shown_mean(ratios, "+.0f") if ratios else ""
-
-
-def shown_mean(values: list[float], form: str = ".3g") -> str:
-    """Mean and, where there are enough values, half its 95 % interval."""
-    mean, half = interval(values)
-    return f"{mean:{form}}" + ("" if np.isnan(half) else f" ± {half:.2g}")
+                line.append(shown_mean(changes(runs, by_policy.get("fcfs", {}), metric), "+.0f"))
+            lines.append(line)
+        print_table(columns, lines)
 
 
 def build_parser() -> argparse.ArgumentParser:

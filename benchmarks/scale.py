@@ -15,7 +15,6 @@ After the tables: what gateways need at that rate, by the measured CPU milliseco
 of an event of a stream (benchmarks/gateway_overhead.py) and of a prediction (a part of a request).
 """
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
-from benchmarks.rows import read_lines
+from benchmarks.cells import Cell, KeptCells, print_table
 from chatglm.commands import Parser, number, run_command, whole
 from serving.policies.continuous import POLICIES
 from serving.request import Limits
@@ -73,7 +72,7 @@ class ScaleFlags:
     event_ms: float
     predict_ms: float
 
-    def cell_list(self) -> list[dict[str, Any]]:
+    def cell_list(self) -> list[Cell]:
         """What tells each cell from the others."""
         cells = []
         for trace in self.traces.split(","):
@@ -95,8 +94,8 @@ def full_rate(trace: str, folder: Path) -> float:
     return metrics["requests"] / metrics["span_s"]
 
 
-def run_cell(cell: dict[str, Any], rate: float, flags: ScaleFlags) -> dict[str, Any]:
-    """The cell with its metrics; deterministic but for cpu_s."""
+def run_cell(cell: Cell, rate: float, flags: ScaleFlags) -> dict[str, Any]:
+    """The figures of a cell; deterministic but for cpu_s."""
     begin = time.process_time()
     predictor = PredictorModel.normal(flags.sigma)
     trace = scale_trace(
@@ -117,32 +116,23 @@ def run_cell(cell: dict[str, Any], rate: float, flags: ScaleFlags) -> dict[str, 
             bar.update(arrived - bar.n)
 
         metrics = simulate_fleet(trace, setting, ROUTERS[cell["router"]](), show)
-    return cell | {"rate": rate, **metrics, "cpu_s": time.process_time() - begin}
+    return {"rate": rate, **metrics, "cpu_s": time.process_time() - begin}
 
 
 def run_cells(flags: ScaleFlags) -> list[dict[str, Any]]:
     """The wanted cells, those that are missing run and written first."""
-    kept = read_lines(flags.cells) if flags.cells.exists() else []
-    wanted, rates = flags.cell_list(), {}
-    for cell in wanted:
-        if any(is_of(line, cell) for line in kept):
-            continue
+    rates: dict[str, float] = {}
+
+    def measure(cell: Cell) -> dict[str, Any]:
         trace = cell["trace"]
         if trace not in rates:
             rates[trace] = full_rate(trace, flags.trace_folder)
-        line = run_cell(cell, cell["load"] * rates[trace] * flags.replicas, flags)
-        with flags.cells.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        kept.append(line)
-    found = []
-    for cell in wanted:
-        found += [line for line in kept if is_of(line, cell)]
-    return found
+        return run_cell(cell, cell["load"] * rates[trace] * flags.replicas, flags)
 
-
-def is_of(line: dict[str, Any], cell: dict[str, Any]) -> bool:
-    """Whether a line of --cells is of that cell."""
-    return line.items() >= cell.items()
+    kept = KeptCells(flags.cells)
+    wanted = flags.cell_list()
+    kept.run_missing(wanted, measure)
+    return list(filter(None, map(kept.find, wanted)))
 
 
 def print_tables(rows: list[dict[str, Any]], flags: ScaleFlags) -> None:
@@ -153,14 +143,14 @@ def print_tables(rows: list[dict[str, Any]], flags: ScaleFlags) -> None:
     for (trace, load), group in groups.items():
         rate = group[0]["rate"]
         print(f"\n{trace} at {load} of capacity, {rate:,.0f} requests a second\n")
-        print(f"| router | {' | '.join(SHOWN)} |")
-        print("|---" * (1 + len(SHOWN)) + "|")
+        lines = []
         for row in group:
-            values = []
+            values = [row["router"]]
             for heading, metric in SHOWN.items():
                 factor = 100 if "%" in heading else 1
                 values.append(f"{factor * row[metric]:.4g}")
-            print(f"| {row['router']} | {' | '.join(values)} |")
+            lines.append(values)
+        print_table(["router", *SHOWN], lines)
         streams = rate * min(row["latency_mean_s"] for row in group)
         events = max(row["throughput_tps"] for row in group)  # one a token
         print(

@@ -31,7 +31,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -39,11 +39,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.cells import Cell, KeptCells, changes, in_turns, print_table, shown_mean
 from benchmarks.client_env import environment_python
 from benchmarks.rows import read_lines
 from benchmarks.serving_load import TICK_S, cpu_seconds, quantile
 from chatglm.commands import Parser, child_environment, number, run_command, whole
-from serving.simulate.statistics import interval
 
 NAME = "model"
 START_S = 600.0
@@ -64,13 +64,6 @@ SHOWN = {  # column -> metric
     "tokens a CPU s": "tokens_per_cpu_s",
 }
 AGAINST = ("mean_s", "p99_s", "short_s", "tokens_per_cpu_s")
-
-
-@dataclass(frozen=True)
-class Cell:
-    system: str
-    load: float
-    repetition: int
 
 
 @dataclass(frozen=True)
@@ -260,10 +253,10 @@ def figures(answers: list[Answered], wall_s: float, cpu_s: float) -> dict[str, f
 
 def work_of(cell: Cell, rows: list[dict], machine: dict, flags: argparse.Namespace) -> list[Asked]:
     """The same for all systems of a repetition and load."""
-    draw = random.Random(f"{cell.repetition} {cell.load}")
+    draw = random.Random(f"{cell['repetition']} {cell['load']}")
     work, at_s = [], 0.0
     for _ in range(flags.requests):
-        at_s += draw.expovariate(cell.load * machine["capacity"])
+        at_s += draw.expovariate(cell["load"] * machine["capacity"])
         slo_s = flags.slo_scale * draw.choice((0.5, 1.0, 2.0)) * machine["alone_s"]
         work.append(Asked(at_s, draw.choice(rows)["prompt"], draw.randrange(2**31), slo_s))
     return work
@@ -296,77 +289,52 @@ def cell_list(flags: argparse.Namespace) -> list[Cell]:
     cells = []
     for repetition in range(flags.repetitions):
         for load in map(float, flags.loads.split(",")):
-            for place in range(len(systems)):
-                system = systems[(place + repetition) % len(systems)]
-                cells.append(Cell(system, load, repetition))
+            for system in in_turns(systems, repetition):
+                cells.append({"system": system, "load": load, "repetition": repetition})
     return cells
 
 
 def run_cells(flags: argparse.Namespace) -> list[dict]:
     """Run the cells that are not there yet, until the minutes are over; all rows there are."""
     settings = {name: str(getattr(flags, name)) for name in KEPT}
-    lines = read_lines(flags.cells) if flags.cells.exists() else []
-    if lines and lines[0] != settings:
-        raise ValueError(f"--cells {flags.cells}: made with other settings; name another file")
-    if not lines:
-        lines = [settings]
-        add_line(flags.cells, settings)
+    cells = cell_list(flags)
+    kept = KeptCells(flags.cells, settings, ["capacity"])
     rows = read_lines(flags.lengths)
     begin = time.monotonic()
-    if len(lines) == 1:
-        lines.append(measure_machine(rows, flags))
-        add_line(flags.cells, lines[1])
-    machine, done = lines[1], lines[2:]
+    machine = kept.note("capacity", lambda: measure_machine(rows, flags))
     print(f"capacity {machine['capacity']:.3g} answers/s", file=sys.stderr, flush=True)
-    there = {(row["system"], row["load"], row["repetition"]) for row in done}
-    for cell in cell_list(flags):
-        if (cell.system, cell.load, cell.repetition) in there:
-            continue
-        if time.monotonic() - begin > 60 * flags.minutes:
-            break
-        row = asdict(cell) | serve_work(cell.system, work_of(cell, rows, machine, flags), flags)
-        add_line(flags.cells, row)
-        done.append(row)
-        print(f"{cell}: mean {row['mean_s']:.2f} s", file=sys.stderr, flush=True)
-    return done
 
+    def measure(cell: Cell) -> dict[str, float]:
+        return serve_work(cell["system"], work_of(cell, rows, machine, flags), flags)
 
-def add_line(path: Path, line: dict) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    def describe(row: dict) -> str:
+        return (
+            f"{row['system']} {row['load']} ({row['repetition'] + 1}): mean {row['mean_s']:.2f} s"
+        )
+
+    spent = (time.monotonic() - begin) / 60
+    return kept.run_missing(cells, measure, flags.minutes - spent, describe)
 
 
 def print_tables(rows: list[dict]) -> None:
     """One table for each load: means over repetitions, and pairs against vLLM's own order."""
+    columns = ["system", "runs", *SHOWN, *(f"{name} against fcfs %" for name in AGAINST)]
     for load in sorted({row["load"] for row in rows}):
         print(f"\n{load} of capacity\n")
-        columns = ["system", "runs", *SHOWN, *(f"{name} against fcfs %" for name in AGAINST)]
-        print(f"| {' | '.join(columns)} |")
-        print("|---" * len(columns) + "|")
         by_system: dict[str, dict[int, dict]] = defaultdict(dict)
         for row in rows:
             if row["load"] == load:
                 by_system[row["system"]][row["repetition"]] = row
-        base = by_system.get("fcfs", {})
+        lines = []
         for system, runs in by_system.items():
-            cells = [system, str(len(runs))]
+            line = [system, str(len(runs))]
             for name, metric in SHOWN.items():
                 scale = 100 if "%" in name else 1
-                cells.append(shown_mean([scale * run[metric] for run in runs.values()]))
+                line.append(shown_mean([scale * run[metric] for run in runs.values()]))
             for metric in AGAINST:
-                changes = []
-                for pair in set(runs) & set(base):
-                    changes.append(100 * (runs[pair][metric] / base[pair][metric] - 1))
-                cells.append(shown_mean(changes, "+.0f"))
-            print("| " + " | ".join(cells) + " |")
-
-
-def shown_mean(values: list[float], form: str = ".3g") -> str:
-    """A mean, with its 95 % interval where there are several values."""
-    if not values:
-        return ""
-    text = f"{sum(values) / len(values):{form}}"
-    return f"{text} ± {interval(values)[1]:.2g}" if len(values) > 2 else text
+                line.append(shown_mean(changes(runs, by_system.get("fcfs", {}), metric), "+.0f"))
+            lines.append(line)
+        print_table(columns, lines)
 
 
 KEPT = (

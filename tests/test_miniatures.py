@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import peers_table
 from benchmarks.gateway_overhead import train_lexical
+from benchmarks.methods_quality import score_classes
 from benchmarks.page_paint import find_browser
 from chatglm.export.folders import export_glm
 from tests.causal_folders import make_causal_folder
@@ -109,6 +110,7 @@ ELSEWHERE = {  # file -> the test that runs it
 }
 HERE = {  # file -> the test of this file that runs it
     "benchmarks/adapters.py": "test_adapters",
+    "benchmarks/cells.py": "test_scale",
     "benchmarks/entry_points.py": "test_entry_points",
     "benchmarks/export_real_size.py": "test_export_real_size",
     "benchmarks/gateway_overhead.py": "test_gateway_overhead",
@@ -122,6 +124,9 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/length_policies.py": "test_length_policies",
     "benchmarks/live_view.py": "test_live_view",
     "benchmarks/method_matrix.py": "test_method_matrix",
+    "benchmarks/methods_figures.py": "test_methods_quality",
+    "benchmarks/methods_quality.py": "test_methods_quality",
+    "benchmarks/methods_tasks.py": "test_methods_quality",
     "benchmarks/offline.py": "test_offline",
     "benchmarks/page_paint.py": "test_page_paint",
     "benchmarks/peers_table.py": "test_peers_table",
@@ -142,6 +147,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/tool_calling.py": "test_tool_calling",
     "benchmarks/train_speed.py": "test_b1_train_speed",
     "benchmarks/vllm_priorities.py": "test_vllm_priorities",
+    "scripts/draw_diagrams.py": "test_draw_diagrams",
     "scripts/quickstart.sh": "test_quickstart",
     "scripts/setup.sh": "test_setup_and_test_sh",
     "scripts/setup_browser.sh": "test_setup_and_test_sh",
@@ -163,7 +169,7 @@ def run(*words, timeout: float = 600, **env) -> subprocess.CompletedProcess:
 
 def run_any(*words, timeout: float = 600, **env) -> subprocess.CompletedProcess:
     command = list(map(str, words))
-    if command[0].endswith(".py"):
+    if command[0].endswith(".py") or command[0] == "-m":
         command.insert(0, warm_python())
     changed = child_env() | {"OMP_NUM_THREADS": "1"} | env
     return subprocess.run(
@@ -275,6 +281,52 @@ def test_method_matrix(tmp_path):
     )
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert row["ok"] and row["last_loss"] < row["first_loss"]
+
+
+def quality_words(folder: Path) -> list:
+    """benchmarks/methods_quality.py with a tiny base, which is made once a folder."""
+    words = ["benchmarks/methods_quality.py", "--cells", folder / "cells.jsonl"]
+    words += ["--work", folder / "work", "--shared", folder, "--hidden", 40, "--rows", 6]
+    return [*words, "--pretrain_steps", 1, "--steps", 2, "--seeds", 1]
+
+
+def test_methods_quality(tmp_path):
+    """LoRA on the smallest task, and what a second call, other settings and a picture do."""
+    words = quality_words(tmp_path)
+    tasks = ["--tasks", "classification,tnews", "--methods", "lora"]
+    done = run(*words, *tasks)
+    assert "tnews is left out: no file " in done.stderr and "| lora | 1 |" in done.stdout
+    settings, base, row = map(json.loads, (tmp_path / "cells.jsonl").read_text().splitlines())
+    assert settings["steps"] == 2 and base["method"] == "base" and "probe" not in base
+    assert 0 < row["trainable"] < row["parameters"] and row["cpu_s"] > 0 < row["memory_gb"]
+    assert set(row["probe"]) == {"translation", "code", "answers"}
+    assert set(row["scores"]) == {"exact_match", "accuracy", "macro_f1"}
+    picture = tmp_path / "all.png"
+    again = run(*words, *tasks, "--picture", picture)  # nothing is left to run
+    assert done.stdout.endswith(again.stdout) and picture.read_bytes().startswith(b"\x89PNG")
+    other = run_any(*words, "--steps", 3, "--tables")
+    assert other.returncode == 1 and "made with other settings" in other.stderr
+    bad = run_any(*words, "--methods", "lora,adapters")
+    assert bad.returncode == 1 and "got 'adapters'" in bad.stderr
+
+
+@pytest.mark.slow
+def test_methods_quality_of_every_method(tmp_path):
+    done = run(*quality_words(tmp_path), "--tasks", "generation")
+    _, *rows = map(json.loads, (tmp_path / "cells.jsonl").read_text().splitlines())
+    assert len(rows) == 6 and done.stdout.count("| ptuning-v1 | 1 |") == 1
+    assert set(rows[0]["scores"]) == {"rougeL", "bleu4", "coverage", "diversity"}
+    shares = {row["method"]: row.get("trainable") for row in rows}
+    assert shares["ptuning-v1"] < shares["freeze"] < shares["all"]
+    answers = tmp_path / "work" / "answers" / "generation-all-0.jsonl"
+    run("-m", "finetune.marks", "--predictions", answers, "--sheet", tmp_path / "sheet.csv")
+
+
+def test_class_scores():
+    """Macro F1 is the mean over the classes of the gold; an answer of no class is wrong."""
+    pairs = [("a", "a"), ("a", "b"), ("b", "b"), ("?", "b")]
+    rows = [{"answer": f"{answer}\n", "gold": gold} for answer, gold in pairs]
+    assert score_classes(rows) == {"accuracy": 0.5, "macro_f1": pytest.approx((2 / 3 + 0.5) / 2)}
 
 
 @pytest.fixture
@@ -779,6 +831,13 @@ def test_a_small_model_of_a_small_tokenizer(tmp_path):
     assert (tmp_path / "m" / "config.json").is_file() and list(
         (tmp_path / "m").glob("*.safetensors")
     )
+
+
+def test_draw_diagrams(tmp_path):
+    run("scripts/draw_diagrams.py", "--output", tmp_path)
+    for name in ("architecture.png", "what_trains.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert (REPO_ROOT / "docs" / "img" / name).exists()
 
 
 @pytest.fixture
