@@ -51,12 +51,21 @@ ROLES_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
 """
+PANGU_TEMPLATE = """\
+{{- '<s>' -}}
+{%- for m in messages -%}
+{{- m.content -}}
+{%- if m.role == 'system' -%}{{- '\\n' -}}
+{%- elif m.role == 'user' and (not loop.last or add_generation_prompt) -%}{{- '<sep>' -}}{%- endif -%}
+{%- endfor -%}
+"""
 # By family. glm3's space is what SentencePiece writes before a text of its own.
 TEMPLATES = {
     "glm": GLM_TEMPLATE,
     "glm2": GLM2_TEMPLATE,
     "glm3": ROLES_TEMPLATE.replace("START", "[gMASK]sop").replace("SPACE", " "),
     "glm4": ROLES_TEMPLATE.replace("START", "[gMASK]<sop>").replace("SPACE", ""),
+    "pangu": PANGU_TEMPLATE,
 }
 
 
@@ -264,12 +273,25 @@ def render_glm(tokenizer: Any, messages: list[Message], prompt: bool) -> Rendere
     return Rendered(f"{text}{marks}{answer}", ids + said, [0] * len(ids) + [1] * len(said))
 
 
+def render_pangu(tokenizer: Any, messages: list[Message], prompt: bool) -> Rendered:
+    """`<s>`, the one prompt, `<sep>`, the answer, which the assistant writes."""
+    text, _, answer = last_round(messages, "pangu")
+    ids = [tokenizer.get_command("<s>"), *tokenizer.encode_text(text)]
+    text = f"<s>{text}"
+    if answer or prompt:
+        ids.append(tokenizer.get_command("<sep>"))
+        text += "<sep>"
+    said = tokenizer.encode_text(answer) if answer else []
+    return Rendered(text + answer, ids + said, [0] * len(ids) + [1] * len(said))
+
+
 # (tokenizer, messages, whether an answer is asked for) -> Rendered, by family.
 RENDERERS: dict[str, Callable[[Any, list[Message], bool], Rendered]] = {
     "glm": render_glm,
     "glm2": render_glm2,
     "glm3": render_glm3,
     "glm4": render_glm4,
+    "pangu": render_pangu,
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .byte_pairs import is_tiktoken_file
-from .families import CHATGLM_FAMILIES, FAMILIES
+from .families import FAMILIES, OWN_FAMILIES
 from .files import read_json
 from .hub import repository_of
 
@@ -36,6 +36,7 @@ _NAME_PATTERNS = [
 ]
 # transformers' causal models that the family `causal` takes: their layers have the same parts.
 CAUSAL_TYPES = ("glm", "glm4", "llama", "qwen2", "qwen3")
+PANGU_TYPES = ("pangu", "gpt_pangu")  # of the releases' config.json, and of their code
 GLM4_VOCABULARY = 151552  # rows of the embedding in every release
 
 
@@ -72,13 +73,16 @@ def _evidence(
     adapter = _read_json(path / "adapter_config.json")
 
     base = base or adapter.get("base_model_name_or_path")
+    if (other := other_architecture(path, config)) is not None:
+        yield other
+        return
     if causal := causal_sentence(config, tokenizer, base if follow else None):
         yield _sign(causal, "causal")
         return
 
     for file, values in (("config.json", config), ("tokenizer_config.json", tokenizer)):
         family = values.get("glm_family")
-        if isinstance(family, str) and family in CHATGLM_FAMILIES:
+        if isinstance(family, str) and family in OWN_FAMILIES:
             yield _sign(f'{file} says "glm_family": "{family}"', family)
 
     yield from _architecture_evidence(path, config)
@@ -92,6 +96,15 @@ def _evidence(
 
     yield from _name_evidence(path, config, tokenizer)
     yield from _value_evidence(config)
+
+
+def other_architecture(path: Path, config: dict[str, Any]) -> _Evidence | None:
+    """The sign that a folder holds a model of our classes that is no ChatGLM; None without one."""
+    if (model_type := config.get("model_type")) in PANGU_TYPES:
+        return _sign(f'config.json says "model_type": "{model_type}"', "pangu")
+    if not config and (path / "vocab.model").is_file():
+        return _sign("the folder holds vocab.model, Pangu-alpha's tokenizer", "pangu")
+    return None
 
 
 def causal_sentence(

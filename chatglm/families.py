@@ -13,7 +13,7 @@ from . import causal_prompts, prompts, raw_prompts
 
 @dataclass(frozen=True)
 class Family:
-    """One generation of ChatGLM, or other causal models: names, defaults and text/id layouts.
+    """One generation of ChatGLM, or other models: names, defaults and text/id layouts.
 
     chat_defaults: generate()'s options in a chat where the caller gives none; `max_length` counts
         the prompt
@@ -21,7 +21,8 @@ class Family:
         newline are ids)
     roles: messages have roles, and tools: a conversation is one sequence of messages
     role_tokens: control tokens of roles, which an answer's text does not show
-    shares_beginning: rows of a pass may share their first tokens (causal attention, our classes)
+    shares_beginning: rows of a pass may share their first tokens (causal attention, our classes,
+        no dropout in the published models)
     raw: prompts are texts to go on with (raw_prompts)
     encode_prompt(tokenizer, prompt, max_src_len) -> EncodedPrompt
     encode_example(tokenizer, prompt, answer, max_len, max_src_len) -> Example
@@ -145,6 +146,24 @@ FAMILIES: dict[str, Family] = {
         process_response=partial(prompts.messages_response, prompts.parse_json_call),
         role_tokens=ROLE_TOKENS,
     ),
+    "pangu": Family(
+        name="pangu",
+        title="Pangu-alpha",
+        roles=False,
+        layers_prefix="transformer.h.",
+        tokenizer_file="vocab.model",
+        end_token="<eot>",
+        stop_tokens=("<eot>",),
+        chat_defaults=CHAT_DEFAULTS | {"max_length": 1024},
+        prompt_text=raw_prompts.raw_text,
+        encode_prompt=partial(prompts.encode_prompt, prompts.pangu_layout),
+        encode_example=partial(prompts.encode_example, prompts.pangu_layout, "<eot>"),
+        encode_chat=prompts.pangu_chat,
+        chat_prompt=partial(prompts.single_prompt, "Pangu-alpha"),
+        answer_text=str.strip,
+        process_response=str.strip,
+        shares_beginning=False,
+    ),
     "causal": Family(
         name="causal",
         title="causal language model",
@@ -164,7 +183,8 @@ FAMILIES: dict[str, Family] = {
         shares_beginning=False,
     ),
 }
-CHATGLM_FAMILIES = ("glm", "glm2", "glm3", "glm4")  # those of our own model classes
+CHATGLM_FAMILIES = ("glm", "glm2", "glm3", "glm4")
+OWN_FAMILIES = (*CHATGLM_FAMILIES, "pangu")  # those of our own model classes
 
 
 def raw_family(family: Family) -> Family:

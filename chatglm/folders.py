@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .adapter_folders import refuse_foreign
-from .evidence import CAUSAL_TYPES
-from .families import CHATGLM_FAMILIES
+from .evidence import CAUSAL_TYPES, PANGU_TYPES
+from .families import OWN_FAMILIES
 from .files import read_json, read_text, shorten
 from .hub import recover_folder, resolve_folder
 from .runs import check_not_run
@@ -24,6 +24,7 @@ JSON_FILES = (
     "tokenizer.json",
 )
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+OWN_TYPES = ("chatglm", *PANGU_TYPES)  # model_type of our model classes
 PASSED_ON = (MemoryError, ImportError)  # no fault of the folder
 LONGEST_REASON = 300  # characters
 # of generation_config.json, which transformers believes until it generates
@@ -143,24 +144,24 @@ def begins_with_mark(path: Path) -> bool:
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """config.json of a ChatGLM folder.
+    """config.json of a folder of our model classes.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not a ChatGLM's.
+        ValueError: it is another model's.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is no model folder")
     values = read_json(path)
-    if (model_type := values.get("model_type", "chatglm")) != "chatglm":
+    if (model_type := values.get("model_type", "chatglm")) not in OWN_TYPES:
         raise ValueError(
-            f'{path}: wanted "model_type": "chatglm" or one of {", ".join(CAUSAL_TYPES)}; '
+            f'{path}: wanted "model_type": one of {", ".join((*OWN_TYPES, *CAUSAL_TYPES))}; '
             f"got {shorten(model_type)}{code_note(values)}"
         )
-    if (family := values.get("glm_family")) not in (None, *CHATGLM_FAMILIES):
+    if (family := values.get("glm_family")) not in (None, *OWN_FAMILIES):
         raise ValueError(
-            f'{path}: "glm_family" is one of {", ".join(CHATGLM_FAMILIES)}, got {shorten(family)}'
+            f'{path}: "glm_family" is one of {", ".join(OWN_FAMILIES)}, got {shorten(family)}'
         )
     return values
 

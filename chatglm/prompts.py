@@ -146,6 +146,12 @@ def glm4_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> Layo
     return Layout(prefix + newline, n_masked=len(prefix), reserved=reserved, truncated=cut)
 
 
+def pangu_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> Layout:
+    text = tokenizer.encode_text(prompt)
+    source = [tokenizer.get_command("<s>"), *text[:max_src_len], tokenizer.get_command("<sep>")]
+    return Layout(source, len(source), reserved=len(source) + 1, truncated=len(text) > max_src_len)
+
+
 LayoutFunction = Callable[[TextTokenizer, str, int], Layout]  # (tokenizer, prompt, max_src_len)
 
 
@@ -290,6 +296,28 @@ def glm4_chat(
             ids += glm4_message(tokenizer, message["role"], metadata, content or "")
     ids += glm4_message(tokenizer, role, "", query)
     return ids + [tokenizer.get_command("<|assistant|>")]
+
+
+def single_prompt(title: str, query: str, history: History | None = None) -> str:
+    """The text of a prompt for a model that answers one prompt; a system's text stands before it.
+
+    Args:
+        title: the family's, for errors.
+    Raises:
+        ValueError: the history has rounds.
+    """
+    rounds, query = history_rounds(history, query, title)
+    if rounds:
+        raise ValueError(f"{title} answers one prompt: it knows no history of a chat")
+    return query
+
+
+def pangu_chat(
+    tokenizer: TextTokenizer, query: str, history: History | None = None, role: str = "user"
+) -> list[int]:
+    check_user_role(role)
+    ids = tokenizer.encode_text(single_prompt("Pangu-alpha", query, history))
+    return [tokenizer.get_command("<s>"), *ids, tokenizer.get_command("<sep>")]
 
 
 # ---- answers ----

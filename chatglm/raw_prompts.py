@@ -24,8 +24,15 @@ RAW_TOKENS = {
     "glm2": RawTokens(before=("[gMASK]", "sop")),
     "glm3": RawTokens(before=("[gMASK]", "sop")),
     "glm4": RawTokens(before=("[gMASK]", "<sop>")),
+    "pangu": RawTokens(before=("<s>",)),
 }
-RAW_END = {"glm": "<eop>", "glm2": "</s>", "glm3": "</s>", "glm4": "<|endoftext|>"}
+RAW_END = {
+    "glm": "<eop>",
+    "glm2": "</s>",
+    "glm3": "</s>",
+    "glm4": "<|endoftext|>",
+    "pangu": "<eot>",
+}
 
 
 def raw_ids(

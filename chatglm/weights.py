@@ -193,7 +193,9 @@ def stored_prefix(path: Path, shapes: dict[str, list[int]] | None = None) -> Sto
 
 
 # Tensors without effect on a language model: tables, P-Tuning's own, a value head, a tied copy.
-HARMLESS = re.compile(r"inv_freq$|rotary_|prefix_encoder\.|^v_head\.|^lm_head\.weight$")
+HARMLESS = re.compile(
+    r"inv_freq$|rotary_|prefix_encoder\.|^v_head\.|^lm_head\.weight$|\.attn\.(masked_)?bias$"
+)
 
 
 def scale_in(shapes: dict[str, list[int]]) -> str | None:

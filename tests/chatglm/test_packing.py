@@ -3,6 +3,8 @@
 For every architecture and every P-Tuning.
 """
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from finetune.recompute import save_products
 from tests.chatglm.test_models import CLOSE, PREFIXES, family_of, model_of, row
-from tests.conftest import VARIANTS, tiny_model
+from tests.conftest import VARIANTS, decoder_layers, tiny_model
 
 CAUSAL = [variant for variant in VARIANTS if VARIANTS[variant][0] != "glm"]
 RECOMPUTE = {"True": {}, "selective": {"context_fn": save_products}}
@@ -43,7 +45,8 @@ def gradients(model, loss):
 
 
 def assert_near(found, wanted):
-    assert (found - wanted).norm() <= 1e-5 * wanted.norm() + 1e-5
+    # a gradient that is 0 but for rounding, as of a key's bias, has a norm of up to 1e-4
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm() + 1e-4
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -220,8 +223,7 @@ def test_gradient_checkpointing_changes_no_gradient(variant, prefix, how):
     model = tiny_model(family, **own | PREFIXES[prefix] | {"prefix_dropout": 0.0}).train()
     rows = draw_rows(model, [(12, 1), (9, 2), (7, 3)])
     keep, calls = torch.tensor([3, 4, 11, 15, 27]), []
-    blocks = model.transformer.layers if family == "glm" else model.transformer.encoder.layers
-    blocks[0].post_attention_layernorm.register_forward_pre_hook(lambda *_: calls.append(1))
+    decoder_layers(model)[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
 
     def run():
         found = []
@@ -244,7 +246,7 @@ def test_gradient_checkpointing_changes_no_gradient(variant, prefix, how):
     assert all(
         moved[name].abs().sum() > 0
         for name in named
-        if "prefix_encoder" in name or "query_key_value.weight" in name
+        if "prefix_encoder" in name or re.search(r"(query_key_value|q_proj)\.weight", name)
     )
 
 
