@@ -36,6 +36,7 @@ WITH_AUTO_MODULE = {
     "transformers.models.auto.modeling_auto": (
         "chatglm.modeling_glm",
         "chatglm.modeling_glm2",
+        "chatglm.modeling_glm_base",
         "chatglm.modeling_pangu",
     ),
     "peft.utils.constants": ("chatglm.peft_defaults",),

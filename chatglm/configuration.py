@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .evidence import PANGU_TYPES, infer_family
+from .evidence import PANGU_TYPES, infer_family, is_glm_base
+from .files import read_json
 from .folders import reading, refuse_unknown_type
 from .remote_code import guard_code
 
@@ -328,6 +329,75 @@ class PanguConfig(ChatGLMConfig):
         return self.num_heads
 
 
+@strict
+class GLMBaseConfig(ChatGLMConfig):
+    """GLM-350M and GLM-10B (arXiv 2103.10360): two learned positions, tied output layer.
+
+    `model_type` in the releases is "glm", which is another model's in transformers.
+
+    `pad_token_id` is the id of <|endoftext|>, the first of the tokens after the vocabulary.
+    """
+
+    model_type = "glm_base"
+    saved_architecture: ClassVar[str] = "GLMForConditionalGeneration"
+    attribute_map = {
+        "num_hidden_layers": "num_layers",
+        "max_position_embeddings": "max_sequence_length",
+    }
+
+    vocab_size: int = 50048
+    hidden_size: int = 4096
+    num_layers: int = 48
+    num_attention_heads: int = 64
+    max_sequence_length: int = 1024
+    embedding_dropout_prob: float = 0.1
+    attention_dropout_prob: float = 0.1
+    output_dropout_prob: float = 0.1
+    attention_scale: float | int = 1.0
+    layernorm_epsilon: float = 1e-5
+    block_position_encoding: bool = True
+    relative_encoding: bool = False
+    pad_token_id: int | None = 50000
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.check_sizes(
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_attention_heads",
+            "max_sequence_length",
+        )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of "
+                f"num_attention_heads ({self.num_attention_heads})"
+            )
+        for name, wanted in (("block_position_encoding", True), ("relative_encoding", False)):
+            if getattr(self, name) != wanted:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not supported: GLM-350M-chinese and "
+                    f"GLM-10B-chinese have {wanted}"
+                )
+        if self.pad_token_id is None or not self.pad_token_id + 9 < self.vocab_size:
+            raise ValueError(
+                "pad_token_id must be the id of <|endoftext|>, which 9 more tokens follow in "
+                f"vocab_size {self.vocab_size}, got {self.pad_token_id}"
+            )
+        self.glm_family = "glm_base"
+        self.validate_prefix()
+        self.validate_quantization()
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_attention_heads
+
+
 def unclear_family_message(ratio: float) -> str:
     """The message where nothing tells how to read `rope_ratio`."""
     return (
@@ -347,11 +417,14 @@ def config_class_of(config_dict: dict[str, Any]) -> type[ChatGLMConfig]:
     """The configuration of the architecture that a config.json's values describe."""
     if config_dict.get("model_type") in PANGU_TYPES or config_dict.get("glm_family") == "pangu":
         return PanguConfig
+    if is_glm_base(config_dict) or config_dict.get("glm_family") == "glm_base":
+        return GLMBaseConfig
     return ChatGLM1Config if is_chatglm1(config_dict) else ChatGLM2Config
 
 
 AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
 AutoConfig.register(PanguConfig.model_type, PanguConfig, exist_ok=True)
+AutoConfig.register(GLMBaseConfig.model_type, GLMBaseConfig, exist_ok=True)
 guard_code()
 
 
@@ -362,5 +435,9 @@ def read_config(path: str | Path) -> PreTrainedConfig:
         ValueError: it cannot be read, or its model_type is not known.
     """
     refuse_unknown_type(path)
+    file = Path(path, "config.json")
+    if file.is_file() and is_glm_base(values := read_json(file)):
+        with reading(path):
+            return GLMBaseConfig.from_dict(values)
     with reading(path):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)

@@ -5,7 +5,7 @@ Pure functions: text to ids with labels.
 ChatGLM3 has roles, so a conversation is one row. ChatGLM2 has rounds of text: one row too, with the
 end token as the *label* of the token after an answer, because its chats have no end token between
 rounds. ChatGLM-6B's context is bidirectional and a row has one [gMASK]: each answer is a row, after
-the rounds before it. Pangu-alpha answers one prompt.
+the rounds before it. GLM-10B and Pangu-alpha answer one prompt.
 """
 
 import json
@@ -302,6 +302,7 @@ CONVERSATIONS: dict[str, Callable[..., list[EncodedTurns]]] = {
     "glm2": _glm2,
     "glm3": _glm3,
     "glm4": _glm4,
+    "glm_base": partial(_single, "glm_base"),
     "pangu": partial(_single, "pangu"),
     "causal": _causal,
 }

@@ -146,6 +146,24 @@ FAMILIES: dict[str, Family] = {
         process_response=partial(prompts.messages_response, prompts.parse_json_call),
         role_tokens=ROLE_TOKENS,
     ),
+    "glm_base": Family(
+        name="glm_base",
+        title="GLM-10B",
+        roles=False,
+        layers_prefix="glm.transformer.layers.",
+        tokenizer_file="cog-pretrain.model",
+        end_token="<|endofpiece|>",
+        stop_tokens=("<|endofpiece|>", "<|endoftext|>"),
+        chat_defaults=CHAT_DEFAULTS | {"max_length": 1024},
+        prompt_text=raw_prompts.raw_text,
+        encode_prompt=partial(prompts.encode_prompt, prompts.glm_base_layout),
+        encode_example=partial(prompts.encode_example, prompts.glm_base_layout, "<|endofpiece|>"),
+        encode_chat=prompts.glm_base_chat,
+        chat_prompt=partial(prompts.single_prompt, "GLM-10B"),
+        answer_text=str.strip,
+        process_response=str.strip,
+        shares_beginning=False,
+    ),
     "pangu": Family(
         name="pangu",
         title="Pangu-alpha",
@@ -184,7 +202,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 CHATGLM_FAMILIES = ("glm", "glm2", "glm3", "glm4")
-OWN_FAMILIES = (*CHATGLM_FAMILIES, "pangu")  # those of our own model classes
+OWN_FAMILIES = (*CHATGLM_FAMILIES, "glm_base", "pangu")  # those of our own model classes
 
 
 def raw_family(family: Family) -> Family:

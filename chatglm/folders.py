@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter_folders import refuse_foreign
-from .evidence import CAUSAL_TYPES, PANGU_TYPES
+from .evidence import CAUSAL_TYPES, PANGU_TYPES, is_glm_base
 from .families import OWN_FAMILIES
 from .files import read_json, read_text, shorten
 from .hub import recover_folder, resolve_folder
@@ -24,7 +24,8 @@ JSON_FILES = (
     "tokenizer.json",
 )
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-OWN_TYPES = ("chatglm", *PANGU_TYPES)  # model_type of our model classes
+OWN_TYPES = ("chatglm", *PANGU_TYPES, "glm_base")  # model_type of our model classes
+OTHER_TYPES = (*OWN_TYPES[1:], *CAUSAL_TYPES)
 PASSED_ON = (MemoryError, ImportError)  # no fault of the folder
 LONGEST_REASON = 300  # characters
 # of generation_config.json, which transformers believes until it generates
@@ -154,9 +155,10 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is no model folder")
     values = read_json(path)
-    if (model_type := values.get("model_type", "chatglm")) not in OWN_TYPES:
+    model_type = values.get("model_type", "chatglm")
+    if model_type not in OWN_TYPES and not is_glm_base(values):
         raise ValueError(
-            f'{path}: wanted "model_type": one of {", ".join((*OWN_TYPES, *CAUSAL_TYPES))}; '
+            f'{path}: wanted "model_type": "chatglm" or one of {", ".join(OTHER_TYPES)}; '
             f"got {shorten(model_type)}{code_note(values)}"
         )
     if (family := values.get("glm_family")) not in (None, *OWN_FAMILIES):

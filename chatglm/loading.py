@@ -20,6 +20,7 @@ from .checksums import check_folder_files, checks_folder, is_small, is_top
 from .configuration import (
     ChatGLM1Config,
     ChatGLMConfig,
+    GLMBaseConfig,
     PanguConfig,
     read_config,
     unclear_family_message,
@@ -39,6 +40,7 @@ from .hub import recover_folder, resolve_folder
 from .modeling_base import ChatGLMCausalLM
 from .modeling_glm import ChatGLM1ForConditionalGeneration
 from .modeling_glm2 import ChatGLM2ForConditionalGeneration
+from .modeling_glm_base import GLMForConditionalGeneration
 from .modeling_pangu import PanguForCausalLM
 from .tokenization import ChatGLMTokenizer
 from .tokenization_causal import CausalTokenizer
@@ -318,7 +320,7 @@ def load_whole(
     # That the config names a prefix is not enough.
     missing = sorted(info["missing_keys"])
     if is_prefix_new:
-        missing = [name for name in missing if not name.startswith(PREFIX)]
+        missing = [name for name in missing if "prefix_encoder." not in name]
     refuse_missing(weights, missing)
     return model
 
@@ -329,6 +331,8 @@ def model_class_of(config: ChatGLMConfig) -> type[ChatGLMCausalLM]:
         return ChatGLM1ForConditionalGeneration
     if isinstance(config, PanguConfig):
         return PanguForCausalLM
+    if isinstance(config, GLMBaseConfig):
+        return GLMForConditionalGeneration
     return ChatGLM2ForConditionalGeneration
 
 

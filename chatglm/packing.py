@@ -215,9 +215,7 @@ class PackedMasks:
         return out.flatten(2)
 
 
-def consecutive_positions(
-    padding: Tensor | None, past: int, length: int, device: Device
-) -> Tensor:
+def consecutive_positions(padding: Tensor | None, past: int, length: int, device: Device) -> Tensor:
     """(B or 1, length) positions after `past` cached ones; padding (B, K) is not counted."""
     if padding is not None:
         return (padding.long().cumsum(-1) - 1).clamp(min=0)[:, past:]

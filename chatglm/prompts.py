@@ -146,6 +146,59 @@ def glm4_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> Layo
     return Layout(prefix + newline, n_masked=len(prefix), reserved=reserved, truncated=cut)
 
 
+# of GLM-10B: a few words, a sentence, a text of any length
+BLANKS = ("[MASK]", "[sMASK]", "[gMASK]")
+
+
+def blank_ids(tokenizer: TextTokenizer, text: str) -> list[int]:
+    """Ids of a text in which the names of BLANKS are blanks to be filled."""
+    ids: list[int] = []
+    for number, part in enumerate(re.split(r"(\[[sg]?MASK\])", text)):
+        if number % 2:
+            ids.append(tokenizer.get_command(part))
+        elif part:
+            ids += tokenizer.encode_text(part)
+    return ids
+
+
+def truncate_around(ids: list[int], limit: int, kept: list[int]) -> list[int]:
+    """At most `limit` of ids, the first ones, but all of those at the places `kept`.
+
+    Raises ValueError where these are more.
+    """
+    if len(ids) <= limit:
+        return ids
+    if limit < len(kept):
+        raise ValueError(f"max_src_len={limit} cannot hold the {len(kept)} blanks of a prompt")
+    places = [place for place in range(len(ids)) if place not in kept][: limit - len(kept)]
+    return [ids[place] for place in sorted([*places, *kept])]
+
+
+def glm_base_context(
+    tokenizer: TextTokenizer, text: str, limit: int | None
+) -> tuple[list[int], bool]:
+    """([CLS], a text whose blanks are to be filled, <|endoftext|>; whether it was truncated).
+
+    A text without a blank is gone on with: a [gMASK] follows it.
+
+    Args:
+        limit: most tokens of the text; None for no limit.
+    """
+    blanks = [tokenizer.get_command(name) for name in BLANKS]
+    ids = blank_ids(tokenizer, text)
+    kept = [place for place, token in enumerate(ids) if token in blanks]
+    short = ids if limit is None else truncate_around(ids, limit, kept)
+    asked = [] if kept else [tokenizer.get_command("[gMASK]")]
+    end = tokenizer.get_command("<|endoftext|>")
+    return [tokenizer.get_command("[CLS]"), *short, *asked, end], len(short) < len(ids)
+
+
+def glm_base_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> Layout:
+    context, cut = glm_base_context(tokenizer, prompt, max_src_len)
+    prefix = [*context, tokenizer.get_command("<|startofpiece|>")]
+    return Layout(prefix, len(prefix), reserved=len(prefix) + 1, truncated=cut)
+
+
 def pangu_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> Layout:
     text = tokenizer.encode_text(prompt)
     source = [tokenizer.get_command("<s>"), *text[:max_src_len], tokenizer.get_command("<sep>")]
@@ -310,6 +363,14 @@ def single_prompt(title: str, query: str, history: History | None = None) -> str
     if rounds:
         raise ValueError(f"{title} answers one prompt: it knows no history of a chat")
     return query
+
+
+def glm_base_chat(
+    tokenizer: TextTokenizer, query: str, history: History | None = None, role: str = "user"
+) -> list[int]:
+    check_user_role(role)
+    context, _ = glm_base_context(tokenizer, single_prompt("GLM-10B", query, history), None)
+    return [*context, tokenizer.get_command("<|startofpiece|>")]
 
 
 def pangu_chat(

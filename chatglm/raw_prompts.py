@@ -24,6 +24,7 @@ RAW_TOKENS = {
     "glm2": RawTokens(before=("[gMASK]", "sop")),
     "glm3": RawTokens(before=("[gMASK]", "sop")),
     "glm4": RawTokens(before=("[gMASK]", "<sop>")),
+    "glm_base": RawTokens(("[CLS]",), ("[gMASK]", "<|endoftext|>", "<|startofpiece|>")),
     "pangu": RawTokens(before=("<s>",)),
 }
 RAW_END = {
@@ -31,6 +32,7 @@ RAW_END = {
     "glm2": "</s>",
     "glm3": "</s>",
     "glm4": "<|endoftext|>",
+    "glm_base": "<|endofpiece|>",
     "pangu": "<eot>",
 }
 

@@ -10,7 +10,13 @@ import numpy as np
 from transformers import AutoTokenizer, BatchEncoding
 from transformers.utils import PaddingStrategy
 
-from .configuration import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig, PanguConfig
+from .configuration import (
+    ChatGLM1Config,
+    ChatGLM2Config,
+    ChatGLMConfig,
+    GLMBaseConfig,
+    PanguConfig,
+)
 from .families import FAMILIES
 from .folders import OWN_TYPES
 from .histories import ROLES
@@ -18,6 +24,7 @@ from .prompts import glm2_build_prompt, glm_chat_prompt
 from .remote_code import holds_chatglm
 from .tokenization_base import ChatGLMTokenizer, RoleMessages, without_surrogates
 from .tokenization_glm4 import GLM4Tokenizer
+from .tokenization_glm_base import GLMBaseTokenizer
 from .tokenization_pangu import PanguTokenizer
 
 __all__ = [
@@ -26,6 +33,7 @@ __all__ = [
     "GLM2Tokenizer",
     "GLM3Tokenizer",
     "GLM4Tokenizer",
+    "GLMBaseTokenizer",
     "GLMTokenizer",
     "PanguTokenizer",
 ]
@@ -378,10 +386,11 @@ TOKENIZERS: dict[str, type[ChatGLMTokenizer]] = {
     "glm2": GLM2Tokenizer,
     "glm3": GLM3Tokenizer,
     "glm4": GLM4Tokenizer,
+    "glm_base": GLMBaseTokenizer,
     "pangu": PanguTokenizer,
 }
 
-for _config in (ChatGLMConfig, ChatGLM1Config, ChatGLM2Config, PanguConfig):
+for _config in (ChatGLMConfig, ChatGLM1Config, ChatGLM2Config, GLMBaseConfig, PanguConfig):
     AutoTokenizer.register(_config, ChatGLMTokenizer, exist_ok=True)
 
 

@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from .families import FAMILIES
+from .prompts import single_prompt
 from .tokenization_base import ChatGLMTokenizer, without_surrogates
 from .words import jieba_tokenizer
 
@@ -111,13 +112,13 @@ class PanguTokenizer(ChatGLMTokenizer):
         """`<s> A <eot>`, or `<s> A <sep> B <eot>` for a pair."""
         end = [self._commands["<eot>"]]
         ids = [self._commands["<s>"], *token_ids_0]
-        return ids + end if token_ids_1 is None else [*ids, self._commands["<sep>"], *token_ids_1, *end]
+        if token_ids_1 is not None:
+            ids += [self._commands["<sep>"], *token_ids_1]
+        return ids + end
 
     def build_prompt(self, query: str, history: list[tuple[str, str]] | None = None) -> str:
         """Text of a prompt; raises ValueError for a history, which the model does not know."""
-        write = FAMILIES[self.family].chat_prompt
-        assert write is not None  # this family has it
-        return write(query, history)
+        return single_prompt(FAMILIES[self.family].title, query, history)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         shown = [token for token in tokens if token]

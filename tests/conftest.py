@@ -76,6 +76,7 @@ VARIANTS = {  # test id -> (family, config changes)
     "glm2": ("glm2", {}),
     "glm3": ("glm3", {"rope_ratio": 5}),
     "glm4": ("glm4", {"rope_ratio": 500, "layernorm_epsilon": 1.5625e-07}),
+    "glm_base": ("glm_base", {}),
     "pangu": ("pangu", {}),
     "glm2-multi_head-linear_biases": (
         "glm2",
@@ -84,8 +85,12 @@ VARIANTS = {  # test id -> (family, config changes)
 }
 
 
+INFILLING = ("glm", "glm_base")  # families whose context is bidirectional
 # families with learned positions -> model_type and architecture of a config.json
-LEARNED = {"pangu": ("pangu", "GPTPanguForCausalLM")}
+LEARNED = {
+    "glm_base": ("glm_base", "GLMForConditionalGeneration"),
+    "pangu": ("pangu", "GPTPanguForCausalLM"),
+}
 
 
 def decoder_layers(model):
@@ -96,8 +101,12 @@ def decoder_layers(model):
 
 
 def tiny_config(family: str, **changes):
-    from chatglm.configuration import ChatGLM1Config, ChatGLM2Config, PanguConfig
+    from chatglm.configuration import ChatGLM1Config, ChatGLM2Config, GLMBaseConfig, PanguConfig
 
+    if family == "glm_base":
+        no_dropout = {f"{part}_dropout_prob": 0.0 for part in ("embedding", "attention", "output")}
+        sizes = {"vocab_size": 60, "hidden_size": 48, "max_sequence_length": 64, "pad_token_id": 48}
+        return GLMBaseConfig(**SIZES | sizes | no_dropout | changes)
     if family == "pangu":
         no_dropout = {f"{part}_pdrop": 0.0 for part in ("resid", "embd", "attn")}
         sizes = {"num_layers": 3, "num_heads": 6, "vocab_size": 60, "hidden_size": 48}
@@ -166,6 +175,9 @@ def write_tokenizer(folder: Path, family: str) -> Path:
             "model_prefix": str(folder / "ice_text"),
         }
         config = {"num_image_tokens": 0}
+    elif family == "glm_base":
+        options |= {"model_prefix": str(folder / "cog-pretrain")}
+        config = {}
     elif family == "pangu":
         options |= PANGU_VOCABULARY | {"model_prefix": str(folder / "vocab")}
         text = [" ".join(["▂", "▃", *line.split()]) for line in text]
@@ -214,7 +226,7 @@ def make_tiny_folders(make_folder) -> dict[str, Path]:
     from chatglm.tokenization import ChatGLMTokenizer
 
     folders = {}
-    for family in ("glm", "glm2", "glm3", "glm4", "pangu"):
+    for family in ("glm", "glm2", "glm3", "glm4", "glm_base", "pangu"):
         folder = write_tokenizer(make_folder("tokenizer"), family)
         tokenizer = ChatGLMTokenizer.from_pretrained(str(folder))
         changes = {"padded_vocab_size": 400}
@@ -229,6 +241,9 @@ def make_tiny_folders(make_folder) -> dict[str, Path]:
             changes = {"vocab_size": 400} | {
                 f"{k}_token_id": tokenizer.get_command(v) for k, v in ids.items()
             }
+        if family == "glm_base":
+            changes = {"vocab_size": 400, "pad_token_id": tokenizer.pad_token_id}
+            changes["max_sequence_length"] = 1024
         if family == "pangu":
             changes = {"vocab_size": 400, "max_position_embeddings": 1024}
             ids = {"bos": "<s>", "eos": "<eot>", "pad": "<pad>"}

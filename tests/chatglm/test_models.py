@@ -11,7 +11,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from chatglm.layers import inverse_frequencies
-from tests.conftest import LEARNED, SPECIAL, VARIANTS, decoder_layers, tiny_config, tiny_model
+from tests.conftest import (
+    INFILLING,
+    LEARNED,
+    SPECIAL,
+    VARIANTS,
+    decoder_layers,
+    tiny_config,
+    tiny_model,
+)
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 PREFIXES = {
@@ -21,7 +29,7 @@ PREFIXES = {
     "v1": {"pre_seq_len": 4, "ptuning_version": "v1"},
 }
 CHATGLM_LINEAR = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-LINEAR = dict.fromkeys(("glm", "glm2", "glm3", "glm4"), CHATGLM_LINEAR)
+LINEAR = dict.fromkeys(("glm", "glm2", "glm3", "glm4", "glm_base"), CHATGLM_LINEAR)
 LINEAR["pangu"] = ["q_proj", "c_proj", "c_fc", "k_proj", "v_proj"]
 ROTARY = [name for name in VARIANTS if VARIANTS[name][0] not in LEARNED]
 MODELS = {}
@@ -43,7 +51,7 @@ def family_of(model):
 def row(family, length, seed=0, answer=None):
     """One row of `length` >= 4 ids; ChatGLM-6B's is text, [gMASK], <sop> and `answer` ids."""
     ids = torch.randint(6, 50, (length,), generator=torch.Generator().manual_seed(seed))
-    if family == "glm":
+    if family in INFILLING:
         answer = length // 3 if answer is None else answer
         ids[length - answer - 2] = SPECIAL["gmask"]
         ids[length - answer - 1] = SPECIAL["sop"]
@@ -69,7 +77,7 @@ def step_logits(model, ids, cuts, give):
     for end in cuts:
         inputs = {}
         if "positions" in give:
-            if family_of(model) == "glm":
+            if family_of(model) in INFILLING:
                 inputs["position_ids"] = model.transformer.count_positions(ids)[..., start:end]
             else:
                 inputs["position_ids"] = torch.arange(start, end)[None]
@@ -97,7 +105,7 @@ def test_cached_decoding_equals_one_forward(variant, prefix, attn):
     torch.testing.assert_close(model(ids).logits, whole, **CLOSE)  # and sdpa equals eager
     model.set_attn_implementation(attn)
     first = (
-        6 if family_of(model) == "glm" else 1
+        6 if family_of(model) in INFILLING else 1
     )  # its context is bidirectional, so it goes in whole
     for cuts, give in (
         (range(first, 15), ()),
@@ -176,7 +184,7 @@ def test_embeddings_in_place_of_ids_and_logits_to_keep(variant, prefix):
     family, body = family_of(model), model.transformer
     ids = row(family, 10)[None]
     whole = model(ids).logits
-    positions = {"position_ids": body.count_positions(ids)} if family == "glm" else {}
+    positions = {"position_ids": body.count_positions(ids)} if family in INFILLING else {}
     embeds = model.get_input_embeddings()(ids)
     torch.testing.assert_close(model(inputs_embeds=embeds, **positions).logits, whole, **CLOSE)
     torch.testing.assert_close(model(ids, logits_to_keep=3).logits, whole[:, -3:], **CLOSE)
@@ -234,7 +242,7 @@ def test_prompt_tuning_v1_is_embeddings_put_in_front(variant):
     for ids in rows:
         embeds = torch.cat([vectors, plain.get_input_embeddings()(ids)])[None]
         own = torch.arange(len(embeds[0]))[None]
-        if family == "glm":  # places move by P, block positions do not
+        if family in INFILLING:  # places move by P, block positions do not
             counted = plain.transformer.count_positions(ids[None]) + torch.tensor([4, 0])[:, None]
             own = torch.cat(
                 [torch.stack([torch.arange(4), torch.zeros(4, dtype=torch.long)])[None], counted],
@@ -247,7 +255,7 @@ def test_prompt_tuning_v1_is_embeddings_put_in_front(variant):
         for _ in range(6):
             full = torch.tensor([more])
             positions = own
-            if family == "glm":
+            if family in INFILLING:
                 positions = plain.transformer.count_positions(full) + torch.tensor([4, 0])[:, None]
                 positions = torch.cat([own[..., :4], positions], dim=-1)
             else:
@@ -303,7 +311,7 @@ def test_generation_from_embeddings_and_stop_ids(variant):
     wanted = generate(model, list(ids), 6)[0]
     positions = (
         {"position_ids": model.transformer.count_positions(ids)}
-        if family_of(model) == "glm"
+        if family_of(model) in INFILLING
         else {}
     )
     embeds = model.get_input_embeddings()(ids)
@@ -341,7 +349,7 @@ def test_hidden_states_and_attentions(variant, prefix):
     for weights in out.attentions:
         assert weights.shape == (1, 6, length, keys)
         torch.testing.assert_close(weights.sum(-1), torch.ones(1, 6, length))
-        if family != "glm":
+        if family not in INFILLING:
             assert not weights[..., keys - length :].triu(1).any()
 
 
@@ -351,7 +359,7 @@ def test_embeddings_get_set_and_resize(variant):
     family, own = VARIANTS[variant]
     model = tiny_model(family, **own)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert tied == (family in ("glm", "pangu"))
+    assert tied == (family in ("glm", *LEARNED))
     ids = row(family, 8)[None]
     before = model(ids).logits
     model.resize_token_embeddings(66, mean_resizing=False)
@@ -418,7 +426,7 @@ def test_half_precision_runs_and_keeps_fp32_angles(variant):
     ids = row(family, 12)[None]
     wanted = exact(ids).logits
     place = torch.arange(290, 700)
-    positions = torch.stack([place, place - 290])[None] if family == "glm" else place[None]
+    positions = torch.stack([place, place - 290])[None] if family in INFILLING else place[None]
     for dtype in (torch.bfloat16, torch.float16):
         half = tiny_model(family, **own).to(dtype)
         logits = half(ids).logits
@@ -427,8 +435,8 @@ def test_half_precision_runs_and_keeps_fp32_angles(variant):
             0.05 if dtype == torch.bfloat16 else 0.02
         )
         seen = []
-        blocks = half.transformer.layers if family == "glm" else half.transformer.encoder.layers
-        attention = blocks[-1].attention if family == "glm" else blocks[-1].self_attention
+        blocks = half.transformer.layers if family in INFILLING else half.transformer.encoder.layers
+        attention = blocks[-1].attention if family in INFILLING else blocks[-1].self_attention
         hook = attention.register_forward_pre_hook(
             lambda module, args, seen=seen: seen.append(args[2])
         )
@@ -436,7 +444,7 @@ def test_half_precision_runs_and_keeps_fp32_angles(variant):
         half(inputs_embeds=embeds, position_ids=positions)
         hook.remove()
         assert seen[0].dtype == torch.complex64
-        if family == "glm":
+        if family in INFILLING:
             inv_freq = (
                 inverse_frequencies(4, "cpu").half().double()
             )  # as the released weights were trained
@@ -489,7 +497,7 @@ def test_saving_and_loading_through_the_auto_classes(variant, prefix, tmp_path):
     ids = row(family_of(model), 9)[None]
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    wanted = ("chatglm", "ChatGLMModel") if family_of(model) not in LEARNED else LEARNED[family_of(model)]
+    wanted = LEARNED.get(family_of(model), ("chatglm", "ChatGLMModel"))
     assert (config["model_type"], *config["architectures"]) == wanted
     assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -515,7 +523,7 @@ def test_sharded_bin_with_old_rotary_tables(variant, tmp_path):
     model.config.save_pretrained(tmp_path)
     state = dict(model.state_dict())
     wrong = torch.full((4,), 7.0)  # must not be used, whatever it holds
-    if family_of(model) == "glm":
+    if family_of(model) in INFILLING:
         state |= {f"transformer.layers.{i}.attention.rotary_emb.inv_freq": wrong for i in range(3)}
     else:
         state["transformer.rotary_pos_emb.inv_freq"] = wrong

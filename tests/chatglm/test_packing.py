@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from finetune.recompute import save_products
 from tests.chatglm.test_models import CLOSE, PREFIXES, family_of, model_of, row
-from tests.conftest import VARIANTS, decoder_layers, tiny_model
+from tests.conftest import INFILLING, VARIANTS, decoder_layers, tiny_model
 
-CAUSAL = [variant for variant in VARIANTS if VARIANTS[variant][0] != "glm"]
+CAUSAL = [variant for variant in VARIANTS if VARIANTS[variant][0] not in INFILLING]
 RECOMPUTE = {"True": {}, "selective": {"context_fn": save_products}}
 # each sequence: its length, and the seed of its tokens
 SEQUENCES = st.lists(st.tuples(st.integers(4, 14), st.integers(0, 99)), min_size=1, max_size=4)
@@ -167,7 +167,7 @@ def test_backends_agree(variant, prefix):
     model = model_of(variant, prefix)
     rows = draw_rows(model, [(9, 1), (4, 2), (11, 3)])
     keep = torch.tensor([2, 3, 8, 14, 23])
-    for trunk in [None] if family_of(model) == "glm" else [None, 9]:
+    for trunk in [None] if family_of(model) in INFILLING else [None, 9]:
         results = []
         for attn in ("sdpa", "eager"):
             model.set_attn_implementation(attn)
@@ -227,7 +227,7 @@ def test_gradient_checkpointing_changes_no_gradient(variant, prefix, how):
 
     def run():
         found = []
-        for trunk in [None] if family == "glm" else [None, 12]:
+        for trunk in [None] if family in INFILLING else [None, 12]:
             out = hidden(model, **pack(model, rows, trunk), keep=keep)
             found += [out, *gradients(model, out.square().sum())]
         return found
@@ -273,7 +273,7 @@ def test_what_is_refused(variant, prefix):
     ):
         with pytest.raises(ValueError, match=said):
             hidden(model, **inputs)
-    if family_of(model) == "glm":
+    if family_of(model) in INFILLING:
         with pytest.raises(ValueError, match="cannot share a beginning"):
             pack(model, rows, 9)
     else:  # ChatGLM-6B finds its own
@@ -289,7 +289,9 @@ def test_what_is_refused(variant, prefix):
             )
     # one sequence a row, in several rows, is what it always was
     same = [
-        torch.stack([ids, ids.flip(0)]) if family_of(model) != "glm" else torch.stack([ids, ids])
+        torch.stack([ids, ids.flip(0)])
+        if family_of(model) not in INFILLING
+        else torch.stack([ids, ids])
         for ids in rows
     ]
     for ids in same:
