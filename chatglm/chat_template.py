@@ -63,7 +63,8 @@ PANGU_TEMPLATE = """\
 {%- for m in messages -%}
 {{- m.content -}}
 {%- if m.role == 'system' -%}{{- '\\n' -}}
-{%- elif m.role == 'user' and (not loop.last or add_generation_prompt) -%}{{- '<sep>' -}}{%- endif -%}
+{%- elif m.role == 'user' and (not loop.last or add_generation_prompt) -%}{{- '<sep>' -}}
+{%- endif -%}
 {%- endfor -%}
 """
 GLM_BASE_TEMPLATE = """\
@@ -292,7 +293,7 @@ def render_glm(tokenizer: Any, messages: list[Message], prompt: bool) -> Rendere
 
 
 def render_glm_base(tokenizer: Any, messages: list[Message], prompt: bool) -> Rendered:
-    """`[CLS]`, the one prompt with its blanks, `<|endoftext|> <|startofpiece|>`, what fills them."""
+    """`[CLS]`, the one prompt with its blanks, `<|endoftext|> <|startofpiece|>`, the answer."""
     text, _, answer = last_round(messages, "glm_base")
     start, marks = [tokenizer.get_command("[CLS]")], ""
     if answer or prompt:

@@ -23,6 +23,8 @@ class Family:
     role_tokens: control tokens of roles, which an answer's text does not show
     shares_beginning: rows of a pass may share their first tokens (causal attention, our classes,
         no dropout in the published models)
+    infills: an answer fills a blank of a context that every token of it sees, before and after
+    single: a prompt is answered by itself, without earlier turns
     raw: prompts are texts to go on with (raw_prompts)
     encode_prompt(tokenizer, prompt, max_src_len) -> EncodedPrompt
     encode_example(tokenizer, prompt, answer, max_len, max_src_len) -> Example
@@ -55,6 +57,8 @@ class Family:
     process_response: Callable[..., Any]
     role_tokens: tuple[str, ...] = ()
     shares_beginning: bool = True
+    infills: bool = False
+    single: bool = False
     raw: bool = False
 
 
@@ -92,6 +96,7 @@ FAMILIES: dict[str, Family] = {
         answer_text=prompts.glm_response,
         process_response=prompts.glm_response,
         shares_beginning=False,
+        infills=True,
     ),
     "glm2": Family(
         name="glm2",
@@ -157,12 +162,14 @@ FAMILIES: dict[str, Family] = {
         chat_defaults=CHAT_DEFAULTS | {"max_length": 1024},
         prompt_text=raw_prompts.raw_text,
         encode_prompt=partial(prompts.encode_prompt, prompts.glm_base_layout),
-        encode_example=partial(prompts.encode_example, prompts.glm_base_layout, "<|endofpiece|>"),
+        encode_example=prompts.glm_base_example,
         encode_chat=prompts.glm_base_chat,
         chat_prompt=partial(prompts.single_prompt, "GLM-10B"),
         answer_text=str.strip,
         process_response=str.strip,
         shares_beginning=False,
+        infills=True,
+        single=True,
     ),
     "pangu": Family(
         name="pangu",
@@ -181,6 +188,7 @@ FAMILIES: dict[str, Family] = {
         answer_text=str.strip,
         process_response=str.strip,
         shares_beginning=False,
+        single=True,
     ),
     "causal": Family(
         name="causal",

@@ -168,6 +168,26 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return values
 
 
+def position_limit(folder: Path) -> int | None:
+    """The most tokens of a sequence, of a model with learned positions; None for any other.
+
+    Raises:
+        ValueError: its config.json holds another value than a number there.
+    """
+    path = folder / "config.json"
+    values = read_json(path) if path.is_file() else {}
+    if values.get("model_type") in PANGU_TYPES:
+        name = "max_position_embeddings"
+    elif is_glm_base(values):
+        name = "max_sequence_length"
+    else:
+        return None
+    limit = values.get(name, 1024)
+    if type(limit) is not int or limit < 1:
+        raise ValueError(f"{path}: {name} must be a whole number above 0, got {shorten(limit)}")
+    return limit
+
+
 def refuse_unknown_type(folder: str | Path) -> None:
     """Raises ValueError where only a folder's own code could read its model: it is never run."""
     from transformers import CONFIG_MAPPING

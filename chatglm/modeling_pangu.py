@@ -8,7 +8,6 @@ Names of weights are those of sunzeyeah/RLHF's releases.
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin

@@ -150,10 +150,29 @@ def glm4_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> Layo
 BLANKS = ("[MASK]", "[sMASK]", "[gMASK]")
 
 
+_BLANK = re.compile(r"(\[[sg]?MASK\])")
+
+
+def pieces_of(prompt: str, answer: str) -> list[str]:
+    """What fills each blank of a prompt: the answer, or a line of it for each of several blanks.
+
+    Raises ValueError where several blanks have another number of lines.
+    """
+    blanks = len(_BLANK.findall(prompt))
+    if blanks < 2:
+        return [answer]
+    lines = answer.split("\n")
+    if len(lines) != blanks:
+        raise ValueError(
+            f"a prompt of {blanks} blanks needs an answer of as many lines, got {len(lines)}"
+        )
+    return lines
+
+
 def blank_ids(tokenizer: TextTokenizer, text: str) -> list[int]:
     """Ids of a text in which the names of BLANKS are blanks to be filled."""
     ids: list[int] = []
-    for number, part in enumerate(re.split(r"(\[[sg]?MASK\])", text)):
+    for number, part in enumerate(_BLANK.split(text)):
         if number % 2:
             ids.append(tokenizer.get_command(part))
         elif part:
@@ -243,6 +262,29 @@ def encode_example(
     target = tokenizer.encode_text(answer)
     input_ids = parts.prefix + target[:room] + [tokenizer.get_command(end_token)]
     return Example(input_ids, parts.n_masked, parts.truncated or len(target) > room)
+
+
+def glm_base_example(
+    tokenizer: TextTokenizer, prompt: str, answer: str, max_len: int, max_src_len: int
+) -> Example:
+    """As encode_example; a piece for each of several blanks, of which all but the first begin with
+    a label <|startofpiece|>.
+
+    Raises ValueError as encode_example and pieces_of.
+    """
+    end = "<|endofpiece|>"
+    pieces = pieces_of(prompt, answer)
+    made = encode_example(glm_base_layout, end, tokenizer, prompt, pieces[0], max_len, max_src_len)
+    ids, truncated = made.input_ids, made.truncated
+    for piece in pieces[1:]:
+        target = tokenizer.encode_text(piece)
+        room = max_len - len(ids) - 2
+        if room < 1:
+            return Example(ids, made.n_masked, True)
+        start, stop = tokenizer.get_command("<|startofpiece|>"), tokenizer.get_command(end)
+        ids = [*ids, start, *target[:room], stop]
+        truncated = truncated or len(target) > room
+    return Example(ids, made.n_masked, truncated)
 
 
 # ---- chats ----
@@ -369,7 +411,13 @@ def glm_base_chat(
     tokenizer: TextTokenizer, query: str, history: History | None = None, role: str = "user"
 ) -> list[int]:
     check_user_role(role)
-    context, _ = glm_base_context(tokenizer, single_prompt("GLM-10B", query, history), None)
+    text = single_prompt("GLM-10B", query, history)
+    if (blanks := len(_BLANK.findall(text))) > 1:
+        raise ValueError(
+            f"GLM-10B fills one blank of a request, got {blanks}: "
+            "python -m finetune.predict fills several"
+        )
+    context, _ = glm_base_context(tokenizer, text, None)
     return [*context, tokenizer.get_command("<|startofpiece|>")]
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .families import FAMILIES
-from .prompts import glm_base_context, single_prompt
+from .prompts import BLANKS, single_prompt, split_at
 from .tokenization_base import ChatGLMTokenizer
 
 
@@ -72,6 +72,20 @@ class GLMBaseTokenizer(ChatGLMTokenizer):
         """Text of a prompt; raises ValueError for a history, which the model does not know."""
         return single_prompt(FAMILIES[self.family].title, query, history)
 
-    def blank_context(self, text: str) -> list[int]:
-        """Ids of a text with its blanks, up to where the first piece begins."""
-        return glm_base_context(self, text, None)[0]
+    def count_pieces(self, prompt: list[int]) -> int:
+        blanks = [self._commands[name] for name in BLANKS]
+        return max(1, sum([token in blanks for token in prompt]))
+
+    def join_pieces(self, pieces: list[list[int]]) -> list[int]:
+        between = [self._commands["<|endofpiece|>"], self._commands["<|startofpiece|>"]]
+        joined = list(pieces[0])
+        for piece in pieces[1:]:
+            joined += [*between, *piece]
+        return joined
+
+    def split_pieces(self, ids: list[int]) -> list[list[int]]:
+        parts = split_at(ids, self._commands["<|endofpiece|>"])
+        sop = self._commands["<|startofpiece|>"]
+        return [
+            part[1:] if number and part[:1] == [sop] else part for number, part in enumerate(parts)
+        ]

@@ -5,12 +5,10 @@ of references; each metric defines what several references mean. Words are jieba
 space, for Chinese and English alike.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
