@@ -136,9 +136,11 @@ def input_is_kept(layer: Layer, linear: str) -> bool:
     """Whether attention keeps a linear's input already.
 
     Flash attention keeps its output, which the dense layer reads; in ragged rows the layer reads a
-    copy, for the sequences are joined.
+    copy, for the sequences are joined. Where queries, keys and values are made apart, of one input,
+    it counts with the queries.
     """
-    return layer.code == "sdpa" and linear == short_name(layer.shape.names.dense)
+    names = layer.shape.names
+    return linear in names.qkv[1:] or (layer.code == "sdpa" and linear == names.dense)
 
 
 def inputs_kept(layer: Layer) -> int:
@@ -148,7 +150,7 @@ def inputs_kept(layer: Layer) -> int:
     return sum(
         layer.element * linear.inputs
         for name, linear in layer.shape.linears.items()
-        if not input_is_kept(layer, short_name(name))
+        if not input_is_kept(layer, name)
     )
 
 
@@ -157,8 +159,8 @@ def lora_kept(layer: Layer) -> int:
     dropped input and its mask, and the product with A."""
     kept = 0
     for name, linear in layer.shape.linears.items():
-        if (short := short_name(name)) in layer.lora:
-            kept += lora_input_kept(layer, short, linear.inputs)
+        if short_name(name) in layer.lora:
+            kept += lora_input_kept(layer, name, linear.inputs)
             kept += layer.lora_element * layer.lora_rank
     return kept
 

@@ -4,7 +4,8 @@ python -m serving.run_requests requests.json --model DIR --predictor DIR --polic
 
 The list is JSON, or JSON lines, of {"instruction", "input", "SLO", "arrival", "length"}; all but
 the instruction may be absent. SLO, as in UELLM's lists: seconds from a request's arrival to its
-whole answer. The real continuous engine answers; static policies run their batches on it.
+whole answer. The real continuous engine answers; static policies run their batches on it, or on the
+static engine.
 """
 
 import argparse
@@ -26,10 +27,11 @@ from finetune.files import write_json
 from finetune.out_of_memory import explained, memory_there
 from finetune.placing import PlacementFlags, add_placing_flags
 from predictor.pictures import new_figure
-from serving.engines import Sampling
+from serving.engines import IN_PROCESS, Sampling
 from serving.engines.runner import AnswerBackend
 from serving.policies.continuous import OBJECTIVE_HELP, POLICIES, with_objective
 from serving.policies.gittins import OBJECTIVES
+from serving.policies.static import BATCH_POLICIES
 from serving.replicas.backends import open_in_process, open_placed
 from serving.replicas.pool import ReplicaPool
 from serving.replicas.served_model import (
@@ -74,6 +76,7 @@ class ListRunFlags(PlacementFlags):
     model: str
     predictor: str | None
     rereader: str | None
+    engine: str
     policies: str
     objective: str | None
     rate: float | None
@@ -124,6 +127,8 @@ def run_parser() -> argparse.ArgumentParser:
         default="slo_odbs,fifo,fcfs,deadline",
         help=f"of {', '.join(RUNNABLE)}; comma between them [slo_odbs,fifo,fcfs,deadline]",
     )
+    engine = "what runs the model; static: transformers' generate, for static policies [continuous]"
+    add("--engine", choices=IN_PROCESS, default="continuous", help=engine)
     add("--objective", choices=tuple(OBJECTIVES), help=OBJECTIVE_HELP)
     arrivals = parser.add_mutually_exclusive_group()
     arrivals.add_argument(
@@ -186,6 +191,8 @@ def checked_limits(flags: ListRunFlags, names: Sequence[str], rows: Sequence[Lis
         new_figure()  # says where matplotlib is not installed
         if flags.picture.suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"--picture {flags.picture}: wanted .png, .svg or .pdf")
+    if flags.engine == "static":
+        check_static(flags, names)
     predicting = [name for name in names if POLICIES[name].predicts]
     if predicting and not flags.predictor:
         names_read = ", ".join(predicting)
@@ -249,7 +256,9 @@ def memory_advice(flags: ListRunFlags) -> str:
     )
 
 
-def warm_up(open_backend: OpenBackend, requests: Sequence[PreparedRequest]) -> None:
+def warm_up(
+    open_backend: OpenBackend, requests: Sequence[PreparedRequest], policy: str = "fcfs"
+) -> None:
     """A few tokens of a few requests, so that the first policy does not pay for first calls."""
     first = []
     for request in requests[:4]:
@@ -257,7 +266,7 @@ def warm_up(open_backend: OpenBackend, requests: Sequence[PreparedRequest]) -> N
         first.append(
             PreparedRequest(request.number, request.prompt, request.prompt_ids, 0.0, 60.0, sampling)
         )
-    with open_backend("fcfs") as backend:
+    with open_backend(policy) as backend:
         run_list(backend, first, None, False)
 
 
@@ -319,6 +328,17 @@ def slo_source_of(flags: ListRunFlags, rows: Sequence[ListedRow]) -> str:
     return words if flags.slo_factor == 1 else f"{words}, times {flags.slo_factor:g}"
 
 
+def check_static(flags: ListRunFlags, names: Sequence[str]) -> None:
+    """Raises ValueError where the static engine cannot run what the flags ask for."""
+    if flags.is_placed:
+        raise ValueError("--engine static is for one process, without flags that place the model")
+    for name in names:
+        if name not in BATCH_POLICIES:
+            raise ValueError(
+                f"--engine static wants --policies of {', '.join(BATCH_POLICIES)}; got {name}"
+            )
+
+
 def run_requests(flags: ListRunFlags) -> None:
     """Everything after the flags. Raises ValueError, OSError, MemoryError in one line."""
     names = with_objective(policy_names(flags.policies), flags.objective)
@@ -333,7 +353,7 @@ def run_requests(flags: ListRunFlags) -> None:
     )
     requests = prepare_requests(flags, rows, tokenizer)
     predictor = load_predictor(flags.predictor, tokenizer)
-    check_rereader(flags.rereader, "continuous", tokenizer)
+    check_rereader(flags.rereader, flags.engine, tokenizer)
     with explained(lambda: memory_advice(flags)):
         runs = placed_runs(flags, limits, names, requests, predictor)
     report(flags, runs, slo_source_of(flags, rows))
@@ -370,7 +390,7 @@ def runs_in_process(
     predictor: "LengthPredictor | None",
 ) -> list[PolicyRun]:
     """The runs of one engine in this process. Raises what ended the engine."""
-    served = ServedModel.of(flags, rereader=flags.rereader)
+    served = ServedModel.of(flags, rereader=flags.rereader, engine=flags.engine)
     engine = open_in_process(served, limits).backend.engine
     failures: list[BaseException] = []
 
@@ -378,7 +398,7 @@ def runs_in_process(
         return running_engine(engine, POLICIES[name], failures.append)
 
     try:
-        warm_up(open_backend, requests)
+        warm_up(open_backend, requests, "fifo" if flags.engine == "static" else "fcfs")
         return run_policies(names, requests, open_backend, predictor)
     except RuntimeError:
         if failures:  # of the engine's thread

@@ -148,13 +148,14 @@ def test_several_blanks_are_learnt_and_filled(older_flags, train, tmp_path, caps
         {"prompt": f"[MASK]漏油，[MASK]异响。{i % 3}", "response": "水泵\n轮胎"} for i in range(8)
     ]
     file = write_rows(tmp_path / "rows.json", rows)
-    words = ["--train_path", file, "--num_train_epochs", 20, "--lora_dim", 16]
-    folder = train(older_flags(tmp_path / "out", "glm_base", "lora", *words))
+    words = ["--train_path", file, "--num_train_epochs", 15]
+    folder = train(older_flags(tmp_path / "out", "glm_base", "all", *words))
     model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
     asked = ["[MASK]漏油，[MASK]异响。1", "[MASK]漏油。"]
     answers = generate_answers(model, tokenizer, asked, max_new_tokens=12)
     assert answers[0] == "水泵\n轮胎" and "\n" not in answers[1]
     flags = ["--model_path", folder, "--device", "cpu", "--max_new_tokens", 12]
+    capsys.readouterr()
     assert predict([*map(str, flags), "--prompt", asked[0]]) == 0
     assert capsys.readouterr().out == "水泵\n轮胎\n"
     with pytest.raises(ValueError, match="fills one blank of a request, got 2"):
@@ -189,27 +190,27 @@ def test_documents_are_learnt_as_blanks(older):
     tokenizer = load_tokenizer(older["glm_base"])
     command = tokenizer.get_command
     encoder = DocumentEncoder(
-        tokenizer, FAMILIES["glm_base"], 40, 40, objective="infilling", gmask_share=0.5
+        tokenizer, FAMILIES["glm_base"], 40, 40, objective="infilling", gmask_share=0.3
     )
-    text = "水泵漏油。发动机抖动，轮胎异响。" * 6
+    text = "水泵漏油。发动机抖动，轮胎异响。" * 12
     rows = encoder.encode(parse_row({"text": text}, "f:1"))
     names = ("[CLS]", "[MASK]", "[gMASK]", "<|endoftext|>", "<|startofpiece|>", "<|endofpiece|>")
     control = list(map(command, names))
     learnt: list[int] = []
     for row in rows:
-        seen, answer = row.ids[: row.n_masked], row.ids[row.n_masked :]
-        assert len(row.ids) <= 40 and seen[0] == command("[CLS]")
+        seen, answer = row.input_ids[: row.n_masked], row.input_ids[row.n_masked :]
+        assert len(row.input_ids) <= 40 and seen[0] == command("[CLS]")
         assert seen[-2:] == [command("<|endoftext|>"), command("<|startofpiece|>")]
         masks = [place for place, i in enumerate(seen) if i in control[1:3]]
         assert len(masks) == 1
         whole = seen[1 : masks[0]] + answer + seen[masks[0] + 1 : -2]
         learnt += [i for i in whole if i not in control]
     assert learnt == tokenizer.encode_text(text)
-    assert {i for row in rows for i in row.ids} & set(control[1:3]) == set(control[1:3])
+    assert {i for row in rows for i in row.input_ids} & set(control[1:3]) == set(control[1:3])
     labelled = encoder.encode(parse_row({"prompt": "水泵", "response": "漏油"}, "f:1"))[0]
     start = [command("[CLS]"), *tokenizer.encode_text("水泵"), command("[MASK]")]
     start += [command("<|endoftext|>"), command("<|startofpiece|>")]
-    assert labelled.ids[: labelled.n_masked] == start
+    assert labelled.input_ids[: labelled.n_masked] == start
 
 
 # ---- memory
@@ -234,9 +235,9 @@ def test_published_sizes(name, total, lora, capsys):
     assert sum(shape.lora(8, ("query_key_value",)).values()) == lora
     if name == "pangu-2.6b":  # the published LoRA tables count every linear and the output layer
         assert sum(shape.lora(100, ("all",)).values()) == 100 * 1_517_120
-        words = ["--model", name, "--train_type", "lora", "--max_len", "512", "--card", "v100-16"]
+        words = ["--model", name, "--train_type", "lora", "--max_len", "512", "--gpu", "V100-32G"]
         assert estimate([*words, "--per_device_train_batch_size", "2"]) == 0
-        assert "GiB" in capsys.readouterr().out
+        assert "3,932,160 parameters" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("family", OLDER)
@@ -275,16 +276,28 @@ def test_served_answers_are_predictions(older, adapters, tmp_path, capsys, famil
         body["messages"] = [*body["messages"], {"role": "user", "content": "b"}]
         said = post(server, body)["error"]["message"]
         assert "answers one prompt: it knows no history of a chat" in said
-    with pytest.raises(ValueError, match="the continuous engine runs .* --engine static"):
-        with running(folder, endless=False):
-            pass
+    refused = pytest.raises(ValueError, match="the continuous engine runs .* --engine static")
+    with refused, running(folder, endless=False):
+        pass
     file = tmp_path / "requests.json"
     rows = [{"instruction": asked, "input": "", "output": 6, "SLO": 90}] * 3
     file.write_text(json.dumps(rows, ensure_ascii=False))
     words = [file, "--model", older[family], "--device", "cpu", "--max_batch", 2]
-    words += ["--policies", "fifo", "--replay_lengths", "--kv_tokens", 2048, "--max_tokens", 512]
+    words += [
+        "--policies",
+        "fifo",
+        "--engine",
+        "static",
+        "--replay_lengths",
+        "--kv_tokens",
+        2048,
+        "--max_tokens",
+        512,
+    ]
     assert run_requests(list(map(str, words))) == 0
     assert "fifo" in capsys.readouterr().out
+    assert run_requests([*map(str, words), "--policies", "fcfs"]) == 1
+    assert "--engine static wants --policies of" in capsys.readouterr().err
 
 
 def post(server, body):
