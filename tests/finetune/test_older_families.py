@@ -305,3 +305,41 @@ def post(server, body):
     import httpx
 
     return httpx.post(f"{server.root}/v1/chat/completions", json=body, timeout=60).json()
+
+
+# ---- what these families cannot do
+
+
+@pytest.mark.parametrize("family", OLDER)
+def test_what_is_for_chatglm_alone_is_refused_in_one_line(older, tmp_path, capsys, family):
+    from chatglm.convert_adapter import convert_adapter
+    from chatglm.export.command import main as export
+    from chatglm.files import read_json
+    from chatglm.multi_gpu import auto_configure_device_map
+    from chatglm.vllm_plugin.servable import refuse_unservable
+
+    folder, title = older[family], FAMILIES[family].title
+    for target in ("glm", "gguf"):
+        words = [folder, "--to", target, "--output", tmp_path / target]
+        assert export(list(map(str, words))) == 1
+        said = capsys.readouterr().err.strip()
+        assert f"{title} cannot be" in said and "\n" not in said
+        assert not (tmp_path / target).exists()
+    torch.save({"a.lora_A": torch.ones(1)}, tmp_path / "chatglm-lora.pt")
+    with pytest.raises(ValueError, match=f"converted for ChatGLM, this is {title}"):
+        convert_adapter(tmp_path / "chatglm-lora.pt", folder, tmp_path / "out", lora_alpha=8)
+    with pytest.raises(ValueError, match="vLLM has no class; .* --engine static"):
+        refuse_unservable(read_json(folder / "config.json"), str(folder))
+    with pytest.raises(ValueError, match=f"got {family}"):
+        auto_configure_device_map(2, family=family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["pretrain", "dpo", "reward"])
+@pytest.mark.parametrize("family", OLDER)
+def test_other_tasks_train(older, tmp_path, task, family):
+    from tests.finetune.tasks import CASES, learns, run, task_flags
+
+    words = task_flags(task, CASES[task], older[family], tmp_path, "--num_train_epochs", 3)
+    run(words)
+    assert learns(tmp_path / "out", CASES[task])
