@@ -117,7 +117,7 @@ def is_glm_base(config: dict[str, Any]) -> bool:
     return kind == "glm_base" or (kind == "glm" and "block_position_encoding" in config)
 
 
-def is_causal(config: dict[str, Any]) -> bool:
+def is_causal_config(config: dict[str, Any]) -> bool:
     """Whether a config.json is of a model that the family `causal` takes."""
     return config.get("model_type") in CAUSAL_TYPES and not is_glm_base(config)
 
@@ -131,14 +131,14 @@ def causal_sentence(
         config, tokenizer: config.json and tokenizer_config.json.
         base: the folder of an adapter's base model.
     """
-    if is_causal(config):
+    if is_causal_config(config):
         model_type = config["model_type"]
         return f'config.json says "model_type": "{model_type}"'
     if not config and tokenizer.get("glm_family") == "causal":
         return 'tokenizer_config.json says "glm_family": "causal"'
     if not config and isinstance(base, (str, Path)) and base:
         found = _read_json(Path(base, "config.json"))
-        if is_causal(found):
+        if is_causal_config(found):
             model_type = found["model_type"]
             return f'the config.json of its base model says "model_type": "{model_type}"'
     return None

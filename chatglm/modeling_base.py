@@ -5,7 +5,7 @@ Virtual tokens, masks, the language-model head, chat.
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -434,7 +434,7 @@ class ChatGLMBody(ChatGLMPreTrainedModel):
 
     def run_layers(
         self,
-        layers: Sequence[Callable[..., Tensor]] | nn.ModuleList,
+        layers: Iterable[Any],
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
@@ -456,8 +456,9 @@ class ChatGLMBody(ChatGLMPreTrainedModel):
         hidden_states, position_ids, mask, prefixes, keep, text = inputs
         prefix = self.virtual_tokens(prefixes) if self.config.prefix_version == "v2" else None
         hidden_states, turns = self.with_positions(hidden_states, position_ids)
-        depth = min(len(layers), self.config.num_layers)  # generate() may exit early by it
-        for i, block in zip(range(depth), layers):
+        blocks = list(layers)
+        depth = min(len(blocks), self.config.num_layers)  # generate() may exit early by it
+        for i, block in enumerate(blocks[:depth]):
             layer_prefix = prefix[2 * i : 2 * i + 2] if prefix is not None else None
             if keep is not None and i == depth - 1 and isinstance(mask, PackedMasks):
                 mask, kwargs = mask.of_last_layer(keep), kwargs | {"keep": keep}
@@ -588,7 +589,7 @@ class PositionsEnd(StoppingCriteria):
     def __init__(self, most: int):
         self.most = most
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
         done = input_ids.shape[1] >= self.most
         return torch.full((len(input_ids),), done, device=input_ids.device)
 

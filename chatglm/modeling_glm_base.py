@@ -173,7 +173,8 @@ class GLMBaseModel(InfillingBody, GLMBasePreTrainedModel):
         marks = self.marks
         is_sop = (input_ids == marks.sop) & real.bool()
         is_first = is_sop & (is_sop.long().cumsum(-1) == 1)
-        is_sop = is_first | (is_sop & F.pad(input_ids[:, :-1] == marks.eop, (1, 0)))
+        ends = torch.eq(input_ids[:, :-1], -1 if marks.eop is None else marks.eop)
+        is_sop = is_first | (is_sop & F.pad(ends, (1, 0)))
         piece = is_sop.long().cumsum(-1)  # 0 in the context, then the number of the piece
         is_mask = torch.isin(input_ids, torch.tensor(marks.masks, device=input_ids.device))
         is_mask &= (piece == 0) & real.bool()

@@ -14,7 +14,7 @@ from chatglm.hub import resolve_folder
 
 # The published config.json's, as far as sizes go (chatglm/configuration.py has them as defaults,
 # but needs transformers).
-_GLM = {
+_GLM: dict[str, Any] = {
     "num_layers": 28,
     "vocab_size": 150528,
     "hidden_size": 4096,
@@ -22,7 +22,7 @@ _GLM = {
     "num_attention_heads": 32,
     "position_encoding_2d": True,
 }
-_GLM2 = {
+_GLM2: dict[str, Any] = {
     "num_layers": 28,
     "padded_vocab_size": 65024,
     "hidden_size": 4096,
@@ -35,8 +35,8 @@ _GLM2 = {
     "add_bias_linear": False,
     "tie_word_embeddings": False,
 }
-_GLM4 = _GLM2 | {"num_layers": 40, "padded_vocab_size": 151552}
-_GLM_BASE = {
+_GLM4: dict[str, Any] = _GLM2 | {"num_layers": 40, "padded_vocab_size": 151552}
+_GLM_BASE: dict[str, Any] = {
     "model_type": "glm_base",
     "num_layers": 48,
     "vocab_size": 50048,
@@ -45,7 +45,7 @@ _GLM_BASE = {
     "max_sequence_length": 1024,
     "output_dropout_prob": 0.1,
 }
-_PANGU = {
+_PANGU: dict[str, Any] = {
     "model_type": "pangu",
     "num_layers": 32,
     "vocab_size": 40000,
@@ -54,7 +54,7 @@ _PANGU = {
     "max_position_embeddings": 1024,
     "resid_pdrop": 0.1,
 }
-PUBLISHED = {
+PUBLISHED: dict[str, dict[str, Any]] = {
     "chatglm-6b": _GLM,
     "chatglm2-6b": _GLM2,
     "chatglm3-6b": _GLM2,
