@@ -50,7 +50,14 @@ LONGEST_FIRST = (  # test files that take 20 s or more, begun first by scripts/t
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Tests marked slow run only with SLOW=1; under pytest-xdist, the longest files come first."""
+    """Tests marked slow run only with SLOW=1; under pytest-xdist, the longest files come first.
+
+    Slow too are contract tests of P-Tuning with a family that has learned positions.
+    """
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if params.get("variant") in LEARNED and params.get("prefix", "plain") != "plain":
+            item.add_marker(pytest.mark.slow)
     if hasattr(config, "workerinput"):
         place = {name: number for number, name in enumerate(LONGEST_FIRST)}
         items.sort(key=lambda item: place.get(item.nodeid.split("::")[0], len(place)))
