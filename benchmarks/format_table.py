@@ -29,12 +29,21 @@ from finetune.rows.sources import read_file_items, read_rows  # noqa: E402
 if TYPE_CHECKING:
     from chatglm.tokenization import ChatGLMTokenizer
 
-STARTS = {"glm": ("<sop>",), "glm2": (), "glm3": ("<|assistant|>",), "glm4": ("<|assistant|>",)}
+STARTS = {
+    "glm": ("<sop>",),
+    "glm2": (),
+    "glm3": ("<|assistant|>",),
+    "glm4": ("<|assistant|>",),
+    "glm_base": (),
+    "pangu": (),
+}
 ENDS = {
     "glm": ("<eop>",),
     "glm2": ("</s>",),
     "glm3": ("</s>", "<|user|>", "<|observation|>"),
     "glm4": ("<|endoftext|>", "<|user|>", "<|observation|>"),
+    "glm_base": ("<|endofpiece|>",),
+    "pangu": ("<eot>",),
 }
 
 

@@ -33,7 +33,12 @@ def __getattr__(name: str) -> Any:
 WITH_AUTO_MODULE = {
     "transformers.models.auto.configuration_auto": ("chatglm.configuration",),
     "transformers.models.auto.tokenization_auto": ("chatglm.tokenization",),
-    "transformers.models.auto.modeling_auto": ("chatglm.modeling_glm", "chatglm.modeling_glm2"),
+    "transformers.models.auto.modeling_auto": (
+        "chatglm.modeling_glm",
+        "chatglm.modeling_glm2",
+        "chatglm.modeling_glm_base",
+        "chatglm.modeling_pangu",
+    ),
     "peft.utils.constants": ("chatglm.peft_defaults",),
     "lm_eval.models.huggingface": ("chatglm.lm_eval_model",),
     "vllm.transformers_utils.config": ("chatglm.vllm_plugin.config",),

@@ -114,8 +114,10 @@ class ChatMethods:
         Raises:
             ValueError: the family or P-Tuning v1 cannot reuse a cache.
         """
-        if tokenizer.family == "glm" or self.config.prefix_version == "v1":
-            raise ValueError("ChatGLM-6B and P-Tuning v1 cannot go on from another turn's cache")
+        family = family_of(tokenizer)
+        if family.infills or self.config.prefix_version == "v1":
+            title = family.title if family.infills else "P-Tuning v1"
+            raise ValueError(f"{title} cannot go on from another turn's cache")
         cache = cache or DynamicCache(config=self.config)
         shared = shared_length(prompt[:-1], getattr(cache, "token_ids", []))
         unshared = cache.get_seq_length() - shared
@@ -224,12 +226,13 @@ class ChatMethods:
     ) -> BatchEncoding:
         """What a chat's newest turn (1, S) adds to a cache of the turns before it.
 
-        Raises ValueError for ChatGLM-6B, whose context is bidirectional.
+        Raises ValueError for ChatGLM-6B and GLM-10B, whose context is bidirectional.
         """
-        if tokenizer.family == "glm":
-            raise ValueError("ChatGLM-6B cannot go on from another turn's cache")
         family = family_of(tokenizer)
-        if not history or family.raw:  # raw: build_inputs refuses a history
+        if family.infills:
+            raise ValueError(f"{family.title} cannot go on from another turn's cache")
+        # build_inputs refuses a history of families that know none
+        if not history or family.raw or not (family.roles or family.name == "glm2"):
             return self.build_inputs(tokenizer, query, history)
         if family.roles:
             ids = self.chat_ids(tokenizer, query, None, "user")[2:]  # without [gMASK] sop

@@ -12,7 +12,14 @@ from .conversations import tool_call
 from .families import FAMILIES
 from .glm4 import ASSISTANT_NAME, tools_text
 from .histories import Message, check_message, history_rounds, message_text, turns_of
-from .prompts import glm3_message, glm4_message, glm4_system
+from .prompts import (
+    BLANKS,
+    blank_ids,
+    glm3_message,
+    glm4_message,
+    glm4_system,
+    glm_base_chat,
+)
 
 # [gMASK] and <sop> in one text would be GLM-4's sign (evidence.py).
 GLM_TEMPLATE = """\
@@ -51,12 +58,33 @@ ROLES_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
 """
+PANGU_TEMPLATE = """\
+{{- '<s>' -}}
+{%- for m in messages -%}
+{{- m.content -}}
+{%- if m.role == 'system' -%}{{- '\\n' -}}
+{%- elif m.role == 'user' and (not loop.last or add_generation_prompt) -%}{{- '<sep>' -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+GLM_BASE_TEMPLATE = """\
+{{- '[CLS]' -}}
+{%- for m in messages -%}
+{{- m.content -}}
+{%- if m.role == 'system' -%}{{- '\\n' -}}
+{%- elif m.role == 'user' and (not loop.last or add_generation_prompt) -%}
+{%- if 'MASK]' not in m.content -%}{{- '[gMASK]' -}}{%- endif -%}
+{{- '<|endoftext|><|startofpiece|>' -}}{%- endif -%}
+{%- endfor -%}
+"""
 # By family. glm3's space is what SentencePiece writes before a text of its own.
 TEMPLATES = {
     "glm": GLM_TEMPLATE,
     "glm2": GLM2_TEMPLATE,
     "glm3": ROLES_TEMPLATE.replace("START", "[gMASK]sop").replace("SPACE", " "),
     "glm4": ROLES_TEMPLATE.replace("START", "[gMASK]<sop>").replace("SPACE", ""),
+    "glm_base": GLM_BASE_TEMPLATE,
+    "pangu": PANGU_TEMPLATE,
 }
 
 
@@ -264,12 +292,41 @@ def render_glm(tokenizer: Any, messages: list[Message], prompt: bool) -> Rendere
     return Rendered(f"{text}{marks}{answer}", ids + said, [0] * len(ids) + [1] * len(said))
 
 
+def render_glm_base(tokenizer: Any, messages: list[Message], prompt: bool) -> Rendered:
+    """`[CLS]`, the one prompt with its blanks, `<|endoftext|> <|startofpiece|>`, the answer."""
+    text, _, answer = last_round(messages, "glm_base")
+    start, marks = [tokenizer.get_command("[CLS]")], ""
+    if answer or prompt:
+        ids = glm_base_chat(tokenizer, text)
+        marks = "<|endoftext|><|startofpiece|>"
+        marks = marks if any(blank in text for blank in BLANKS) else f"[gMASK]{marks}"
+    else:
+        ids = [*start, *blank_ids(tokenizer, text)]
+    said = tokenizer.encode_text(answer) if answer else []
+    text = f"[CLS]{text}{marks}{answer}"
+    return Rendered(text, ids + said, [0] * len(ids) + [1] * len(said))
+
+
+def render_pangu(tokenizer: Any, messages: list[Message], prompt: bool) -> Rendered:
+    """`<s>`, the one prompt, `<sep>`, the answer, which the assistant writes."""
+    text, _, answer = last_round(messages, "pangu")
+    ids = [tokenizer.get_command("<s>"), *tokenizer.encode_text(text)]
+    text = f"<s>{text}"
+    if answer or prompt:
+        ids.append(tokenizer.get_command("<sep>"))
+        text += "<sep>"
+    said = tokenizer.encode_text(answer) if answer else []
+    return Rendered(text + answer, ids + said, [0] * len(ids) + [1] * len(said))
+
+
 # (tokenizer, messages, whether an answer is asked for) -> Rendered, by family.
 RENDERERS: dict[str, Callable[[Any, list[Message], bool], Rendered]] = {
     "glm": render_glm,
     "glm2": render_glm2,
     "glm3": render_glm3,
     "glm4": render_glm4,
+    "glm_base": render_glm_base,
+    "pangu": render_pangu,
 }
 
 

@@ -1,4 +1,4 @@
-"""Configurations of the ChatGLM family.
+"""Configurations of our model classes.
 
 One `model_type`, "chatglm", stands for two architectures; their keys tell which one it is.
 
@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .evidence import infer_family
+from .evidence import PANGU_TYPES, infer_family, is_glm_base
+from .files import read_json
 from .folders import reading, refuse_unknown_type
 from .remote_code import guard_code
 
@@ -35,6 +36,7 @@ class ChatGLMConfig(PreTrainedConfig):
     model_type = "chatglm"
     keys_to_ignore_at_inference = ["past_key_values"]
     auto_map: ClassVar[dict[str, Any]] = {}  # TRL reads it where config.json has none
+    saved_architecture: ClassVar[str] = "ChatGLMModel"
 
     glm_family: str | None = None  # a key of FAMILIES; the originals have no such key
     pre_seq_len: int | None = None
@@ -49,7 +51,7 @@ class ChatGLMConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ChatGLMConfig":
         if cls is ChatGLMConfig:
-            cls = ChatGLM1Config if is_chatglm1(config_dict) else ChatGLM2Config
+            cls = config_class_of(config_dict)
         config_dict = {k: v for k, v in config_dict.items() if k != "num_key_value_heads"}
         asked = {"glm_family": family} if (family := kwargs.pop("glm_family", None)) else {}
         return super().from_dict(config_dict | asked, **kwargs)
@@ -64,7 +66,7 @@ class ChatGLMConfig(PreTrainedConfig):
         names = set(type(self).__annotations__) | set(ChatGLMConfig.__annotations__)
         fields = {name: full[name] for name in names if full.get(name) is not None}
         # Other readers (vLLM, llama.cpp) know the family by this one architecture name.
-        saved = super().to_diff_dict() | fields | {"architectures": ["ChatGLMModel"]}
+        saved = super().to_diff_dict() | fields | {"architectures": [self.saved_architecture]}
         saved.pop("num_key_value_heads", None)
         for name in ("quantization_bit", "quantization_embeddings"):
             if not full.get(name):
@@ -265,6 +267,137 @@ class ChatGLM2Config(ChatGLMConfig):
         )
 
 
+@strict
+class PanguConfig(ChatGLMConfig):
+    """Pangu-alpha (arXiv 2104.12369): learned positions, a query layer on top, tied output layer.
+
+    The query layer counts in `num_layers`. Names are those of sunzeyeah/RLHF's releases.
+    """
+
+    model_type = "pangu"
+    saved_architecture: ClassVar[str] = "GPTPanguForCausalLM"
+    attribute_map = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
+
+    vocab_size: int = 40000
+    max_position_embeddings: int = 1024
+    hidden_size: int = 2560
+    intermediate_size: int | None = None  # None: four times hidden_size
+    num_layers: int = 32
+    num_heads: int = 32
+    activation_function: str = "gelu"
+    layer_norm_epsilon: float = 1e-5
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    scale_attn_weights: bool = True
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 9
+    pad_token_id: int | None = 6
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        self.check_sizes(
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        )
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of "
+                f"num_heads ({self.num_heads})"
+            )
+        for name, wanted in (("activation_function", "gelu"), ("scale_attn_weights", True)):
+            if getattr(self, name) != wanted:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not supported: every Pangu-alpha has {wanted}"
+                )
+        self.glm_family = "pangu"
+        self.validate_prefix()
+        self.validate_quantization()
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_heads
+
+
+@strict
+class GLMBaseConfig(ChatGLMConfig):
+    """GLM-350M and GLM-10B (arXiv 2103.10360): two learned positions, tied output layer.
+
+    `model_type` in the releases is "glm", which is another model's in transformers.
+
+    `pad_token_id` is the id of <|endoftext|>, the first of the tokens after the vocabulary.
+    """
+
+    model_type = "glm_base"
+    saved_architecture: ClassVar[str] = "GLMForConditionalGeneration"
+    attribute_map = {
+        "num_hidden_layers": "num_layers",
+        "max_position_embeddings": "max_sequence_length",
+    }
+
+    vocab_size: int = 50048
+    hidden_size: int = 4096
+    num_layers: int = 48
+    num_attention_heads: int = 64
+    max_sequence_length: int = 1024
+    embedding_dropout_prob: float = 0.1
+    attention_dropout_prob: float = 0.1
+    output_dropout_prob: float = 0.1
+    attention_scale: float | int = 1.0
+    layernorm_epsilon: float = 1e-5
+    block_position_encoding: bool = True
+    relative_encoding: bool = False
+    pad_token_id: int | None = 50000
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.check_sizes(
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_attention_heads",
+            "max_sequence_length",
+        )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of "
+                f"num_attention_heads ({self.num_attention_heads})"
+            )
+        for name, wanted in (("block_position_encoding", True), ("relative_encoding", False)):
+            if getattr(self, name) != wanted:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not supported: GLM-350M-chinese and "
+                    f"GLM-10B-chinese have {wanted}"
+                )
+        if self.pad_token_id is None or not self.pad_token_id + 9 < self.vocab_size:
+            raise ValueError(
+                "pad_token_id must be the id of <|endoftext|>, which 9 more tokens follow in "
+                f"vocab_size {self.vocab_size}, got {self.pad_token_id}"
+            )
+        self.glm_family = "glm_base"
+        self.validate_prefix()
+        self.validate_quantization()
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_attention_heads
+
+
 def unclear_family_message(ratio: float) -> str:
     """The message where nothing tells how to read `rope_ratio`."""
     return (
@@ -280,7 +413,18 @@ def is_chatglm1(config_dict: dict[str, Any]) -> bool:
     return config_dict.get("glm_family") == "glm" or any(key in config_dict for key in keys)
 
 
+def config_class_of(config_dict: dict[str, Any]) -> type[ChatGLMConfig]:
+    """The configuration of the architecture that a config.json's values describe."""
+    if config_dict.get("model_type") in PANGU_TYPES or config_dict.get("glm_family") == "pangu":
+        return PanguConfig
+    if is_glm_base(config_dict) or config_dict.get("glm_family") == "glm_base":
+        return GLMBaseConfig
+    return ChatGLM1Config if is_chatglm1(config_dict) else ChatGLM2Config
+
+
 AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
+AutoConfig.register(PanguConfig.model_type, PanguConfig, exist_ok=True)
+AutoConfig.register(GLMBaseConfig.model_type, GLMBaseConfig, exist_ok=True)
 guard_code()
 
 
@@ -291,5 +435,9 @@ def read_config(path: str | Path) -> PreTrainedConfig:
         ValueError: it cannot be read, or its model_type is not known.
     """
     refuse_unknown_type(path)
+    file = Path(path, "config.json")
+    if file.is_file() and is_glm_base(values := read_json(file)):
+        with reading(path):
+            return GLMBaseConfig.from_dict(values)
     with reading(path):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)

@@ -5,15 +5,16 @@ Pure functions: text to ids with labels.
 ChatGLM3 has roles, so a conversation is one row. ChatGLM2 has rounds of text: one row too, with the
 end token as the *label* of the token after an answer, because its chats have no end token between
 rounds. ChatGLM-6B's context is bidirectional and a row has one [gMASK]: each answer is a row, after
-the rounds before it.
+the rounds before it. GLM-10B and Pangu-alpha answer one prompt.
 """
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from .causal_prompts import end_before_next, template_messages, written_answer
-from .families import Family
+from .families import FAMILIES, Family
 from .histories import ROLES, message_text
 from .prompts import (
     TextTokenizer,
@@ -239,6 +240,21 @@ def _glm4(
     return [_cut([*ids, end], [*labels, end if follows else IGNORED], max_len)]
 
 
+def _single(
+    family: str, tokenizer: Any, turns: list[Turn], max_len: int, max_src_len: int, _: bool
+) -> list[EncodedTurns]:
+    """The one round of a model that answers one prompt. Raises ValueError for several rounds."""
+    rounds = rounds_of(turns)
+    made = FAMILIES[family]
+    if len(rounds) > 1:
+        raise ValueError(
+            f"{made.title} answers one prompt: got a conversation of {len(rounds)} rounds"
+        )
+    query, answer, _loss = rounds[0]
+    row = made.encode_example(tokenizer, query, answer, max_len, max_src_len)
+    return [EncodedTurns(row.input_ids, row.labels, row.truncated)]
+
+
 def _causal(
     tokenizer: Any, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
 ) -> list[EncodedTurns]:
@@ -286,6 +302,8 @@ CONVERSATIONS: dict[str, Callable[..., list[EncodedTurns]]] = {
     "glm2": _glm2,
     "glm3": _glm3,
     "glm4": _glm4,
+    "glm_base": partial(_single, "glm_base"),
+    "pangu": partial(_single, "pangu"),
     "causal": _causal,
 }
 

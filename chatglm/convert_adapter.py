@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .adapter_folders import TENSOR_SUFFIXES, lora_file, swift_adapter
 from .commands import Parser, number, run_command
-from .families import CHATGLM_FAMILIES
+from .families import CHATGLM_FAMILIES, FAMILIES
 from .files import read_json, shorten
 
 if TYPE_CHECKING:
@@ -118,6 +118,9 @@ def convert_adapter(
         raise ValueError(f"--output {output} is there already: name a new folder")
     source = read_source(path)
     family = resolve_mode(base, mode)
+    if family not in CHATGLM_FAMILIES:
+        title = FAMILIES[family].title
+        raise ValueError(f"--base {base}: adapters are converted for ChatGLM, this is {title}")
     config = ChatGLMConfig.from_dict(read_model_config(base) | {"glm_family": family})
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .byte_pairs import is_tiktoken_file
-from .families import CHATGLM_FAMILIES, FAMILIES
+from .families import FAMILIES, OWN_FAMILIES
 from .files import read_json
 from .hub import repository_of
 
@@ -36,6 +36,7 @@ _NAME_PATTERNS = [
 ]
 # transformers' causal models that the family `causal` takes: their layers have the same parts.
 CAUSAL_TYPES = ("glm", "glm4", "llama", "qwen2", "qwen3")
+PANGU_TYPES = ("pangu", "gpt_pangu")  # of the releases' config.json, and of their code
 GLM4_VOCABULARY = 151552  # rows of the embedding in every release
 
 
@@ -72,13 +73,16 @@ def _evidence(
     adapter = _read_json(path / "adapter_config.json")
 
     base = base or adapter.get("base_model_name_or_path")
+    if (other := other_architecture(path, config)) is not None:
+        yield other
+        return
     if causal := causal_sentence(config, tokenizer, base if follow else None):
         yield _sign(causal, "causal")
         return
 
     for file, values in (("config.json", config), ("tokenizer_config.json", tokenizer)):
         family = values.get("glm_family")
-        if isinstance(family, str) and family in CHATGLM_FAMILIES:
+        if isinstance(family, str) and family in OWN_FAMILIES:
             yield _sign(f'{file} says "glm_family": "{family}"', family)
 
     yield from _architecture_evidence(path, config)
@@ -94,6 +98,30 @@ def _evidence(
     yield from _value_evidence(config)
 
 
+def other_architecture(path: Path, config: dict[str, Any]) -> _Evidence | None:
+    """The sign that a folder holds a model of our classes that is no ChatGLM; None without one."""
+    if (model_type := config.get("model_type")) in PANGU_TYPES:
+        return _sign(f'config.json says "model_type": "{model_type}"', "pangu")
+    if is_glm_base(config):
+        return _sign("config.json has block_position_encoding, as GLM-10B's", "glm_base")
+    if not config and (path / "vocab.model").is_file():
+        return _sign("the folder holds vocab.model, Pangu-alpha's tokenizer", "pangu")
+    if not config and (path / "cog-pretrain.model").is_file():
+        return _sign("the folder holds cog-pretrain.model, GLM-10B's tokenizer", "glm_base")
+    return None
+
+
+def is_glm_base(config: dict[str, Any]) -> bool:
+    """Whether a config.json is GLM-350M's or GLM-10B's; "glm" alone is a model of transformers."""
+    kind = config.get("model_type")
+    return kind == "glm_base" or (kind == "glm" and "block_position_encoding" in config)
+
+
+def is_causal_config(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of a model that the family `causal` takes."""
+    return config.get("model_type") in CAUSAL_TYPES and not is_glm_base(config)
+
+
 def causal_sentence(
     config: dict[str, Any], tokenizer: dict[str, Any], base: object = None
 ) -> str | None:
@@ -103,13 +131,15 @@ def causal_sentence(
         config, tokenizer: config.json and tokenizer_config.json.
         base: the folder of an adapter's base model.
     """
-    if (model_type := config.get("model_type")) in CAUSAL_TYPES:
+    if is_causal_config(config):
+        model_type = config["model_type"]
         return f'config.json says "model_type": "{model_type}"'
     if not config and tokenizer.get("glm_family") == "causal":
         return 'tokenizer_config.json says "glm_family": "causal"'
     if not config and isinstance(base, (str, Path)) and base:
-        model_type = _read_json(Path(base, "config.json")).get("model_type")
-        if model_type in CAUSAL_TYPES:
+        found = _read_json(Path(base, "config.json"))
+        if is_causal_config(found):
+            model_type = found["model_type"]
             return f'the config.json of its base model says "model_type": "{model_type}"'
     return None
 

@@ -13,7 +13,7 @@ from . import causal_prompts, prompts, raw_prompts
 
 @dataclass(frozen=True)
 class Family:
-    """One generation of ChatGLM, or other causal models: names, defaults and text/id layouts.
+    """One generation of ChatGLM, or other models: names, defaults and text/id layouts.
 
     chat_defaults: generate()'s options in a chat where the caller gives none; `max_length` counts
         the prompt
@@ -21,7 +21,10 @@ class Family:
         newline are ids)
     roles: messages have roles, and tools: a conversation is one sequence of messages
     role_tokens: control tokens of roles, which an answer's text does not show
-    shares_beginning: rows of a pass may share their first tokens (causal attention, our classes)
+    shares_beginning: rows of a pass may share their first tokens (causal attention, our classes,
+        no dropout in the published models)
+    infills: an answer fills a blank of a context that every token of it sees, before and after
+    single: a prompt is answered by itself, without earlier turns
     raw: prompts are texts to go on with (raw_prompts)
     encode_prompt(tokenizer, prompt, max_src_len) -> EncodedPrompt
     encode_example(tokenizer, prompt, answer, max_len, max_src_len) -> Example
@@ -54,6 +57,8 @@ class Family:
     process_response: Callable[..., Any]
     role_tokens: tuple[str, ...] = ()
     shares_beginning: bool = True
+    infills: bool = False
+    single: bool = False
     raw: bool = False
 
 
@@ -91,6 +96,7 @@ FAMILIES: dict[str, Family] = {
         answer_text=prompts.glm_response,
         process_response=prompts.glm_response,
         shares_beginning=False,
+        infills=True,
     ),
     "glm2": Family(
         name="glm2",
@@ -145,6 +151,45 @@ FAMILIES: dict[str, Family] = {
         process_response=partial(prompts.messages_response, prompts.parse_json_call),
         role_tokens=ROLE_TOKENS,
     ),
+    "glm_base": Family(
+        name="glm_base",
+        title="GLM-10B",
+        roles=False,
+        layers_prefix="glm.transformer.layers.",
+        tokenizer_file="cog-pretrain.model",
+        end_token="<|endofpiece|>",
+        stop_tokens=("<|endofpiece|>", "<|endoftext|>"),
+        chat_defaults=CHAT_DEFAULTS | {"max_length": 1024},
+        prompt_text=raw_prompts.raw_text,
+        encode_prompt=partial(prompts.encode_prompt, prompts.glm_base_layout),
+        encode_example=prompts.glm_base_example,
+        encode_chat=prompts.glm_base_chat,
+        chat_prompt=partial(prompts.single_prompt, "GLM-10B"),
+        answer_text=str.strip,
+        process_response=str.strip,
+        shares_beginning=False,
+        infills=True,
+        single=True,
+    ),
+    "pangu": Family(
+        name="pangu",
+        title="Pangu-alpha",
+        roles=False,
+        layers_prefix="transformer.h.",
+        tokenizer_file="vocab.model",
+        end_token="<eot>",
+        stop_tokens=("<eot>",),
+        chat_defaults=CHAT_DEFAULTS | {"max_length": 1024},
+        prompt_text=raw_prompts.raw_text,
+        encode_prompt=partial(prompts.encode_prompt, prompts.pangu_layout),
+        encode_example=partial(prompts.encode_example, prompts.pangu_layout, "<eot>"),
+        encode_chat=prompts.pangu_chat,
+        chat_prompt=partial(prompts.single_prompt, "Pangu-alpha"),
+        answer_text=str.strip,
+        process_response=str.strip,
+        shares_beginning=False,
+        single=True,
+    ),
     "causal": Family(
         name="causal",
         title="causal language model",
@@ -164,7 +209,8 @@ FAMILIES: dict[str, Family] = {
         shares_beginning=False,
     ),
 }
-CHATGLM_FAMILIES = ("glm", "glm2", "glm3", "glm4")  # those of our own model classes
+CHATGLM_FAMILIES = ("glm", "glm2", "glm3", "glm4")
+OWN_FAMILIES = (*CHATGLM_FAMILIES, "glm_base", "pangu")  # those of our own model classes
 
 
 def raw_family(family: Family) -> Family:

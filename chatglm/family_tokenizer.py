@@ -28,6 +28,18 @@ class FamilyTokenizer(PreTrainedTokenizerBase):
         """Ids that end an answer."""
         raise NotImplementedError
 
+    def count_pieces(self, prompt: list[int]) -> int:
+        """How many answers a prompt's ids ask for: one, or one for each of GLM-10B's blanks."""
+        return 1
+
+    def join_pieces(self, pieces: list[list[int]]) -> list[int]:
+        """Ids of several answers as the model reads them before the next one."""
+        raise NotImplementedError
+
+    def split_pieces(self, ids: list[int]) -> list[list[int]]:
+        """The answers in what `join_pieces` has made."""
+        return [ids]
+
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text: no special tokens are added and none can be typed."""
         raise NotImplementedError

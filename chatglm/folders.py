@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .adapter_folders import refuse_foreign
-from .evidence import CAUSAL_TYPES
-from .families import CHATGLM_FAMILIES
+from .evidence import CAUSAL_TYPES, PANGU_TYPES, is_glm_base
+from .families import OWN_FAMILIES
 from .files import read_json, read_text, shorten
 from .hub import recover_folder, resolve_folder
 from .runs import check_not_run
@@ -24,6 +24,8 @@ JSON_FILES = (
     "tokenizer.json",
 )
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+OWN_TYPES = ("chatglm", *PANGU_TYPES, "glm_base")  # model_type of our model classes
+OTHER_TYPES = (*OWN_TYPES[1:], *CAUSAL_TYPES)
 PASSED_ON = (MemoryError, ImportError)  # no fault of the folder
 LONGEST_REASON = 300  # characters
 # of generation_config.json, which transformers believes until it generates
@@ -143,26 +145,47 @@ def begins_with_mark(path: Path) -> bool:
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """config.json of a ChatGLM folder.
+    """config.json of a folder of our model classes.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not a ChatGLM's.
+        ValueError: it is another model's.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is no model folder")
     values = read_json(path)
-    if (model_type := values.get("model_type", "chatglm")) != "chatglm":
+    model_type = values.get("model_type", "chatglm")
+    if model_type not in OWN_TYPES and not is_glm_base(values):
         raise ValueError(
-            f'{path}: wanted "model_type": "chatglm" or one of {", ".join(CAUSAL_TYPES)}; '
+            f'{path}: wanted "model_type": "chatglm" or one of {", ".join(OTHER_TYPES)}; '
             f"got {shorten(model_type)}{code_note(values)}"
         )
-    if (family := values.get("glm_family")) not in (None, *CHATGLM_FAMILIES):
+    if (family := values.get("glm_family")) not in (None, *OWN_FAMILIES):
         raise ValueError(
-            f'{path}: "glm_family" is one of {", ".join(CHATGLM_FAMILIES)}, got {shorten(family)}'
+            f'{path}: "glm_family" is one of {", ".join(OWN_FAMILIES)}, got {shorten(family)}'
         )
     return values
+
+
+def position_limit(folder: Path) -> int | None:
+    """The most tokens of a sequence, of a model with learned positions; None for any other.
+
+    Raises:
+        ValueError: its config.json holds another value than a number there.
+    """
+    path = folder / "config.json"
+    values = read_json(path) if path.is_file() else {}
+    if values.get("model_type") in PANGU_TYPES:
+        name = "max_position_embeddings"
+    elif is_glm_base(values):
+        name = "max_sequence_length"
+    else:
+        return None
+    limit = values.get(name, 1024)
+    if type(limit) is not int or limit < 1:
+        raise ValueError(f"{path}: {name} must be a whole number above 0, got {shorten(limit)}")
+    return limit
 
 
 def refuse_unknown_type(folder: str | Path) -> None:

@@ -9,9 +9,15 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig
+from .configuration import (
+    ChatGLM1Config,
+    ChatGLM2Config,
+    ChatGLMConfig,
+    GLMBaseConfig,
+    PanguConfig,
+)
 
-GLMConfig: TypeAlias = ChatGLM1Config | ChatGLM2Config
+GLMConfig: TypeAlias = ChatGLM1Config | ChatGLM2Config | PanguConfig | GLMBaseConfig
 Device: TypeAlias = torch.device | str
 
 

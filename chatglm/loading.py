@@ -20,11 +20,13 @@ from .checksums import check_folder_files, checks_folder, is_small, is_top
 from .configuration import (
     ChatGLM1Config,
     ChatGLMConfig,
+    GLMBaseConfig,
+    PanguConfig,
     read_config,
     unclear_family_message,
 )
 from .evidence import contradicts, infer_family
-from .families import CHATGLM_FAMILIES, FAMILIES
+from .families import FAMILIES, OWN_FAMILIES
 from .family_tokenizer import FamilyTokenizer
 from .folders import (
     check_folder,
@@ -38,6 +40,8 @@ from .hub import recover_folder, resolve_folder
 from .modeling_base import ChatGLMCausalLM
 from .modeling_glm import ChatGLM1ForConditionalGeneration
 from .modeling_glm2 import ChatGLM2ForConditionalGeneration
+from .modeling_glm_base import GLMForConditionalGeneration
+from .modeling_pangu import PanguForCausalLM
 from .tokenization import ChatGLMTokenizer
 from .tokenization_causal import CausalTokenizer
 from .weights import (
@@ -86,7 +90,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 # Tensors that say nothing about which model a folder holds: tables, tied copies, P-Tuning's own.
-NOT_IDENTITY = ("inv_freq", "lm_head.weight", "prefix_encoder.")
+NOT_IDENTITY = (".attn.bias", ".attn.masked_bias", "inv_freq", "lm_head.weight", "prefix_encoder.")
 
 
 def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | None = None) -> str:
@@ -114,7 +118,7 @@ def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | N
             if (ratio := config.get("rope_ratio", 1)) != 1:
                 raise ValueError(f"{path}/config.json: {unclear_family_message(ratio)}")
             raise ValueError(
-                f"{path} does not tell which of {', '.join(CHATGLM_FAMILIES)} it is: say --mode "
+                f"{path} does not tell which of {', '.join(OWN_FAMILIES)} it is: say --mode "
                 '(in Python mode="glm3"), or set "glm_family" in its config.json'
             )
     elif mode not in FAMILIES:
@@ -207,8 +211,8 @@ def load_model(
             dequantised otherwise.
         verify: how files are compared with the folder's checksums.json: fast, full or off.
     Returns:
-        ChatGLM1ForConditionalGeneration or ChatGLM2ForConditionalGeneration, for the family
-        causal transformers' own class; for an adapter folder, that in a PeftModel.
+        the class of `model_class_of`, for the family causal transformers' own class; for an adapter
+        folder, that in a PeftModel.
     Raises:
         ValueError: mode, prefix or base contradict the folder, a file is damaged, or the weights
             do not fit.
@@ -316,7 +320,7 @@ def load_whole(
     # That the config names a prefix is not enough.
     missing = sorted(info["missing_keys"])
     if is_prefix_new:
-        missing = [name for name in missing if not name.startswith(PREFIX)]
+        missing = [name for name in missing if "prefix_encoder." not in name]
     refuse_missing(weights, missing)
     return model
 
@@ -325,6 +329,10 @@ def model_class_of(config: ChatGLMConfig) -> type[ChatGLMCausalLM]:
     """The class of the model with its output layer."""
     if isinstance(config, ChatGLM1Config):
         return ChatGLM1ForConditionalGeneration
+    if isinstance(config, PanguConfig):
+        return PanguForCausalLM
+    if isinstance(config, GLMBaseConfig):
+        return GLMForConditionalGeneration
     return ChatGLM2ForConditionalGeneration
 
 

@@ -5,6 +5,7 @@ Virtual tokens, masks, the language-model head, chat.
 
 import copy
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import (
+    Cache,
+    GenerationMixin,
+    PreTrainedModel,
+    StoppingCriteria,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -262,6 +268,22 @@ class ChatGLMBody(ChatGLMPreTrainedModel):
     """
 
     prefix_encoder: PrefixEncoder | PromptEncoder | None
+    max_positions: int | None = None  # the most tokens of a sequence; None: positions have no table
+
+    def check_length(self, length: int, cache: Cache | None, position_ids: Tensor | None) -> None:
+        """Raises ValueError where `length` more tokens leave the table of positions.
+
+        Virtual tokens of P-Tuning v1 count as well.
+        """
+        limit, past = self.max_positions, self.cached_length(cache)
+        if limit is None or not isinstance(past, int):
+            return
+        own = 0 if past else self.prompt_length
+        wanted = past + length + own
+        if wanted > limit and position_ids is not None:  # packed rows begin anew at 0
+            wanted = int(position_ids.max()) + 1 + self.prompt_length
+        if wanted > limit:
+            raise ValueError(f"the model has {limit} positions, {wanted} are asked for")
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -284,6 +306,13 @@ class ChatGLMBody(ChatGLMPreTrainedModel):
     def rotary(self, position_ids: Tensor) -> Tensor:
         """The rotary turns of each position, complex64."""
         raise NotImplementedError
+
+    def with_positions(self, embeds: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(embeddings with what positions add to them, what of positions each block is given).
+
+        By default nothing is added, and blocks get rotary turns.
+        """
+        return embeds, self.rotary(position_ids)[:, :, None]
 
     def default_positions(
         self, padding: Tensor | None, past: int, length: int, device: Device
@@ -419,7 +448,7 @@ class ChatGLMBody(ChatGLMPreTrainedModel):
 
     def run_layers(
         self,
-        layers: nn.ModuleList,
+        layers: Iterable[Any],
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
@@ -440,9 +469,10 @@ class ChatGLMBody(ChatGLMPreTrainedModel):
             )
         hidden_states, position_ids, mask, prefixes, keep, text = inputs
         prefix = self.virtual_tokens(prefixes) if self.config.prefix_version == "v2" else None
-        turns = self.rotary(position_ids)[:, :, None]
-        depth = min(len(layers), self.config.num_layers)  # generate() may exit early by it
-        for i, block in zip(range(depth), layers):
+        hidden_states, turns = self.with_positions(hidden_states, position_ids)
+        blocks = list(layers)
+        depth = min(len(blocks), self.config.num_layers)  # generate() may exit early by it
+        for i, block in enumerate(blocks[:depth]):
             layer_prefix = prefix[2 * i : 2 * i + 2] if prefix is not None else None
             if keep is not None and i == depth - 1 and isinstance(mask, PackedMasks):
                 mask, kwargs = mask.of_last_layer(keep), kwargs | {"keep": keep}
@@ -567,6 +597,17 @@ def kept_positions(hidden_states: Tensor, kept: int | Tensor) -> Tensor:
     return hidden_states.take_along_dim(kept[..., None], dim=1)
 
 
+class PositionsEnd(StoppingCriteria):
+    """Ends a generation at the last position. transformers' own criterion would replace its own."""
+
+    def __init__(self, most: int):
+        self.most = most
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        done = input_ids.shape[1] >= self.most
+        return torch.full((len(input_ids),), done, device=input_ids.device)
+
+
 class ChatGLMCausalLM(ChatMethods, ChatGLMPreTrainedModel, GenerationMixin):
     """The head: logits, loss and generation over `self.transformer`.
 
@@ -643,11 +684,17 @@ class ChatGLMCausalLM(ChatMethods, ChatGLMPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' generate; takes a 4-D mask (see `visible_keys`) too."""
+        """transformers' generate; takes a 4-D mask (see `visible_keys`) too.
+
+        Answers end where the model has no more positions.
+        """
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 4:
             # The last row of a prompt sees every real column, so it is the 2-D mask.
             kwargs["attention_mask"] = visible_keys(mask)[:, 0, -1].long()
+        if limit := self.transformer.max_positions:
+            end = PositionsEnd(limit - self.transformer.prompt_length)
+            kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or []), end]
         depth = self.config.num_layers
         try:
             return super().generate(inputs, *args, **kwargs)

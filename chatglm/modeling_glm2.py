@@ -27,7 +27,12 @@ from .layers import (
 )
 from .modeling_base import ChatGLMBody, ChatGLMCausalLM, ChatGLMPreTrainedModel
 from .modeling_classification import ChatGLMClassifier
-from .packing import Packing, find_sequences
+from .packing import (
+    Packing,
+    consecutive_positions,
+    find_sequences,
+    positions_end_to_end,
+)
 
 
 class RMSNorm(nn.Module):
@@ -199,19 +204,14 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
         self, padding: Tensor | None, past: int, length: int, device: Device
     ) -> Tensor:
         """(B or 1, length) positions after `past` cached ones; padding is not counted."""
-        if padding is not None:
-            return (padding.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        return torch.arange(past, past + length, device=device)[None]
+        return consecutive_positions(padding, past, length, device)
 
     def packed_positions(self, input_ids: Tensor, lengths: list[int], shared: list[int]) -> Tensor:
         """(1, S) positions of sequences end to end in input_ids (1, S).
 
         Those that share a trunk count on from it.
         """
-        positions = []
-        for length, start in zip(lengths, shared):
-            positions.append(torch.arange(start, start + length, device=input_ids.device))
-        return torch.cat(positions)[None]
+        return positions_end_to_end(input_ids, lengths, shared)
 
     def rotary(self, position_ids: Tensor) -> Tensor:
         """Turns (B, S, kv_channels / 4) complex64.

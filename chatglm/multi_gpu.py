@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .families import CHATGLM_FAMILIES
 from .folders import check_folder, find_base, read_model_config
 
 # Modules beside the layers that stay on the first GPU, for ChatGLM-6B and for the others.
@@ -35,8 +36,13 @@ def auto_configure_device_map(
     Args:
         family: a key of FAMILIES; glm2, glm3 and glm4 have the same modules.
     Raises:
-        ValueError: there is no GPU, or fewer layers than GPUs.
+        ValueError: there is no GPU, or fewer layers than GPUs; the family is no ChatGLM.
     """
+    if family not in CHATGLM_FAMILIES:
+        raise ValueError(
+            f"only {', '.join(CHATGLM_FAMILIES)} are spread so, got {family}: "
+            'load_model(device_map="auto") spreads others'
+        )
     if not 1 <= num_gpus <= num_layers:
         raise ValueError(f"num_gpus must be 1 to {num_layers} (layers), got {num_gpus}")
     kind = "glm" if family == "glm" else "glm2"

@@ -215,6 +215,24 @@ class PackedMasks:
         return out.flatten(2)
 
 
+def consecutive_positions(padding: Tensor | None, past: int, length: int, device: Device) -> Tensor:
+    """(B or 1, length) positions after `past` cached ones; padding (B, K) is not counted."""
+    if padding is not None:
+        return (padding.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+    return torch.arange(past, past + length, device=device)[None]
+
+
+def positions_end_to_end(input_ids: Tensor, lengths: list[int], shared: list[int]) -> Tensor:
+    """(1, S) positions of sequences end to end in input_ids (1, S).
+
+    Those that share a trunk count on from it.
+    """
+    positions = []
+    for length, start in zip(lengths, shared):
+        positions.append(torch.arange(start, start + length, device=input_ids.device))
+    return torch.cat(positions)[None]
+
+
 def cumulative_lengths(lengths: list[int], device: Device) -> Tensor:
     """(sequences + 1,) int32: the edges of the sequences, from 0, as flash kernels take them."""
     edges = torch.tensor([0, *lengths], dtype=torch.int32, device=device)

@@ -146,6 +146,84 @@ def glm4_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> Layo
     return Layout(prefix + newline, n_masked=len(prefix), reserved=reserved, truncated=cut)
 
 
+# of GLM-10B: a few words, a sentence, a text of any length
+BLANKS = ("[MASK]", "[sMASK]", "[gMASK]")
+
+
+_BLANK = re.compile(r"(\[[sg]?MASK\])")
+
+
+def pieces_of(prompt: str, answer: str) -> list[str]:
+    """What fills each blank of a prompt: the answer, or a line of it for each of several blanks.
+
+    Raises ValueError where several blanks have another number of lines.
+    """
+    blanks = len(_BLANK.findall(prompt))
+    if blanks < 2:
+        return [answer]
+    lines = answer.split("\n")
+    if len(lines) != blanks:
+        raise ValueError(
+            f"a prompt of {blanks} blanks needs an answer of as many lines, got {len(lines)}"
+        )
+    return lines
+
+
+def blank_ids(tokenizer: TextTokenizer, text: str) -> list[int]:
+    """Ids of a text in which the names of BLANKS are blanks to be filled."""
+    ids: list[int] = []
+    for number, part in enumerate(_BLANK.split(text)):
+        if number % 2:
+            ids.append(tokenizer.get_command(part))
+        elif part:
+            ids += tokenizer.encode_text(part)
+    return ids
+
+
+def truncate_around(ids: list[int], limit: int, kept: list[int]) -> list[int]:
+    """At most `limit` of ids, the first ones, but all of those at the places `kept`.
+
+    Raises ValueError where these are more.
+    """
+    if len(ids) <= limit:
+        return ids
+    if limit < len(kept):
+        raise ValueError(f"max_src_len={limit} cannot hold the {len(kept)} blanks of a prompt")
+    places = [place for place in range(len(ids)) if place not in kept][: limit - len(kept)]
+    return [ids[place] for place in sorted([*places, *kept])]
+
+
+def glm_base_context(
+    tokenizer: TextTokenizer, text: str, limit: int | None
+) -> tuple[list[int], bool]:
+    """([CLS], a text whose blanks are to be filled, <|endoftext|>; whether it was truncated).
+
+    A text without a blank is gone on with: a [gMASK] follows it.
+
+    Args:
+        limit: most tokens of the text; None for no limit.
+    """
+    blanks = [tokenizer.get_command(name) for name in BLANKS]
+    ids = blank_ids(tokenizer, text)
+    kept = [place for place, token in enumerate(ids) if token in blanks]
+    short = ids if limit is None else truncate_around(ids, limit, kept)
+    asked = [] if kept else [tokenizer.get_command("[gMASK]")]
+    end = tokenizer.get_command("<|endoftext|>")
+    return [tokenizer.get_command("[CLS]"), *short, *asked, end], len(short) < len(ids)
+
+
+def glm_base_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> Layout:
+    context, cut = glm_base_context(tokenizer, prompt, max_src_len)
+    prefix = [*context, tokenizer.get_command("<|startofpiece|>")]
+    return Layout(prefix, len(prefix), reserved=len(prefix) + 1, truncated=cut)
+
+
+def pangu_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> Layout:
+    text = tokenizer.encode_text(prompt)
+    source = [tokenizer.get_command("<s>"), *text[:max_src_len], tokenizer.get_command("<sep>")]
+    return Layout(source, len(source), reserved=len(source) + 1, truncated=len(text) > max_src_len)
+
+
 LayoutFunction = Callable[[TextTokenizer, str, int], Layout]  # (tokenizer, prompt, max_src_len)
 
 
@@ -184,6 +262,29 @@ def encode_example(
     target = tokenizer.encode_text(answer)
     input_ids = parts.prefix + target[:room] + [tokenizer.get_command(end_token)]
     return Example(input_ids, parts.n_masked, parts.truncated or len(target) > room)
+
+
+def glm_base_example(
+    tokenizer: TextTokenizer, prompt: str, answer: str, max_len: int, max_src_len: int
+) -> Example:
+    """As encode_example; a piece for each of several blanks, of which all but the first begin with
+    a label <|startofpiece|>.
+
+    Raises ValueError as encode_example and pieces_of.
+    """
+    end = "<|endofpiece|>"
+    pieces = pieces_of(prompt, answer)
+    made = encode_example(glm_base_layout, end, tokenizer, prompt, pieces[0], max_len, max_src_len)
+    ids, truncated = made.input_ids, made.truncated
+    for piece in pieces[1:]:
+        target = tokenizer.encode_text(piece)
+        room = max_len - len(ids) - 2
+        if room < 1:
+            return Example(ids, made.n_masked, True)
+        start, stop = tokenizer.get_command("<|startofpiece|>"), tokenizer.get_command(end)
+        ids = [*ids, start, *target[:room], stop]
+        truncated = truncated or len(target) > room
+    return Example(ids, made.n_masked, truncated)
 
 
 # ---- chats ----
@@ -290,6 +391,42 @@ def glm4_chat(
             ids += glm4_message(tokenizer, message["role"], metadata, content or "")
     ids += glm4_message(tokenizer, role, "", query)
     return ids + [tokenizer.get_command("<|assistant|>")]
+
+
+def single_prompt(title: str, query: str, history: History | None = None) -> str:
+    """The text of a prompt for a model that answers one prompt; a system's text stands before it.
+
+    Args:
+        title: the family's, for errors.
+    Raises:
+        ValueError: the history has rounds.
+    """
+    rounds, query = history_rounds(history, query, title)
+    if rounds:
+        raise ValueError(f"{title} answers one prompt: it knows no history of a chat")
+    return query
+
+
+def glm_base_chat(
+    tokenizer: TextTokenizer, query: str, history: History | None = None, role: str = "user"
+) -> list[int]:
+    check_user_role(role)
+    text = single_prompt("GLM-10B", query, history)
+    if (blanks := len(_BLANK.findall(text))) > 1:
+        raise ValueError(
+            f"GLM-10B fills one blank of a request, got {blanks}: "
+            "python -m finetune.predict fills several"
+        )
+    context, _ = glm_base_context(tokenizer, text, None)
+    return [*context, tokenizer.get_command("<|startofpiece|>")]
+
+
+def pangu_chat(
+    tokenizer: TextTokenizer, query: str, history: History | None = None, role: str = "user"
+) -> list[int]:
+    check_user_role(role)
+    ids = tokenizer.encode_text(single_prompt("Pangu-alpha", query, history))
+    return [tokenizer.get_command("<s>"), *ids, tokenizer.get_command("<sep>")]
 
 
 # ---- answers ----

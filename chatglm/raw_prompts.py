@@ -17,15 +17,25 @@ class RawTokens(NamedTuple):
 
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    last_is_learnt: bool = False  # the last of `after` is a label, as in ChatGLM-6B's chats
 
 
 RAW_TOKENS = {
-    "glm": RawTokens(after=("[gMASK]", "<sop>")),
+    "glm": RawTokens(after=("[gMASK]", "<sop>"), last_is_learnt=True),
     "glm2": RawTokens(before=("[gMASK]", "sop")),
     "glm3": RawTokens(before=("[gMASK]", "sop")),
     "glm4": RawTokens(before=("[gMASK]", "<sop>")),
+    "glm_base": RawTokens(("[CLS]",), ("[gMASK]", "<|endoftext|>", "<|startofpiece|>")),
+    "pangu": RawTokens(before=("<s>",)),
 }
-RAW_END = {"glm": "<eop>", "glm2": "</s>", "glm3": "</s>", "glm4": "<|endoftext|>"}
+RAW_END = {
+    "glm": "<eop>",
+    "glm2": "</s>",
+    "glm3": "</s>",
+    "glm4": "<|endoftext|>",
+    "glm_base": "<|endofpiece|>",
+    "pangu": "<eot>",
+}
 
 
 def raw_ids(
@@ -46,8 +56,7 @@ def raw_layout(
     text = tokenizer.encode_text(prompt)
     source, after = raw_ids(tokens, tokenizer, text[max(0, len(text) - max_src_len) :])
     prefix = source + after
-    # As in ChatGLM-6B's chats, <sop> is a label.
-    n_masked = len(prefix) - bool(after)
+    n_masked = len(prefix) - bool(tokens and tokens.last_is_learnt)
     return Layout(prefix, n_masked, len(prefix) + 1, truncated=len(text) > max_src_len)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig, dynamic_module_utils
 
 from .files import read_json
+from .folders import OWN_TYPES
 
 # In tokenizer_config.json of ChatGLM's and of GLM-4's releases.
 TOKENIZER_CLASSES = ("ChatGLMTokenizer", "ChatGLM4Tokenizer")
@@ -33,13 +34,13 @@ def holds_chatglm(source: object, **options: Any) -> bool:
             model = folder / "config.json"
             config = read_json(model) if model.is_file() else {}
             if config.get("model_type") is not None:
-                return config["model_type"] == "chatglm"
+                return config["model_type"] in OWN_TYPES
             tokenizer = folder / "tokenizer_config.json"
             config = read_json(tokenizer) if tokenizer.is_file() else {}
         else:
             config, _ = PreTrainedConfig.get_config_dict(name, **hub)
             if config.get("model_type") is not None:
-                return config["model_type"] == "chatglm"
+                return config["model_type"] in OWN_TYPES
             # not at the top: its module imports ours
             from transformers.models.auto.tokenization_auto import get_tokenizer_config
 

@@ -10,13 +10,22 @@ import numpy as np
 from transformers import AutoTokenizer, BatchEncoding
 from transformers.utils import PaddingStrategy
 
-from .configuration import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig
+from .configuration import (
+    ChatGLM1Config,
+    ChatGLM2Config,
+    ChatGLMConfig,
+    GLMBaseConfig,
+    PanguConfig,
+)
 from .families import FAMILIES
+from .folders import OWN_TYPES
 from .histories import ROLES
 from .prompts import glm2_build_prompt, glm_chat_prompt
 from .remote_code import holds_chatglm
 from .tokenization_base import ChatGLMTokenizer, RoleMessages, without_surrogates
 from .tokenization_glm4 import GLM4Tokenizer
+from .tokenization_glm_base import GLMBaseTokenizer
+from .tokenization_pangu import PanguTokenizer
 
 __all__ = [
     "TOKENIZERS",
@@ -24,7 +33,9 @@ __all__ = [
     "GLM2Tokenizer",
     "GLM3Tokenizer",
     "GLM4Tokenizer",
+    "GLMBaseTokenizer",
     "GLMTokenizer",
+    "PanguTokenizer",
 ]
 
 
@@ -375,9 +386,11 @@ TOKENIZERS: dict[str, type[ChatGLMTokenizer]] = {
     "glm2": GLM2Tokenizer,
     "glm3": GLM3Tokenizer,
     "glm4": GLM4Tokenizer,
+    "glm_base": GLMBaseTokenizer,
+    "pangu": PanguTokenizer,
 }
 
-for _config in (ChatGLMConfig, ChatGLM1Config, ChatGLM2Config):
+for _config in (ChatGLMConfig, ChatGLM1Config, ChatGLM2Config, GLMBaseConfig, PanguConfig):
     AutoTokenizer.register(_config, ChatGLMTokenizer, exist_ok=True)
 
 
@@ -397,7 +410,7 @@ def open_auto_tokenizer() -> None:
     ) -> Any:
         source, config = pretrained_model_name_or_path, kwargs.get("config")
         if config:  # another program's class for ChatGLM too, such as vLLM's
-            is_ours = getattr(config, "model_type", None) == ChatGLMConfig.model_type
+            is_ours = getattr(config, "model_type", None) in OWN_TYPES
         else:
             is_ours = holds_chatglm(source, **kwargs)
         if not is_ours:

@@ -20,7 +20,7 @@ from transformers.utils import PaddingStrategy
 
 from .chat_template import TEMPLATES, ChatText, render_conversation
 from .evidence import contradicts, infer_family
-from .families import CHATGLM_FAMILIES, FAMILIES, family_of
+from .families import FAMILIES, OWN_FAMILIES, family_of
 from .family_tokenizer import FamilyTokenizer, checked_style
 from .files import is_lfs_pointer, pointer_error
 from .folders import check_json_files, reading, without_marks
@@ -102,9 +102,9 @@ class ChatGLMTokenizer(FamilyTokenizer, PreTrainedTokenizer):
         folder = os.fspath(pretrained_model_name_or_path)
         if cls is ChatGLMTokenizer:
             family = family or infer_family(folder)
-            if family not in CHATGLM_FAMILIES:
+            if family not in OWN_FAMILIES:
                 raise ValueError(
-                    f"cannot tell from {folder} which of {', '.join(CHATGLM_FAMILIES)} it is; "
+                    f"cannot tell from {folder} which of {', '.join(OWN_FAMILIES)} it is; "
                     f"pass family=..., got {family!r}"
                 )
             return class_of_family(family).from_pretrained(folder, *inputs, **kwargs)
@@ -501,7 +501,7 @@ def class_of_family(family: str) -> type[ChatGLMTokenizer]:
         if found.family == family:
             return found
         classes += found.__subclasses__()
-    raise ValueError(f"family must be one of {', '.join(CHATGLM_FAMILIES)}; got {family!r}")
+    raise ValueError(f"family must be one of {', '.join(OWN_FAMILIES)}; got {family!r}")
 
 
 def without_surrogates(text: str) -> str:

@@ -193,7 +193,9 @@ def stored_prefix(path: Path, shapes: dict[str, list[int]] | None = None) -> Sto
 
 
 # Tensors without effect on a language model: tables, P-Tuning's own, a value head, a tied copy.
-HARMLESS = re.compile(r"inv_freq$|rotary_|prefix_encoder\.|^v_head\.|^lm_head\.weight$")
+HARMLESS = re.compile(
+    r"inv_freq$|rotary_|prefix_encoder\.|^v_head\.|^lm_head\.weight$|\.attn\.(masked_)?bias$"
+)
 
 
 def scale_in(shapes: dict[str, list[int]]) -> str | None:
@@ -237,17 +239,18 @@ def check_fit(
     tied = model.all_tied_weights_keys
     state = model.state_dict()
     wanted = {name: list(tensor.shape) for name, tensor in state.items() if name not in tied}
-    # A body may be saved alone, without BODY before its names.
-    stored = {name.removeprefix(BODY): shape for name, shape in shapes.items()}
+    # A body may be saved alone, without its own name before its tensors'.
+    body = f"{model.base_model_prefix}."
+    stored = {name.removeprefix(body): shape for name, shape in shapes.items()}
     for name, shape in wanted.items():
-        found = stored.get(name.removeprefix(BODY), shape)
+        found = stored.get(name.removeprefix(body), shape)
         if found != shape:
             raise ValueError(f"{path}: {name} has shape {found}, config.json asks for {shape}")
-    lost = [name for name in wanted if name.removeprefix(BODY) not in stored]
+    lost = [name for name in wanted if name.removeprefix(body) not in stored]
     lost = sorted(name for name in lost if not any(part in name for part in ignored))
     refuse_missing(path, lost)
-    known = {name.removeprefix(BODY) for name in state}
-    check_extra(path, [name for name in shapes if name.removeprefix(BODY) not in known])
+    known = {name.removeprefix(body) for name in state}
+    check_extra(path, [name for name in shapes if name.removeprefix(body) not in known])
 
 
 def refuse_missing(path: str | Path, names: list[str]) -> None:

@@ -28,7 +28,7 @@ from chatglm.checksums import CHECKSUMS, check_folder_files, write_checksums
 from chatglm.families import Family
 from chatglm.family_tokenizer import FamilyTokenizer
 from chatglm.files import read_json
-from chatglm.loading import PREFIX, read_tensors, stop_ids
+from chatglm.loading import read_tensors, stop_ids
 from chatglm.runs import MANIFEST, check_not_run, committed_checkpoints, step_of
 from chatglm.saving import check_disk, disk_errors, flush, flush_tree, set_modes
 from finetune.config import RowsConfig, RunConfig
@@ -280,7 +280,7 @@ def export_prefix(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     """Write the weights of a P-Tuning prefix and the config.json that names its base."""
     from safetensors.torch import save_file
 
-    prefix = {name: t.contiguous() for name, t in state.items() if name.startswith(PREFIX)}
+    prefix = {name: t.contiguous() for name, t in state.items() if "prefix_encoder." in name}
     save_file(prefix, folder / "model.safetensors", {"format": "pt"})
     model.config.save_pretrained(str(folder))
     path = folder / "config.json"

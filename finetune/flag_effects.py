@@ -36,6 +36,7 @@ def refuse_without_effect(config: object, given: Iterable[str], effects: dict[st
             )
 
 
+UNSHARED = ("glm", "glm_base", "pangu")  # families of ours whose rows share no beginning
 LORA = Effect("--train_type lora; got {c.train_type}", lambda c: c.train_type == "lora")
 PTUNING = Effect("--train_type ptuning; got {c.train_type}", lambda c: c.train_type == "ptuning")
 EVALUATION = Effect("--eval_path", lambda c: c.has_evaluation)
@@ -58,8 +59,9 @@ TRAINING: dict[str, Effect] = {
         lambda c: bool(c.data_cache) and not c.streaming,
     ),
     "share_prefix": Effect(
-        "--batching ragged, a --mode other than glm, and neither dropout nor --neftune_noise_alpha",
-        lambda c: c.batching == "ragged" and c.mode != "glm" and not c.has_noise,
+        f"--batching ragged, a --mode other than {', '.join(UNSHARED)}, and neither dropout nor "
+        "--neftune_noise_alpha",
+        lambda c: c.batching == "ragged" and c.mode not in UNSHARED and not c.has_noise,
     ),
     "gradient_checkpointing_layers": Effect(
         "--gradient_checkpointing True or selective", lambda c: c.gradient_checkpointing != "False"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
-LAYER = re.compile(r"\b(layers?)\.(\d+)\.")  # in a parameter's name
+LAYER = re.compile(r"\b(layers?|h)\.(\d+)\.")  # in a parameter's name
 
 
 class TrainableModel(Protocol):

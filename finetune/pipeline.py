@@ -17,7 +17,8 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
 
-from chatglm.modeling_base import ChatGLMBody
+from chatglm.modeling_glm import ChatGLM1Model
+from chatglm.modeling_glm2 import ChatGLM2Model
 from finetune.checkpoint import trained_values
 from finetune.distributed import device, pieces, rank, world_size
 from finetune.loss import labelled_states, nll_of_states, without_peft
@@ -54,7 +55,7 @@ class StagedModel(PipelineModule):
         """
         inner = without_peft(model)
         body = inner.base_model
-        if not isinstance(body, ChatGLMBody):
+        if not isinstance(body, (ChatGLM1Model, ChatGLM2Model)):
             raise ValueError(
                 f"--num_stages needs a ChatGLM or GLM-4; "
                 f"{inner.name_or_path} is a {inner.config.model_type}"

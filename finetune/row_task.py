@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from chatglm.families import Family, family_of
+from chatglm.folders import check_folder, position_limit
 from chatglm.loading import load_model, load_tokenizer, resolve_mode
 from finetune.checkpoint import export_model
 from finetune.config import RowsConfig, RunConfig
@@ -67,6 +68,7 @@ class RowTask(Generic[Config, Rows]):
         )
         self.family = family_of(self.tokenizer)
         self.method = make_method(config)
+        self.check_positions()
         self.model_path = config.model_name_or_path
         self.title = self.family.title
         self.default_output_dir = f"output-{self.family.name}-{config.train_type}"
@@ -76,6 +78,18 @@ class RowTask(Generic[Config, Rows]):
         self.loaded: EpochRows[Rows] | None = None  # where no stream reads the rows
         self.eval_data: Rows | None = None
         self.eval_hash: str | None = None
+
+    def check_positions(self) -> None:
+        """Raises ValueError where rows of --max_len leave a model's table of positions."""
+        config, options = self.config, self.method.model_options()
+        limit = position_limit(check_folder(config.model_name_or_path))
+        is_first = options.get("ptuning_version") == "v1"
+        virtual = options["pre_seq_len"] if is_first else 0
+        if limit is not None and config.max_len + virtual > limit:
+            also = f" and {virtual} virtual tokens" if virtual else ""
+            raise ValueError(
+                f"--max_len {config.max_len}{also}: {self.family.title} has {limit} positions"
+            )
 
     # ---- what a task says
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from finetune.config import RunConfig
-from finetune.flag_effects import TRAINING, Effect
+from finetune.flag_effects import TRAINING, UNSHARED, Effect
 from finetune.flag_groups import task_flag
 from finetune.flags import fixed_flag, flag
 from finetune.methods import METHODS
@@ -59,8 +59,8 @@ EFFECTS: dict[str, Effect] = {
         lambda c: c.train_type != "none" and "tensorboard" in c.loggers,
     ),
     "share_prefix": Effect(
-        "--backbone chatglm, a --mode other than glm, and no dropout",
-        lambda c: c.backbone == "chatglm" and c.mode != "glm" and not c.has_noise,
+        f"--backbone chatglm, a --mode other than {', '.join(UNSHARED)}, and no dropout",
+        lambda c: c.backbone == "chatglm" and c.mode not in UNSHARED and not c.has_noise,
     ),
     "data_cache": FROZEN,
     "data_cache_gb": Effect(

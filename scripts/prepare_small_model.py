@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make a small ChatGLM of a family with random weights, for trials, tests and benchmarks.
+"""Make a small model of a family with random weights, for trials, tests and benchmarks.
 
     python scripts/prepare_small_model.py --family glm2 --tokenizer DIR --output_dir DIR
         --hidden_size 256 --num_layers 4
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.commands import Parser, run_command  # noqa: E402
-from chatglm.families import CHATGLM_FAMILIES  # noqa: E402
+from chatglm.families import OWN_FAMILIES  # noqa: E402
 from chatglm.files import read_json  # noqa: E402
 from chatglm.saving import set_modes  # noqa: E402
 from finetune.files import writing  # noqa: E402
@@ -26,7 +26,7 @@ from finetune.files import writing  # noqa: E402
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
+    from chatglm.configuration import ChatGLMConfig
     from chatglm.family_tokenizer import FamilyTokenizer
 
 COMMANDS = {"bos_token_id": "<sop>", "mask_token_id": "[MASK]", "gmask_token_id": "[gMASK]"}
@@ -43,9 +43,12 @@ def make_config(
     ffn: int,
     length: int,
     init_std: float,
-) -> "ChatGLM1Config | ChatGLM2Config":
-    """A configuration of the family's architecture for the tokenizer's ids."""
-    from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
+) -> "ChatGLMConfig":
+    """A configuration of the family's architecture for the tokenizer's ids.
+
+    Of GLM-10B the MLP has four times the width, whatever `ffn` says.
+    """
+    from chatglm.configuration import ChatGLM1Config, ChatGLM2Config, GLMBaseConfig, PanguConfig
 
     vocab = -(-len(tokenizer) // 64) * 64
     shared: dict[str, Any] = {
@@ -67,6 +70,17 @@ def make_config(
             max_sequence_length=length,
             **shared,
             **commands,
+        )
+    if family == "glm_base":
+        return GLMBaseConfig(vocab_size=vocab, max_sequence_length=length, **shared)
+    if family == "pangu":
+        shared["num_heads"] = shared.pop("num_attention_heads")
+        return PanguConfig(
+            vocab_size=vocab,
+            intermediate_size=ffn,
+            max_position_embeddings=length,
+            bos_token_id=tokenizer.bos_token_id,
+            **shared,
         )
     return ChatGLM2Config(
         padded_vocab_size=vocab,
@@ -98,9 +112,7 @@ def make_model(
     import torch
 
     from chatglm import load_tokenizer
-    from chatglm.configuration import ChatGLM1Config
-    from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
-    from chatglm.modeling_glm2 import ChatGLM2ForConditionalGeneration
+    from chatglm.loading import model_class_of
 
     tokenizer = load_tokenizer(tokenizer_dir, mode=family)
     torch.manual_seed(seed)
@@ -115,9 +127,7 @@ def make_model(
         length=length,
         init_std=init_std,
     )
-    if isinstance(config, ChatGLM1Config):
-        return save_model(ChatGLM1ForConditionalGeneration(config), tokenizer, Path(output_dir))
-    return save_model(ChatGLM2ForConditionalGeneration(config), tokenizer, Path(output_dir))
+    return save_model(model_class_of(config)(config), tokenizer, Path(output_dir))
 
 
 def save_model(model: "PreTrainedModel", tokenizer: "FamilyTokenizer", output_dir: Path) -> Path:
@@ -147,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--family", choices=CHATGLM_FAMILIES, default="glm2", help="[glm2]")
+    parser.add_argument("--family", choices=OWN_FAMILIES, default="glm2", help="[glm2]")
     parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer")
     parser.add_argument(
         "--output_dir", required=True, help="folder to write; replaced if it is a model already"

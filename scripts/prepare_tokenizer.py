@@ -6,7 +6,8 @@
 Writes DIR/tokenizer.model and DIR/tokenizer_config.json. Conventions: byte-pair pieces with byte
 fallback, ids unk 0, bos 1, eos 2, no pad; text taken as it is (no NFKC, spaces kept); one piece per
 digit; a space put before the text. Newlines are byte pieces. [MASK], [gMASK], [sMASK], sop and eop
-are not in the model: the tokenizer class puts them after it.
+are not in the model: the tokenizer class puts them after it. Of other families the file has their
+name and their control tokens; Pangu-alpha's pieces are learned from jieba's words.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.commands import Parser, run_command  # noqa: E402
+from chatglm.families import FAMILIES, OWN_FAMILIES  # noqa: E402
 from chatglm.files import read_text  # noqa: E402
 from finetune.files import write_aside  # noqa: E402
 from finetune.rows.formats import BadRow  # noqa: E402
@@ -91,6 +93,18 @@ def glm_symbols() -> list[str]:
     ]
 
 
+# <pad> is 6 and <eot> 9, as in the releases
+PANGU_SYMBOLS = ["<sep>", "<unused_0>", "<unused_1>", "<pad>", "<cls>", "<mask>", "<eot>"]
+
+
+def pangu_lines(lines: Iterable[str]) -> Iterator[str]:
+    """Lines as Pangu-alpha's model sees them: jieba's words with a space between."""
+    from chatglm.tokenization_pangu import joined_words
+
+    for line in lines:
+        yield PRE_SPLIT + joined_words(line.removeprefix(PRE_SPLIT))[0]
+
+
 def train(lines: Iterable[str], vocab_size: int, family: str = "glm2") -> bytes:
     """The trained model's bytes; one thread, no sampling, so the same lines give the same bytes."""
     import sentencepiece
@@ -115,6 +129,7 @@ def train(lines: Iterable[str], vocab_size: int, family: str = "glm2") -> bytes:
         eos_id=2,
         pad_id=3 if family == "glm" else -1,
         user_defined_symbols=glm_symbols() if family == "glm" else [],
+        control_symbols=PANGU_SYMBOLS if family == "pangu" else [],
         num_threads=1,
         input_sentence_size=0,
         shuffle_input_sentence=False,
@@ -179,7 +194,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--family",
-        choices=("glm", "glm2", "glm3", "glm4"),
+        choices=OWN_FAMILIES,
         default="glm2",
         help="whose conventions (default %(default)s)",
     )
@@ -195,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(inputs: list[Path], output_dir: Path, vocab_size: int, family: str) -> None:
-    name = "ice_text.model" if family == "glm" else "tokenizer.model"
+    name = FAMILIES[family].tokenizer_file
     settings: dict = TOKENIZER_CONFIG | {"glm_family": family}
     if family == "glm":
         settings["num_image_tokens"] = 0
@@ -209,6 +224,7 @@ def run(inputs: list[Path], output_dir: Path, vocab_size: int, family: str) -> N
         if family == "glm4":
             model = train_byte_pairs(lines, vocab_size)
         else:
+            lines = pangu_lines(lines) if family == "pangu" else lines
             model = train(lines, vocab_size, family)
     except RuntimeError as error:  # sentencepiece: the last line says what is wrong
         raise ValueError(str(error).strip().splitlines()[-1]) from None

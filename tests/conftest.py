@@ -50,7 +50,14 @@ LONGEST_FIRST = (  # test files that take 20 s or more, begun first by scripts/t
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Tests marked slow run only with SLOW=1; under pytest-xdist, the longest files come first."""
+    """Tests marked slow run only with SLOW=1; under pytest-xdist, the longest files come first.
+
+    Slow too are contract tests of P-Tuning with a family that has learned positions.
+    """
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if params.get("variant") in LEARNED and params.get("prefix", "plain") != "plain":
+            item.add_marker(pytest.mark.slow)
     if hasattr(config, "workerinput"):
         place = {name: number for number, name in enumerate(LONGEST_FIRST)}
         items.sort(key=lambda item: place.get(item.nodeid.split("::")[0], len(place)))
@@ -76,6 +83,8 @@ VARIANTS = {  # test id -> (family, config changes)
     "glm2": ("glm2", {}),
     "glm3": ("glm3", {"rope_ratio": 5}),
     "glm4": ("glm4", {"rope_ratio": 500, "layernorm_epsilon": 1.5625e-07}),
+    "glm_base": ("glm_base", {}),
+    "pangu": ("pangu", {}),
     "glm2-multi_head-linear_biases": (
         "glm2",
         {"multi_query_attention": False, "add_bias_linear": True},
@@ -83,9 +92,33 @@ VARIANTS = {  # test id -> (family, config changes)
 }
 
 
-def tiny_config(family: str, **changes):
-    from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
+INFILLING = ("glm", "glm_base")  # families whose context is bidirectional
+# families with learned positions -> model_type and architecture of a config.json
+LEARNED = {
+    "glm_base": ("glm_base", "GLMForConditionalGeneration"),
+    "pangu": ("pangu", "GPTPanguForCausalLM"),
+}
 
+
+def decoder_layers(model):
+    """The blocks of a model of ours, also inside of peft."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def tiny_config(family: str, **changes):
+    from chatglm.configuration import ChatGLM1Config, ChatGLM2Config, GLMBaseConfig, PanguConfig
+
+    if family == "glm_base":
+        no_dropout = {f"{part}_dropout_prob": 0.0 for part in ("embedding", "attention", "output")}
+        sizes = {"vocab_size": 60, "hidden_size": 48, "max_sequence_length": 64, "pad_token_id": 48}
+        return GLMBaseConfig(**SIZES | sizes | no_dropout | changes)
+    if family == "pangu":
+        no_dropout = {f"{part}_pdrop": 0.0 for part in ("resid", "embd", "attn")}
+        sizes = {"num_layers": 3, "num_heads": 6, "vocab_size": 60, "hidden_size": 48}
+        sizes |= {"intermediate_size": 80, "max_position_embeddings": 64, "pad_token_id": 3}
+        return PanguConfig(**sizes | no_dropout | changes)
     if family == "glm":
         special = {f"{name}_token_id": SPECIAL[name] for name in ("mask", "gmask")}
         special |= {
@@ -113,9 +146,17 @@ def tiny_model(family: str, attn_implementation="sdpa", seed=0, **changes):
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            is_norm = "layernorm" in name and name.endswith("weight")
+            is_norm = parameter.ndim == 1 and name.endswith("weight")
             parameter.copy_(1 + 0.1 * noise if is_norm else 0.2 * noise)
     return model.eval()
+
+
+PANGU_VOCABULARY = {  # ids as in the releases: <eot> 9, <pad> 6
+    "unk_id": 0,
+    "bos_id": 1,
+    "eos_id": 2,
+    "control_symbols": ["<sep>", "<unused_0>", "<unused_1>", "<pad>", "<cls>", "<mask>", "<eot>"],
+}
 
 
 def write_tokenizer(folder: Path, family: str) -> Path:
@@ -141,6 +182,13 @@ def write_tokenizer(folder: Path, family: str) -> Path:
             "model_prefix": str(folder / "ice_text"),
         }
         config = {"num_image_tokens": 0}
+    elif family == "glm_base":
+        options |= {"model_prefix": str(folder / "cog-pretrain")}
+        config = {}
+    elif family == "pangu":
+        options |= PANGU_VOCABULARY | {"model_prefix": str(folder / "vocab")}
+        text = [" ".join(["▂", "▃", *line.split()]) for line in text]
+        config = {}
     else:
         options |= {"model_prefix": str(folder / "tokenizer"), "model_type": "bpe"}
         config = {}
@@ -185,7 +233,7 @@ def make_tiny_folders(make_folder) -> dict[str, Path]:
     from chatglm.tokenization import ChatGLMTokenizer
 
     folders = {}
-    for family in ("glm", "glm2", "glm3", "glm4"):
+    for family in ("glm", "glm2", "glm3", "glm4", "glm_base", "pangu"):
         folder = write_tokenizer(make_folder("tokenizer"), family)
         tokenizer = ChatGLMTokenizer.from_pretrained(str(folder))
         changes = {"padded_vocab_size": 400}
@@ -200,6 +248,13 @@ def make_tiny_folders(make_folder) -> dict[str, Path]:
             changes = {"vocab_size": 400} | {
                 f"{k}_token_id": tokenizer.get_command(v) for k, v in ids.items()
             }
+        if family == "glm_base":
+            changes = {"vocab_size": 400, "pad_token_id": tokenizer.pad_token_id}
+            changes["max_sequence_length"] = 1024
+        if family == "pangu":
+            changes = {"vocab_size": 400, "max_position_embeddings": 1024}
+            ids = {"bos": "<s>", "eos": "<eot>", "pad": "<pad>"}
+            changes |= {f"{k}_token_id": tokenizer.get_command(v) for k, v in ids.items()}
         folders[family] = make_folder(family)
         tiny_model(family, seed=len(folders), **changes).save_pretrained(folders[family])
         tokenizer.save_pretrained(folders[family])

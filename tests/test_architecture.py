@@ -60,6 +60,7 @@ PURE = ["", "cost_model", "deployment", "policies", "simulate"]  # rooms of serv
 TAKEN = {
     "chatglm.files",
     "chatglm.commands",
+    "chatglm.evidence",
     "finetune.config",
     "finetune.files",
     "finetune.memory.shapes",

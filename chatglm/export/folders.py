@@ -172,9 +172,11 @@ def family_to_export(folder: Path, mode: str | None, base: str | Path | None, ta
         kind = json_values(folder / "config.json").get("model_type")
         raise ValueError(f"{folder}: exports are of ChatGLM models, this is one of {kind} already")
     if family not in SHARED_LAYOUT:
+        why = "its last layer asks by position"
+        if FAMILIES[family].infills:
+            why = "its positions have two dimensions and its prompt is read in both directions"
         raise ValueError(
-            f"{folder}: {FAMILIES[family].title} cannot be {target}: its positions have "
-            "two dimensions and its prompt is read in both directions; ChatGLM2, ChatGLM3 and "
+            f"{folder}: {FAMILIES[family].title} cannot be {target}: {why}; ChatGLM2, ChatGLM3 and "
             "GLM-4 can"
         )
     return family

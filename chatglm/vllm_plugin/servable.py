@@ -1,14 +1,20 @@
-"""Which ChatGLM vLLM cannot serve. Free of vLLM."""
+"""Which of our models vLLM cannot serve. Free of vLLM."""
 
 from typing import Any
 
 from ..configuration import is_chatglm1
+from ..evidence import PANGU_TYPES, is_glm_base
 
 OWN_SERVER = "serve it with python -m serving.server"
 
 
 def refuse_unservable(config: dict[str, Any], name: str) -> None:
-    """Raises ValueError for a ChatGLM that vLLM's classes would misread."""
+    """Raises ValueError for a model of ours that vLLM's classes would misread, or has none for."""
+    if is_glm_base(config) or config.get("model_type") in PANGU_TYPES:
+        raise ValueError(
+            f"{name} is a GLM-10B or Pangu-alpha, for which vLLM has no class; {OWN_SERVER} "
+            "--engine static"
+        )
     if is_chatglm1(config):
         raise ValueError(
             f"{name} is a ChatGLM-6B, for which vLLM has no class: its positions have two "

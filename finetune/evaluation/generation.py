@@ -150,8 +150,14 @@ def answer_batch(
 
 
 def decoded_text(tokenizer: "FamilyTokenizer", ids: list[int]) -> str:
-    """The text of an answer's ids, without control tokens and what a chat template writes first."""
-    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    """The text of an answer's ids, without control tokens and what a chat template writes first.
+
+    What fills several blanks is a line for each.
+    """
+    texts = []
+    for piece in tokenizer.split_pieces(ids):
+        texts.append(str(tokenizer.decode(piece, skip_special_tokens=True)))
+    text = "\n".join(texts)
     header = tokenizer.answer_header_text
     return text.removeprefix(header) if header.strip() else text
 
@@ -165,8 +171,30 @@ def generate_batch(
     """(ids of the answer without the end token, whether an end token came) of each encoded prompt.
 
     The prompts are padded on the left. `options` are generate()'s; without do_sample decoding is
-    greedy.
+    greedy. Of GLM-10B's prompts with several blanks one is filled after the other, each in sight of
+    those before (tokenizer.split_pieces gives them).
     """
+    answers = generate_pieces(model, tokenizer, encoded, **options)
+    wanted = list(map(tokenizer.count_pieces, encoded))
+    pieces = [[ids] for ids, _ in answers]
+    for number in range(1, max(wanted)):
+        rows = [row for row, count in enumerate(wanted) if count > number and answers[row][1]]
+        prompts = []
+        for row in rows:
+            prompts.append(encoded[row] + tokenizer.join_pieces([*pieces[row], []]))
+        for row, made in zip(rows, generate_pieces(model, tokenizer, prompts, **options)):
+            pieces[row].append(made[0])
+            answers[row] = (tokenizer.join_pieces(pieces[row]), made[1])
+    return answers
+
+
+def generate_pieces(
+    model: "PreTrainedModel",
+    tokenizer: "FamilyTokenizer",
+    encoded: list[list[int]],
+    **options: Any,
+) -> list[Generated]:
+    """As generate_batch, of the next piece alone."""
     import torch
 
     from chatglm.loading import stop_ids
@@ -178,6 +206,8 @@ def generate_batch(
     } | options
     if not options["do_sample"]:
         options |= {"top_p": None, "top_k": None, "temperature": None}
+    if not encoded:
+        return []
     longest = max(map(len, encoded))
     ids = torch.full((len(encoded), longest), tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)

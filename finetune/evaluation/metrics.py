@@ -5,17 +5,16 @@ of references; each metric defines what several references mean. Words are jieba
 space, for Chinese and English alike.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from chatglm.words import jieba_tokenizer
+
 if TYPE_CHECKING:
-    import jieba
     from rouge_score.rouge_scorer import RougeScorer
 
 # ROUGE-L above which two answers say the same (Self-Instruct, Wang et al. 2023).
@@ -27,20 +26,6 @@ INSTALL = 'pip install -e ".[eval]"'
 def words(text: str) -> tuple[str, ...]:
     """The words of a text, without white space."""
     return tuple(word for word in jieba_tokenizer().cut(text) if not word.isspace())
-
-
-@cache
-def jieba_tokenizer() -> "jieba.Tokenizer":
-    """jieba's tokenizer, with its cache in the user's own folder."""
-    import jieba
-
-    jieba.setLogLevel(logging.WARNING)
-    tokenizer = jieba.Tokenizer()
-    folder = Path("~/.cache/glm-foundry").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    # jieba caches its dictionary here. Its default is a file in /tmp, which any user may write.
-    tokenizer.tmp_dir = str(folder)
-    return tokenizer
 
 
 class Words:

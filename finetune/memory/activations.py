@@ -95,7 +95,7 @@ def checkpoints_kept(run: Run) -> int:
 def visibility_kept(run: Run) -> int:
     """Bytes of ChatGLM-6B's bool mask in ours, positions x keys, once for all layers."""
     whole = run.ours and layers_in_graph(run) == run.shape.layers
-    return run.positions * run.layer.keys if whole and run.shape.glm1 else 0
+    return run.positions * run.layer.keys if whole and run.shape.infills else 0
 
 
 def adapter_copies(run: Run) -> int:

@@ -59,7 +59,13 @@ def kept_bytes_per_token(layer: Layer) -> dict[str, int]:
         "mlp": mlp_kept(layer),
         "inputs": inputs_kept(layer),
         "lora": lora_kept(layer),
+        "dropout": dropout_kept(layer),
     }
+
+
+def dropout_kept(layer: Layer) -> int:
+    """Bytes per token of the masks of both residuals' dropout, 2 h, where a model has it."""
+    return 2 * layer.mask_element * layer.shape.hidden if layer.shape.dropout else 0
 
 
 def norms_kept(layer: Layer) -> int:
@@ -93,9 +99,9 @@ def attention_kept(layer: Layer) -> int:
     if layer.code == "packed-cpu":
         return rotated
     if not layer.scored:
-        mask = e * layer.keys if shape.glm1 else 0
+        mask = e * layer.keys if shape.infills else 0
         return rotated + e * shape.query + 4 * shape.heads + mask
-    viewed = 2 * shape.kv if layer.code == "original" and shape.glm1 else 0
+    viewed = 2 * shape.kv if layer.code == "original" and shape.infills else 0
     return e * (3 * shape.query + viewed) + layer.keys
 
 
@@ -130,9 +136,11 @@ def input_is_kept(layer: Layer, linear: str) -> bool:
     """Whether attention keeps a linear's input already.
 
     Flash attention keeps its output, which the dense layer reads; in ragged rows the layer reads a
-    copy, for the sequences are joined.
+    copy, for the sequences are joined. Where queries, keys and values are made apart, of one input,
+    it counts with the queries.
     """
-    return layer.code == "sdpa" and linear == "dense"
+    names = layer.shape.names
+    return linear in names.qkv[1:] or (layer.code == "sdpa" and linear == names.dense)
 
 
 def inputs_kept(layer: Layer) -> int:
@@ -142,7 +150,7 @@ def inputs_kept(layer: Layer) -> int:
     return sum(
         layer.element * linear.inputs
         for name, linear in layer.shape.linears.items()
-        if not input_is_kept(layer, short_name(name))
+        if not input_is_kept(layer, name)
     )
 
 
@@ -151,8 +159,8 @@ def lora_kept(layer: Layer) -> int:
     dropped input and its mask, and the product with A."""
     kept = 0
     for name, linear in layer.shape.linears.items():
-        if (short := short_name(name)) in layer.lora:
-            kept += lora_input_kept(layer, short, linear.inputs)
+        if short_name(name) in layer.lora:
+            kept += lora_input_kept(layer, name, linear.inputs)
             kept += layer.lora_element * layer.lora_rank
     return kept
 
@@ -172,7 +180,8 @@ def keys_side_kept(layer: Layer) -> float:
     kept = norms_kept(layer) / 2 + e * (shape.query + 2 * shape.kv)
     if layer.trained:
         return kept + e * shape.hidden
-    if "query_key_value" in layer.lora:
+    made = [short_name(name) for name in shape.names.qkv if short_name(name) in layer.lora]
+    for _ in made:
         mask = layer.mask_element if layer.lora_dropout else 0
         kept += (layer.lora_element + mask) * shape.hidden + layer.lora_element * layer.lora_rank
     return kept

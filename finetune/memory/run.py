@@ -291,7 +291,7 @@ class Run:
     @cached_property
     def layer(self) -> Layer:
         """A layer of the model, as this run computes it."""
-        modules = self.lora_modules
+        modules = self.shape.split_qkv(self.lora_modules)
         if modules == ("all",):
             modules = tuple(short_name(name) for name in self.shape.linears)
         packed: Code = "packed-cpu" if self.cpu else "packed"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from chatglm.families import FAMILIES
 from finetune.config import RowsConfig
 from finetune.flag_effects import TRAINING, Effect
 from finetune.flag_groups import check_share, task_flag
@@ -73,10 +74,10 @@ class PretrainConfig(RowsConfig):
             )
         if self.objective == "infilling" and self.packing != "isolated":
             raise ValueError("--objective infilling needs --packing isolated: a row has one blank")
-        if self.objective == "infilling" and self.mode not in (None, "glm"):
+        if self.objective == "infilling" and self.mode and not FAMILIES[self.mode].infills:
             raise ValueError(
-                f"--objective infilling needs --mode glm, whose context is read on both sides; "
-                f"got {self.mode}"
+                "--objective infilling needs --mode glm or glm_base, whose context is read on both "
+                f"sides; got {self.mode}"
             )
         if self.streaming and not self.max_steps:
             raise ValueError(

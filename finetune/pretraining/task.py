@@ -36,10 +36,10 @@ class PreTraining(RowTask[PretrainConfig, RowGroups | Windows]):
 
     def __init__(self, config: PretrainConfig):
         super().__init__(config)
-        if config.objective == "infilling" and self.family.name != "glm":
+        if config.objective == "infilling" and not self.family.infills:
             raise ValueError(
-                f"--objective infilling needs ChatGLM-6B, whose context is read on both sides; "
-                f"{config.model_name_or_path} is {self.family.title}"
+                "--objective infilling needs ChatGLM-6B or GLM-10B, whose context is read on both "
+                f"sides; {config.model_name_or_path} is {self.family.title}"
             )
         self.default_output_dir = f"output-{self.family.name}-pretrain-{config.train_type}"
         self.eval_bytes = 0

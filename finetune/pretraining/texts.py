@@ -110,7 +110,7 @@ class DocumentEncoder(RowEncoder):
         return self.tokenizer.get_command(RAW_FAMILIES[self.family.name].end_token)
 
     def blanks(self, row: Row) -> list[EncodedRow]:
-        """ChatGLM-6B's rows of a document, each with one blank that is learnt (arXiv 2103.10360).
+        """The rows of a document, each with one blank that is learnt (arXiv 2103.10360).
 
         A prompt's label is its blank. Else each piece has one, drawn from the seed and the ids:
         with probability gmask_share the last half to all of it, [gMASK], which the end token
@@ -118,13 +118,21 @@ class DocumentEncoder(RowEncoder):
         end token.
         """
         encode = self.tokenizer.encode_text
-        mask, gmask, sop = map(self.tokenizer.get_command, ("[MASK]", "[gMASK]", "<sop>"))
-        if row.prompt:
-            label = [*encode(row.answers[0]), self.end][: self.max_len - 3]
-            context = encode(row.prompt)[: self.max_len - 2 - len(label)]
-            return [EncodedRow([*context, mask, sop, *label], len(context) + 1, False)]
+        mask, gmask = map(self.tokenizer.get_command, ("[MASK]", "[gMASK]"))
+        tokens = RAW_TOKENS[self.family.name]
+        first = list(map(self.tokenizer.get_command, tokens.before))
+        *last, sop = map(self.tokenizer.get_command, tokens.after[1:])
+
+        def blank_row(context: list[int], learnt: list[int]) -> EncodedRow:
+            seen = [*first, *context, *last]
+            masked = len(seen) if tokens.last_is_learnt else len(seen) + 1
+            return EncodedRow([*seen, sop, *learnt], masked, False)
+
+        room = self.max_len - 3 - len(first) - len(last)
+        if row.prompt and room > 0:
+            label = [*encode(row.answers[0]), self.end][:room]
+            return [blank_row([*encode(row.prompt)[: room + 1 - len(label)], mask], label)]
         ids = encode(row.answers[0])
-        room = self.max_len - 3
         if room < 1:
             raise ValueError(f"max_len={self.max_len} leaves no room for text beside a blank")
         rows = []
@@ -142,7 +150,7 @@ class DocumentEncoder(RowEncoder):
                 before, blank = piece[:begin], piece[begin : begin + size]
                 after, tail = piece[begin + size :], [self.end]
                 context = [*before, mask, *after]
-            rows.append(EncodedRow([*context, sop, *blank, *tail], len(context), False))
+            rows.append(blank_row(context, [*blank, *tail]))
         return rows
 
     def draw(self, ids: list[int]) -> np.random.Generator:

@@ -24,7 +24,8 @@ def encode_document(
     Raises:
         ValueError: `max_len` has no room for a token of text.
     """
-    source, after = raw_ids(RAW_TOKENS.get(family), tokenizer, [])
+    tokens = RAW_TOKENS.get(family)
+    source, after = raw_ids(tokens, tokenizer, [])
     prefix = source + after
     # A row's first token is never learnt; without a token before the text, a row begins with the
     # last one of the row before.
@@ -36,7 +37,7 @@ def encode_document(
         )
     end = tokenizer.get_command(RAW_FAMILIES[family].end_token)
     ids = [*tokenizer.encode_text(text), end]
-    n_masked = len(prefix) + overlap - bool(after)  # <sop> is a label, as in ChatGLM-6B's chats
+    n_masked = len(prefix) + overlap - bool(tokens and tokens.last_is_learnt)
     rows = []
     for start in range(0, len(ids) - overlap, room):
         piece = ids[start : start + overlap + room]

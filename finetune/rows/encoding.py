@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from chatglm.conversations import GLM3_LABELS, IGNORED, encode_conversation
 from chatglm.families import Family
+from chatglm.prompts import pieces_of
 from finetune.files import CACHE_GB, prune, sha256, written_whole
 from finetune.rows.arrays import (
     Dataset,
@@ -57,7 +58,9 @@ class RowEncoder:
     glm3_labels: str = GLM3_LABELS[0]
 
     def check(self, row: Row) -> None:
-        """Raises BadRow: several answers (a test file), or raw text of several turns."""
+        """Raises BadRow: several answers (a test file), several turns of raw text or of a family
+        that answers one prompt, or blanks that the answer does not fill.
+        """
         if len(row.answers) != 1:
             raise BadRow(
                 f"{row.place}: a training row has one output, got a list of {len(row.answers)}"
@@ -67,6 +70,17 @@ class RowEncoder:
                 f"{row.place}: prompt_style raw: a text to go on with has one answer, "
                 f"got {len(row.turns)} turns"
             )
+
+        rounds = sum([turn.role == "user" for turn in row.turns])
+        if self.family.single and rounds > 1:
+            raise BadRow(
+                f"{row.place}: {self.family.title} answers one prompt, got {rounds} rounds"
+            )
+        if self.family.name == "glm_base" and not self.family.raw and not row.is_document:
+            try:
+                pieces_of(row.prompt, row.answers[0])
+            except ValueError as error:
+                raise BadRow(f"{row.place}: {error}") from None
 
     def encode(self, row: Row) -> list[EncodedRow]:
         """One row; of a conversation in ChatGLM-6B's layout, one an answer; of a text without a

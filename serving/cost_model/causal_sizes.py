@@ -6,6 +6,8 @@ Counts are elements, widths are elements of one token.
 from dataclasses import dataclass
 from typing import Any
 
+from chatglm.evidence import is_glm_base
+
 
 @dataclass(frozen=True)
 class CausalParts:
@@ -67,7 +69,7 @@ class CausalShape:
 
 def is_causal(config: dict[str, Any]) -> bool:
     """Whether a config.json is of one of CAUSAL_PARTS, which have other names than a ChatGLM's."""
-    return config.get("model_type") in CAUSAL_PARTS
+    return config.get("model_type") in CAUSAL_PARTS and not is_glm_base(config)
 
 
 def causal_shape(config: dict[str, Any]) -> CausalShape:

@@ -45,8 +45,8 @@ class ModelSizes:
         embedding_bytes, output_bytes: weights of the two ends; the final norm counts to the output.
         element_bytes: of one weight.
         tied: embedding and output layer share their matrix; it is then in `weight_bytes` once.
-        glm1: ChatGLM-6B's module names, else ChatGLM2's.
-        causal: the module names of transformers' GLM, Llama and Qwen.
+        architecture: whose module names it has: a key of finetune.memory.shapes.NAMES, or "causal"
+            for those of transformers' GLM, Llama and Qwen.
     """
 
     layers: int
@@ -60,8 +60,7 @@ class ModelSizes:
     parameters: int
     element_bytes: int = 2
     tied: bool = False
-    glm1: bool = False
-    causal: bool = False
+    architecture: str = "glm2"
 
     @classmethod
     def from_config(
@@ -85,6 +84,7 @@ class ModelSizes:
         width = element_bytes * 2 * shape.layers
         norm = shape.hidden * (2 if shape.glm1 else 1)
         bias = shape.vocab if shape.linear_bias and not shape.glm1 else 0
+        tables = len(shape.names.tables) * shape.positions
         return cls(
             layers=shape.layers,
             hidden=shape.hidden,
@@ -92,12 +92,12 @@ class ModelSizes:
             kv_bytes_per_token=width * shape.kv,
             attention_bytes_per_token=width * shape.query,
             layer_bytes=element_bytes * shape.per_layer,
-            embedding_bytes=element_bytes * shape.vocab * shape.hidden,
+            embedding_bytes=element_bytes * (shape.vocab + tables) * shape.hidden,
             output_bytes=element_bytes * (shape.vocab * shape.hidden + norm + bias),
             parameters=shape.total,
             element_bytes=element_bytes,
             tied=shape.tied,
-            glm1=shape.glm1,
+            architecture=shape.architecture,
         )
 
     @classmethod
@@ -118,7 +118,7 @@ class ModelSizes:
             parameters=shape.total,
             element_bytes=element_bytes,
             tied=shape.tied,
-            causal=True,
+            architecture="causal",
         )
 
     @property

@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from finetune.files import write_aside
+from finetune.memory.shapes import NAMES
 from serving.cost_model import model as cm
 from serving.cost_model.devices import GIB, Cluster, Device, Link
 from serving.cost_model.model import CostModel, ModelSizes, Profile
 
 # (embedding, layer, final norm, output layer, last) of chatglm/modeling_glm.py,
-# chatglm/modeling_glm2.py and transformers' GLM, Llama and Qwen. The last, on the first device, is
+# chatglm/modeling_glm2.py, transformers' GLM, Llama and Qwen, and the files named after the others.
+# The last, on the first device, is
 # P-Tuning's encoder, or the tables of the rotary angles.
 MODULES = {
     "glm": (
@@ -47,6 +49,22 @@ MODULES = {
     ),
 }
 MODULES["glm3"] = MODULES["glm4"] = MODULES["glm2"]
+MODULES |= {
+    "glm_base": (
+        "glm.word_embeddings",
+        "glm.transformer.layers.{}",
+        "glm.transformer.final_layernorm",
+        "lm_head",
+        "glm.prefix_encoder",
+    ),
+    "pangu": (
+        "transformer.wte",
+        "transformer.h.{}",
+        "transformer.ln_f",
+        "lm_head",
+        "transformer.prefix_encoder",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -150,6 +168,8 @@ class Placement:
             for _ in range(count):
                 device_map[layer.format(index)] = self.device_name(device)
                 index += 1
+        if own in NAMES:
+            device_map |= dict.fromkeys(NAMES[own].tables, first)
         device_map[norm] = device_map[output] = first if self.model.tied else last
         return device_map
 
@@ -275,9 +295,7 @@ class Placement:
 
 def modules_of(model: ModelSizes) -> str:
     """The key of MODULES that has a model's names."""
-    if model.causal:
-        return "causal"
-    return "glm" if model.glm1 else "glm2"
+    return model.architecture
 
 
 def kv_layer_bytes(model: ModelSizes, need: Need) -> int:

@@ -17,6 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
 from chatglm.kernels import turn_pairs_, turn_rotated_halves_
 
 
@@ -252,7 +253,7 @@ def body_of(model: PreTrainedModel) -> ServedBody:
     Raises:
         ValueError: the continuous engine cannot run such a model.
     """
-    if hasattr(getattr(model, "transformer", None), "prefix_length"):
+    if isinstance(model.config, (ChatGLM1Config, ChatGLM2Config)):
         return ServedChatGLM(model)
     if isinstance(model, (GlmForCausalLM, Glm4ForCausalLM)):
         return CausalBody(model, lambda layer: CausalBlock(layer, turn_pairs_))

@@ -122,7 +122,7 @@ def prompt_maker(
 
     def prompt_of(tokens: int) -> list[int]:
         text = [draw.randrange(vocabulary // 2) for _ in range(tokens - len(frame))]
-        return text + frame if family.name == "glm" else frame + text
+        return text + frame if family.infills else frame + text
 
     return prompt_of, len(frame)
 

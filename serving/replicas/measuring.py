@@ -47,10 +47,9 @@ def prompt_ids(engine: "TextEngine", tokens: int, seed: int) -> list[int]:
 
     Prompts of different seeds do not begin alike: an engine copies what does.
     """
-    config: Any = engine.model.config
     frame: list[int] = []
-    if getattr(config, "glm_family", None) == "glm":
-        frame = [config.gmask_token_id, config.bos_token_id]
+    if marks := getattr(getattr(engine.model, "transformer", None), "marks", None):
+        frame = [marks.masks[0], marks.sop]
     draw = random.Random(seed)
     return draw.choices(range(5, 25), k=tokens - len(frame)) + frame
 

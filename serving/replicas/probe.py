@@ -236,6 +236,7 @@ def arbitrary_model(task: ProbeTask, device: str) -> "PreTrainedModel":
     import torch
     from transformers.initialization import no_init_weights
 
+    from chatglm.configuration import ChatGLMConfig
     from chatglm.loading import model_class_of
     from finetune.distributed import DTYPES, resolve_precision
 
@@ -243,7 +244,7 @@ def arbitrary_model(task: ProbeTask, device: str) -> "PreTrainedModel":
     if precision == "auto":
         precision = "fp32" if device == "cpu" else resolve_precision(precision)
     config = shortened_config(Path(task.folder), task.base, task.layers, task.keep_quantized)
-    if config.model_type == "chatglm":
+    if isinstance(config, ChatGLMConfig):
         model_class: Any = model_class_of(config)
     else:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING

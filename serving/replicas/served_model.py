@@ -3,7 +3,7 @@
 Free of torch at import.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from serving.cost_model.model import read_profile
@@ -12,6 +12,8 @@ from serving.engines.stage_reports import ModelLoading
 from serving.request import CostEstimator, Limits
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from chatglm.family_tokenizer import FamilyTokenizer
     from predictor.rereading import Rereader
     from predictor.runtime import LengthPredictor
@@ -122,7 +124,16 @@ class ServedModel:
             options["prefix_cache_tokens"] = self.prefix_cache_tokens
         if self.rereader is not None:
             options["rereader"] = load_rereader(self.rereader)
-        return make_engine(self.engine, model, limits, cost, **options)
+        return make_engine(self.engine, model, within_positions(limits, model), cost, **options)
+
+
+def within_positions(limits: Limits, model: "PreTrainedModel") -> Limits:
+    """The limits, with no more tokens a sequence than a model has positions."""
+    body = getattr(model, "transformer", None)
+    most = getattr(body, "max_positions", None)
+    if body is None or most is None:
+        return limits
+    return replace(limits, max_tokens=min(limits.max_tokens, most - body.prompt_length))
 
 
 def check_rereader(folder: str | None, engine: str, tokenizer: "FamilyTokenizer") -> None:

@@ -4,7 +4,8 @@ python -m serving.run_requests requests.json --model DIR --predictor DIR --polic
 
 The list is JSON, or JSON lines, of {"instruction", "input", "SLO", "arrival", "length"}; all but
 the instruction may be absent. SLO, as in UELLM's lists: seconds from a request's arrival to its
-whole answer. The real continuous engine answers; static policies run their batches on it.
+whole answer. The real continuous engine answers; static policies run their batches on it, or on the
+static engine.
 """
 
 import argparse
@@ -25,10 +26,11 @@ from finetune.files import write_json
 from finetune.out_of_memory import explained, memory_there
 from finetune.placing import PlacementFlags, add_placing_flags
 from predictor.pictures import new_figure
-from serving.engines import Sampling
+from serving.engines import IN_PROCESS, Sampling
 from serving.engines.runner import AnswerBackend
 from serving.policies.continuous import OBJECTIVE_HELP, POLICIES, with_objective
 from serving.policies.gittins import OBJECTIVES
+from serving.policies.static import BATCH_POLICIES
 from serving.replicas.backends import open_in_process, open_placed
 from serving.replicas.devices import count_gpus
 from serving.replicas.served_model import (
@@ -78,6 +80,7 @@ class ListRunFlags(PlacementFlags):
     model: str
     predictor: str | None
     rereader: str | None
+    engine: str
     policies: str
     objective: str | None
     rate: float | None
@@ -128,6 +131,8 @@ def run_parser() -> argparse.ArgumentParser:
         default="slo_odbs,fifo,fcfs,deadline",
         help=f"of {', '.join(RUNNABLE)}; comma between them [slo_odbs,fifo,fcfs,deadline]",
     )
+    engine = "what runs the model; static: transformers' generate, for static policies [continuous]"
+    add("--engine", choices=IN_PROCESS, default="continuous", help=engine)
     add("--objective", choices=tuple(OBJECTIVES), help=OBJECTIVE_HELP)
     arrivals = parser.add_mutually_exclusive_group()
     arrivals.add_argument(
@@ -190,6 +195,8 @@ def checked_limits(flags: ListRunFlags, names: Sequence[str], rows: Sequence[Lis
         new_figure()  # says where matplotlib is not installed
         if flags.picture.suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"--picture {flags.picture}: wanted .png, .svg or .pdf")
+    if flags.engine == "static":
+        check_static(flags, names)
     predicting = [name for name in names if POLICIES[name].predicts]
     if predicting and not flags.predictor:
         names_read = ", ".join(predicting)
@@ -304,6 +311,17 @@ def slo_source_of(flags: ListRunFlags, rows: Sequence[ListedRow]) -> str:
     return words if flags.slo_factor == 1 else f"{words}, times {flags.slo_factor:g}"
 
 
+def check_static(flags: ListRunFlags, names: Sequence[str]) -> None:
+    """Raises ValueError where the static engine cannot run what the flags ask for."""
+    if flags.is_placed:
+        raise ValueError("--engine static is for one process, without flags that place the model")
+    for name in names:
+        if name not in BATCH_POLICIES:
+            raise ValueError(
+                f"--engine static wants --policies of {', '.join(BATCH_POLICIES)}; got {name}"
+            )
+
+
 def run_requests(flags: ListRunFlags) -> None:
     """Everything after the flags. Raises ValueError, OSError, MemoryError in one line."""
     names = with_objective(policy_names(flags.policies), flags.objective)
@@ -318,7 +336,7 @@ def run_requests(flags: ListRunFlags) -> None:
     )
     requests = prepare_requests(flags, rows, tokenizer)
     predictor = load_predictor(flags.predictor, tokenizer)
-    check_rereader(flags.rereader, "continuous", tokenizer)
+    check_rereader(flags.rereader, flags.engine, tokenizer)
     with explained(lambda: memory_advice(flags)):
         runs = placed_runs(flags, limits, names, requests, predictor)
     report(flags, runs, slo_source_of(flags, rows))
@@ -365,7 +383,7 @@ def runs_in_process(
     predictor: "LengthPredictor | None",
 ) -> list[PolicyRun]:
     """The runs of one engine in this process. Raises what ended the engine."""
-    served = ServedModel.of(flags, rereader=flags.rereader)
+    served = ServedModel.of(flags, rereader=flags.rereader, engine=flags.engine)
     engine = open_in_process(served, limits).backend.engine
     failures: list[BaseException] = []
 
@@ -373,7 +391,7 @@ def runs_in_process(
         return running_engine(engine, POLICIES[name], failures.append)
 
     try:
-        warm_up(open_backend, requests)
+        warm_up(open_backend, requests, "fifo" if flags.engine == "static" else "fcfs")
         return run_policies(names, requests, open_backend, predictor, kv_token_bytes(flags))
     except RuntimeError:
         if failures:  # of the engine's thread

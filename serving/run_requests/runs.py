@@ -162,7 +162,9 @@ def rescheduled_pool(pool: "ReplicaPool", policy: str) -> Iterator[AnswerBackend
     yield pool
 
 
-def warm_up(open_backend: OpenBackend, requests: Sequence[PreparedRequest]) -> None:
+def warm_up(
+    open_backend: OpenBackend, requests: Sequence[PreparedRequest], policy: str = "fcfs"
+) -> None:
     """A few tokens of a few requests, so that the first policy does not pay for first calls."""
     first = []
     for request in requests[:4]:
@@ -170,7 +172,7 @@ def warm_up(open_backend: OpenBackend, requests: Sequence[PreparedRequest]) -> N
         first.append(
             PreparedRequest(request.number, request.prompt, request.prompt_ids, 0.0, 60.0, sampling)
         )
-    with open_backend("fcfs") as backend:
+    with open_backend(policy) as backend:
         run_list(backend, first, None, False)
 
 

@@ -90,7 +90,7 @@ class CompletionRequest(GenerationRequest):
         self, tokenizer: "FamilyTokenizer", prompt_options: dict[str, Any]
     ) -> list[PromptIds]:
         family = RAW_FAMILIES[tokenizer.family]
-        if family.name == "glm" and self.prompt_logprobs is not None:
+        if family.infills and self.prompt_logprobs is not None:
             raise ValueError(
                 f"echo with logprobs: {family.title} reads a prompt in both directions, so its "
                 "tokens have no log probabilities"

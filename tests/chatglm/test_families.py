@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from chatglm.evidence import contradicts, infer_family
-from chatglm.families import CHATGLM_FAMILIES, FAMILIES
+from chatglm.families import CHATGLM_FAMILIES, FAMILIES, OWN_FAMILIES
 from chatglm.histories import ROLES, TOOL_PREAMBLE
 from chatglm.prompts import parse_tool_call
 from chatglm.tokenization import TOKENIZERS
@@ -463,10 +463,13 @@ def test_contradicts_only_on_strong_evidence(tmp_path):
 
 
 def test_families_table():
-    assert list(CHATGLM_FAMILIES) == list(TOKENIZERS) == ["glm", "glm2", "glm3", "glm4"]
-    assert list(FAMILIES) == [*CHATGLM_FAMILIES, "causal"]
-    for name in CHATGLM_FAMILIES:
+    assert list(CHATGLM_FAMILIES) == ["glm", "glm2", "glm3", "glm4"]
+    assert list(OWN_FAMILIES) == list(TOKENIZERS) == [*CHATGLM_FAMILIES, "glm_base", "pangu"]
+    assert list(FAMILIES) == [*OWN_FAMILIES, "causal"]
+    for name in OWN_FAMILIES:
         family = FAMILIES[name]
         assert family.name == name and family.end_token in family.stop_tokens
-        assert family.layers_prefix.endswith(".layers.") and "GLM" in family.title
+        assert family.single == (name in ("glm_base", "pangu"))
+        if name in CHATGLM_FAMILIES:
+            assert family.layers_prefix.endswith(".layers.") and "GLM" in family.title
     assert ROLES == ("system", "user", "assistant", "observation")

@@ -11,7 +11,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from chatglm.layers import inverse_frequencies
-from tests.conftest import SPECIAL, VARIANTS, tiny_config, tiny_model
+from tests.conftest import (
+    INFILLING,
+    LEARNED,
+    SPECIAL,
+    VARIANTS,
+    decoder_layers,
+    tiny_config,
+    tiny_model,
+)
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 PREFIXES = {
@@ -20,6 +28,10 @@ PREFIXES = {
     "v2-mlp": {"pre_seq_len": 4, "ptuning_version": "v2", "prefix_projection": True},
     "v1": {"pre_seq_len": 4, "ptuning_version": "v1"},
 }
+CHATGLM_LINEAR = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+LINEAR = dict.fromkeys(("glm", "glm2", "glm3", "glm4", "glm_base"), CHATGLM_LINEAR)
+LINEAR["pangu"] = ["q_proj", "c_proj", "c_fc", "k_proj", "v_proj"]
+ROTARY = [name for name in VARIANTS if VARIANTS[name][0] not in LEARNED]
 MODELS = {}
 
 
@@ -39,7 +51,7 @@ def family_of(model):
 def row(family, length, seed=0, answer=None):
     """One row of `length` >= 4 ids; ChatGLM-6B's is text, [gMASK], <sop> and `answer` ids."""
     ids = torch.randint(6, 50, (length,), generator=torch.Generator().manual_seed(seed))
-    if family == "glm":
+    if family in INFILLING:
         answer = length // 3 if answer is None else answer
         ids[length - answer - 2] = SPECIAL["gmask"]
         ids[length - answer - 1] = SPECIAL["sop"]
@@ -65,7 +77,7 @@ def step_logits(model, ids, cuts, give):
     for end in cuts:
         inputs = {}
         if "positions" in give:
-            if family_of(model) == "glm":
+            if family_of(model) in INFILLING:
                 inputs["position_ids"] = model.transformer.count_positions(ids)[..., start:end]
             else:
                 inputs["position_ids"] = torch.arange(start, end)[None]
@@ -93,7 +105,7 @@ def test_cached_decoding_equals_one_forward(variant, prefix, attn):
     torch.testing.assert_close(model(ids).logits, whole, **CLOSE)  # and sdpa equals eager
     model.set_attn_implementation(attn)
     first = (
-        6 if family_of(model) == "glm" else 1
+        6 if family_of(model) in INFILLING else 1
     )  # its context is bidirectional, so it goes in whole
     for cuts, give in (
         (range(first, 15), ()),
@@ -172,7 +184,7 @@ def test_embeddings_in_place_of_ids_and_logits_to_keep(variant, prefix):
     family, body = family_of(model), model.transformer
     ids = row(family, 10)[None]
     whole = model(ids).logits
-    positions = {"position_ids": body.count_positions(ids)} if family == "glm" else {}
+    positions = {"position_ids": body.count_positions(ids)} if family in INFILLING else {}
     embeds = model.get_input_embeddings()(ids)
     torch.testing.assert_close(model(inputs_embeds=embeds, **positions).logits, whole, **CLOSE)
     torch.testing.assert_close(model(ids, logits_to_keep=3).logits, whole[:, -3:], **CLOSE)
@@ -230,7 +242,7 @@ def test_prompt_tuning_v1_is_embeddings_put_in_front(variant):
     for ids in rows:
         embeds = torch.cat([vectors, plain.get_input_embeddings()(ids)])[None]
         own = torch.arange(len(embeds[0]))[None]
-        if family == "glm":  # places move by P, block positions do not
+        if family in INFILLING:  # places move by P, block positions do not
             counted = plain.transformer.count_positions(ids[None]) + torch.tensor([4, 0])[:, None]
             own = torch.cat(
                 [torch.stack([torch.arange(4), torch.zeros(4, dtype=torch.long)])[None], counted],
@@ -243,7 +255,7 @@ def test_prompt_tuning_v1_is_embeddings_put_in_front(variant):
         for _ in range(6):
             full = torch.tensor([more])
             positions = own
-            if family == "glm":
+            if family in INFILLING:
                 positions = plain.transformer.count_positions(full) + torch.tensor([4, 0])[:, None]
                 positions = torch.cat([own[..., :4], positions], dim=-1)
             else:
@@ -299,7 +311,7 @@ def test_generation_from_embeddings_and_stop_ids(variant):
     wanted = generate(model, list(ids), 6)[0]
     positions = (
         {"position_ids": model.transformer.count_positions(ids)}
-        if family_of(model) == "glm"
+        if family_of(model) in INFILLING
         else {}
     )
     embeds = model.get_input_embeddings()(ids)
@@ -330,13 +342,14 @@ def test_hidden_states_and_attentions(variant, prefix):
     assert {h.shape[1] for h in out.hidden_states[:-1]} == {length} and out.hidden_states[-1].shape[
         1
     ] == 9
-    torch.testing.assert_close(out.hidden_states[0][:, -9:], model.get_input_embeddings()(ids))
+    if family not in LEARNED:  # which add positions
+        torch.testing.assert_close(out.hidden_states[0][:, -9:], model.get_input_embeddings()(ids))
     torch.testing.assert_close(model.get_output_embeddings()(out.hidden_states[-1]), out.logits)
     keys = 9 if prefix == "plain" else 13
     for weights in out.attentions:
         assert weights.shape == (1, 6, length, keys)
         torch.testing.assert_close(weights.sum(-1), torch.ones(1, 6, length))
-        if family != "glm":
+        if family not in INFILLING:
             assert not weights[..., keys - length :].triu(1).any()
 
 
@@ -346,7 +359,7 @@ def test_embeddings_get_set_and_resize(variant):
     family, own = VARIANTS[variant]
     model = tiny_model(family, **own)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert tied == (family == "glm")
+    assert tied == (family in ("glm", *LEARNED))
     ids = row(family, 8)[None]
     before = model(ids).logits
     model.resize_token_embeddings(66, mean_resizing=False)
@@ -376,7 +389,7 @@ def test_gradient_checkpointing_changes_no_gradient(variant, prefix, lora):
             from peft import LoraConfig, get_peft_model
 
             torch.manual_seed(0)
-            targets = ["query_key_value", "dense", "dense_h_to_4h"]
+            targets = LINEAR[family][:3]
             model = get_peft_model(
                 model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
             )
@@ -386,8 +399,7 @@ def test_gradient_checkpointing_changes_no_gradient(variant, prefix, lora):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         calls = []
-        inner = model.base_model.model.transformer if lora else model.transformer
-        blocks = inner.layers if family == "glm" else inner.encoder.layers
+        blocks = decoder_layers(model)
         blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
         out = model(ids, labels=labels)
         out.loss.backward()
@@ -406,7 +418,7 @@ def test_gradient_checkpointing_changes_no_gradient(variant, prefix, lora):
         )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ROTARY)
 @torch.no_grad()
 def test_half_precision_runs_and_keeps_fp32_angles(variant):
     family, own = VARIANTS[variant]
@@ -414,7 +426,7 @@ def test_half_precision_runs_and_keeps_fp32_angles(variant):
     ids = row(family, 12)[None]
     wanted = exact(ids).logits
     place = torch.arange(290, 700)
-    positions = torch.stack([place, place - 290])[None] if family == "glm" else place[None]
+    positions = torch.stack([place, place - 290])[None] if family in INFILLING else place[None]
     for dtype in (torch.bfloat16, torch.float16):
         half = tiny_model(family, **own).to(dtype)
         logits = half(ids).logits
@@ -423,8 +435,8 @@ def test_half_precision_runs_and_keeps_fp32_angles(variant):
             0.05 if dtype == torch.bfloat16 else 0.02
         )
         seen = []
-        blocks = half.transformer.layers if family == "glm" else half.transformer.encoder.layers
-        attention = blocks[-1].attention if family == "glm" else blocks[-1].self_attention
+        blocks = half.transformer.layers if family in INFILLING else half.transformer.encoder.layers
+        attention = blocks[-1].attention if family in INFILLING else blocks[-1].self_attention
         hook = attention.register_forward_pre_hook(
             lambda module, args, seen=seen: seen.append(args[2])
         )
@@ -432,7 +444,7 @@ def test_half_precision_runs_and_keeps_fp32_angles(variant):
         half(inputs_embeds=embeds, position_ids=positions)
         hook.remove()
         assert seen[0].dtype == torch.complex64
-        if family == "glm":
+        if family in INFILLING:
             inv_freq = (
                 inverse_frequencies(4, "cpu").half().double()
             )  # as the released weights were trained
@@ -485,7 +497,8 @@ def test_saving_and_loading_through_the_auto_classes(variant, prefix, tmp_path):
     ids = row(family_of(model), 9)[None]
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["model_type"] == "chatglm" and config["architectures"] == ["ChatGLMModel"]
+    wanted = LEARNED.get(family_of(model), ("chatglm", "ChatGLMModel"))
+    assert (config["model_type"], *config["architectures"]) == wanted
     assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -503,14 +516,14 @@ def test_saving_and_loading_through_the_auto_classes(variant, prefix, tmp_path):
     )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ROTARY)
 @torch.no_grad()
 def test_sharded_bin_with_old_rotary_tables(variant, tmp_path):
     model = model_of(variant)
     model.config.save_pretrained(tmp_path)
     state = dict(model.state_dict())
     wrong = torch.full((4,), 7.0)  # must not be used, whatever it holds
-    if family_of(model) == "glm":
+    if family_of(model) in INFILLING:
         state |= {f"transformer.layers.{i}.attention.rotary_emb.inv_freq": wrong for i in range(3)}
     else:
         state["transformer.rotary_pos_emb.inv_freq"] = wrong
@@ -610,13 +623,14 @@ def test_lora_of_every_linear_layer_merges_to_the_same_logits(variant, tmp_path)
     from peft import LoraConfig, PeftModel, get_peft_model
 
     family, own = VARIANTS[variant]
-    targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    targets = LINEAR[family]
     torch.manual_seed(0)
     options = LoraConfig(
         r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"
     )
     model = get_peft_model(tiny_model(family, **own), options).eval()
-    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 12
+    adapted = sum("lora_A" in name for name, _ in model.named_parameters())
+    assert adapted == (18 if family == "pangu" else 12)  # its two c_proj, and q, k, v apart
     rows = prompt_rows(family, 6, 9)
     ids = rows[1][None]
     with torch.no_grad():

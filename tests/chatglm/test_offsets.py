@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatglm import load_tokenizer
-from chatglm.families import CHATGLM_FAMILIES
+from chatglm.families import OWN_FAMILIES
 from tests.conftest import shared_file
 
 TEXTS = st.text(alphabet="你好世界 ab\n\t?，<n|>[gMASK]é①😀", max_size=30)
@@ -19,7 +19,7 @@ def loaded(tiny_folders, family):
     return LOADED[family]
 
 
-@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
+@pytest.mark.parametrize("family", OWN_FAMILIES)
 @settings(max_examples=60, deadline=None)
 @given(text=TEXTS)
 def test_ids_and_spans(tiny_folders, family, text):
@@ -35,7 +35,7 @@ def test_ids_and_spans(tiny_folders, family, text):
     assert set(text.split()) <= set(covered.split()) or family != "glm2"
 
 
-@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
+@pytest.mark.parametrize("family", OWN_FAMILIES)
 def test_a_call_with_offsets(tiny_folders, family):
     tokenizer = loaded(tiny_folders, family)
     texts = ["你好 世界 hello", "a"]

@@ -3,6 +3,8 @@
 For every architecture and every P-Tuning.
 """
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,9 +12,9 @@ from hypothesis import strategies as st
 
 from finetune.recompute import save_products
 from tests.chatglm.test_models import CLOSE, PREFIXES, family_of, model_of, row
-from tests.conftest import VARIANTS, tiny_model
+from tests.conftest import INFILLING, VARIANTS, decoder_layers, tiny_model
 
-CAUSAL = [variant for variant in VARIANTS if VARIANTS[variant][0] != "glm"]
+CAUSAL = [variant for variant in VARIANTS if VARIANTS[variant][0] not in INFILLING]
 RECOMPUTE = {"True": {}, "selective": {"context_fn": save_products}}
 # each sequence: its length, and the seed of its tokens
 SEQUENCES = st.lists(st.tuples(st.integers(4, 14), st.integers(0, 99)), min_size=1, max_size=4)
@@ -43,7 +45,8 @@ def gradients(model, loss):
 
 
 def assert_near(found, wanted):
-    assert (found - wanted).norm() <= 1e-5 * wanted.norm() + 1e-5
+    # a gradient that is 0 but for rounding, as of a key's bias, has a norm of up to 1e-4
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm() + 1e-4
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -164,7 +167,7 @@ def test_backends_agree(variant, prefix):
     model = model_of(variant, prefix)
     rows = draw_rows(model, [(9, 1), (4, 2), (11, 3)])
     keep = torch.tensor([2, 3, 8, 14, 23])
-    for trunk in [None] if family_of(model) == "glm" else [None, 9]:
+    for trunk in [None] if family_of(model) in INFILLING else [None, 9]:
         results = []
         for attn in ("sdpa", "eager"):
             model.set_attn_implementation(attn)
@@ -220,12 +223,11 @@ def test_gradient_checkpointing_changes_no_gradient(variant, prefix, how):
     model = tiny_model(family, **own | PREFIXES[prefix] | {"prefix_dropout": 0.0}).train()
     rows = draw_rows(model, [(12, 1), (9, 2), (7, 3)])
     keep, calls = torch.tensor([3, 4, 11, 15, 27]), []
-    blocks = model.transformer.layers if family == "glm" else model.transformer.encoder.layers
-    blocks[0].post_attention_layernorm.register_forward_pre_hook(lambda *_: calls.append(1))
+    decoder_layers(model)[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
 
     def run():
         found = []
-        for trunk in [None] if family == "glm" else [None, 12]:
+        for trunk in [None] if family in INFILLING else [None, 12]:
             out = hidden(model, **pack(model, rows, trunk), keep=keep)
             found += [out, *gradients(model, out.square().sum())]
         return found
@@ -244,7 +246,7 @@ def test_gradient_checkpointing_changes_no_gradient(variant, prefix, how):
     assert all(
         moved[name].abs().sum() > 0
         for name in named
-        if "prefix_encoder" in name or "query_key_value.weight" in name
+        if "prefix_encoder" in name or re.search(r"(query_key_value|q_proj)\.weight", name)
     )
 
 
@@ -271,7 +273,7 @@ def test_what_is_refused(variant, prefix):
     ):
         with pytest.raises(ValueError, match=said):
             hidden(model, **inputs)
-    if family_of(model) == "glm":
+    if family_of(model) in INFILLING:
         with pytest.raises(ValueError, match="cannot share a beginning"):
             pack(model, rows, 9)
     else:  # ChatGLM-6B finds its own
@@ -287,7 +289,9 @@ def test_what_is_refused(variant, prefix):
             )
     # one sequence a row, in several rows, is what it always was
     same = [
-        torch.stack([ids, ids.flip(0)]) if family_of(model) != "glm" else torch.stack([ids, ids])
+        torch.stack([ids, ids.flip(0)])
+        if family_of(model) not in INFILLING
+        else torch.stack([ids, ids])
         for ids in rows
     ]
     for ids in same:

@@ -193,7 +193,7 @@ def test_infilling_trains(bases, tmp_path):
             total += float(F.cross_entropy(logits, ids[0, first:], reduction="sum"))
         assert float(nll_sum(model, **batch)) == pytest.approx(total, rel=1e-5)
     run(task_flags("pretrain", CASE, bases["glm"], tmp_path / "run", *words))
-    with pytest.raises(ValueError, match="needs ChatGLM-6B, .* is ChatGLM2-6B"):
+    with pytest.raises(ValueError, match="needs ChatGLM-6B or GLM-10B, .* is ChatGLM2-6B"):
         made(bases["glm2"], tmp_path, *words)
 
 

@@ -19,6 +19,7 @@ from finetune.memory.layers import Layer, kept_bytes_per_token
 from finetune.memory.published import a40_rows, compare_published, fit_constants
 from finetune.memory.run import Run, Zero
 from finetune.memory.shapes import PUBLISHED, make_shape, read_shape
+from tests.conftest import decoder_layers
 from tests.finetune.runs import ROOT, child_env
 
 SHAPES = {name: make_shape(config) for name, config in PUBLISHED.items()}
@@ -55,7 +56,33 @@ TINY = {
         "add_bias_linear": True,
         "tie_word_embeddings": True,
     },
+    "glm_base": {
+        "model_type": "glm_base",
+        "num_layers": 2,
+        "vocab_size": 600,
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "max_sequence_length": 512,
+        "pad_token_id": 500,
+    },
+    "pangu": {
+        "model_type": "pangu",
+        "num_layers": 2,
+        "vocab_size": 600,
+        "hidden_size": 256,
+        "num_heads": 4,
+        "max_position_embeddings": 512,
+    },
 }
+NO_DROPOUT = {  # attention of packed rows on a CPU is this project's without it
+    "glm_base": dict.fromkeys(("attention_dropout_prob", "embedding_dropout_prob"), 0.0),
+    "pangu": dict.fromkeys(("attn_pdrop", "embd_pdrop"), 0.0),
+}
+LINEAR = dict.fromkeys(TINY, ALL_LINEAR) | {
+    "pangu": ("q_proj", "k_proj", "v_proj", "c_proj", "c_fc")
+}
+MARKS = {"glm": (501, 504), "glm_base": (503, 506)}
+OLDER = [pytest.param(name, marks=pytest.mark.slow) for name in ("glm_base", "pangu")]
 
 
 # counts
@@ -88,15 +115,12 @@ def test_published_counts(model, total, layer, frozen, with_mlp, without, lora):
 
 
 def build(name: str, backend: str = "eager", **more):
-    from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
-    from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
-    from chatglm.modeling_glm2 import ChatGLM2ForConditionalGeneration
+    from chatglm.configuration import ChatGLMConfig
+    from chatglm.loading import model_class_of
 
-    config = (ChatGLM1Config if name == "glm" else ChatGLM2Config)(**(TINY[name] | more))
+    config = ChatGLMConfig.from_dict(TINY[name] | NO_DROPOUT.get(name, {}) | more)
     config._attn_implementation = backend
-    return (
-        ChatGLM1ForConditionalGeneration if name == "glm" else ChatGLM2ForConditionalGeneration
-    )(config)
+    return model_class_of(config)(config)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -117,7 +141,7 @@ def test_prefix_counts_are_the_models(name, version, projection):
 
 @pytest.mark.parametrize("method", ["all", "frozen", "lora", "lora without dropout"])
 @pytest.mark.parametrize("code", ["eager", "sdpa", "packed-cpu"])
-@pytest.mark.parametrize("name", ["glm", "glm2"])
+@pytest.mark.parametrize("name", ["glm", "glm2", *OLDER])
 def test_saved_bytes_are_autograds(name, code, method, monkeypatch):
     """Against the storages that autograd keeps of the second of 3 layers, weights excluded.
 
@@ -141,9 +165,9 @@ def test_saved_bytes_are_autograds(name, code, method, monkeypatch):
         lambda module, args, out: out.requires_grad_() if method == "frozen" else None
     )
     body = model.transformer
-    block = body.layers[1] if name == "glm" else body.encoder.layers[1]
+    block = decoder_layers(model)[1]
     if method.startswith("lora"):
-        model = Lora(4, 8, dropout, ",".join(ALL_LINEAR)).make_trainable(model)
+        model = Lora(4, 8, dropout, ",".join(LINEAR[name])).make_trainable(model)
         if packed:
             use_lean_lora(model)
     rows, length, inside, kept = 2, 160, [False], {}
@@ -158,7 +182,7 @@ def test_saved_bytes_are_autograds(name, code, method, monkeypatch):
     block.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True))
     block.register_forward_hook(lambda *_: inside.__setitem__(0, False))
     ids = torch.randint(0, 500, (rows, length))
-    ids[:, 60], ids[:, 61] = (501, 504) if name == "glm" else (1, 1)
+    ids[:, 60], ids[:, 61] = MARKS.get(name, (1, 1))
     inputs = {"input_ids": ids}
     if packed:
         ids = ids.reshape(1, -1)
@@ -173,7 +197,7 @@ def test_saved_bytes_are_autograds(name, code, method, monkeypatch):
         out = (body if packed else model)(**inputs, use_cache=False)
     found = sum(size for size, _ in kept.values()) / (rows * length)
     del out
-    lora = ALL_LINEAR if "lora" in method else ()
+    lora = LINEAR[name] if "lora" in method else ()
     layer = Layer(
         shape,
         code,

@@ -1,0 +1,91 @@
+"""The tokenizer of GLM-350M-chinese and GLM-10B-chinese: SentencePiece, and tokens after it."""
+
+from typing import Any
+
+from .families import FAMILIES
+from .prompts import BLANKS, single_prompt, split_at
+from .tokenization_base import ChatGLMTokenizer
+
+
+class GLMBaseTokenizer(ChatGLMTokenizer):
+    """GLM-10B: `[CLS] A <|endoftext|>`; a pair is `[CLS] A [SEP] B <|endoftext|>`.
+
+    In a prompt, the names [MASK], [sMASK] and [gMASK] are blanks (prompts.glm_base_layout); all
+    other text never becomes a control token, unless `encode_special_tokens` reads it.
+    """
+
+    family = "glm_base"
+    vocab_files_names = {"vocab_file": FAMILIES["glm_base"].tokenizer_file}
+    _not_saved = ()
+    _controls = (
+        *("<|endoftext|>", "[SEP]", "[CLS]", "[MASK]", "[UNUSED1]", "[UNUSED2]"),
+        *("<|startofpiece|>", "<|endofpiece|>", "[sMASK]", "[gMASK]"),
+    )
+    _readable = _controls
+
+    def __init__(self, vocab_file: str, **kwargs: Any):
+        named = {"eos": "<|endoftext|>", "pad": "<|endoftext|>", "cls": "[CLS]", "sep": "[SEP]"}
+        named |= {"mask": "[MASK]", "unk": "<unk>"}
+        for name, token in named.items():
+            kwargs.setdefault(f"{name}_token", token)
+        kwargs.setdefault("truncation_side", "left")
+        super().__init__(vocab_file, **kwargs)
+
+    def _control_ids(self) -> dict[str, int]:
+        first = self.sp_model.get_piece_size()
+        for name in self._controls:
+            # names go before pieces, so such a piece of text would turn into a control id
+            if self._has_piece(name):
+                raise ValueError(
+                    f"{self.vocab_file} has an ordinary piece {name!r}: not GLM-10B's vocabulary"
+                )
+        return {name: first + i for i, name in enumerate(self._controls)}
+
+    @property
+    def vocab_size(self) -> int:
+        """SentencePiece pieces and the control tokens after them."""
+        return self.sp_model.get_piece_size() + len(self._controls)
+
+    def _name(self, index: int) -> str:
+        first = self.sp_model.get_piece_size()
+        if not 0 <= index < self.vocab_size:
+            return ""  # of a checkpoint's padding rows
+        return self.sp_model.id_to_piece(index) if index < first else self._controls[index - first]
+
+    _convert_id_to_token = _name
+
+    def _convert_token_to_id(self, token: str) -> int:
+        if token in self._commands:
+            return self._commands[token]
+        return self.sp_model.piece_to_id(token)
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """`[CLS] A <|endoftext|>`, or `[CLS] A [SEP] B <|endoftext|>` for a pair."""
+        ids = [self._commands["[CLS]"], *token_ids_0]
+        if token_ids_1 is not None:
+            ids += [self._commands["[SEP]"], *token_ids_1]
+        return [*ids, self._commands["<|endoftext|>"]]
+
+    def build_prompt(self, query: str, history: list[tuple[str, str]] | None = None) -> str:
+        """Text of a prompt; raises ValueError for a history, which the model does not know."""
+        return single_prompt(FAMILIES[self.family].title, query, history)
+
+    def count_pieces(self, prompt: list[int]) -> int:
+        blanks = [self._commands[name] for name in BLANKS]
+        return max(1, sum([token in blanks for token in prompt]))
+
+    def join_pieces(self, pieces: list[list[int]]) -> list[int]:
+        between = [self._commands["<|endofpiece|>"], self._commands["<|startofpiece|>"]]
+        joined = list(pieces[0])
+        for piece in pieces[1:]:
+            joined += [*between, *piece]
+        return joined
+
+    def split_pieces(self, ids: list[int]) -> list[list[int]]:
+        parts = split_at(ids, self._commands["<|endofpiece|>"])
+        sop = self._commands["<|startofpiece|>"]
+        return [
+            part[1:] if number and part[:1] == [sop] else part for number, part in enumerate(parts)
+        ]
