@@ -5,6 +5,8 @@ every call, which is about half of what the layers of a decode step of a few row
 done once, when the model is loaded.
 """
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -52,9 +54,10 @@ def use_onednn_layout(model: nn.Module) -> int:
     return count
 
 
-def is_replaced(layer: nn.Module) -> bool:
+def is_replaced(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is a plain linear layer in bfloat16 on the CPU."""
     if type(layer) not in PLAIN:
         return False
     weight = layer.weight
+    assert isinstance(weight, Tensor)
     return weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
