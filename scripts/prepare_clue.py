@@ -14,6 +14,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,7 +136,7 @@ def cmrc_row(row: Row, file: Path) -> Iterator[Row]:
     for article in row.get("data", [row]):
         for paragraph in article["paragraphs"]:
             for asked in paragraph["qas"]:
-                answers = list(dict.fromkeys(answer["text"] for answer in asked["answers"]))
+                answers = list(dict.fromkeys(map(itemgetter("text"), asked["answers"])))
                 yield {
                     "context": paragraph["context"],
                     "question": asked["question"],
@@ -174,7 +175,7 @@ def chid_answers(file: Path) -> dict[str, int]:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}, the answers to {file.name}")
     answers = json.loads(path.read_text(encoding="utf-8"))
-    return {blank: int(number) for blank, number in answers.items()}
+    return dict(zip(answers, map(int, answers.values())))
 
 
 class PreparedTask(NamedTuple):
@@ -208,8 +209,8 @@ def find_task(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], list[Pa
             if path.is_file():
                 return [path], [path]
             if path.is_dir():
-                train = [path / file for file in TRAIN if (path / file).is_file()]
-                test = [path / file for file in TEST if (path / file).is_file()]
+                train = list(filter(Path.is_file, map(path.joinpath, TRAIN)))
+                test = list(filter(Path.is_file, map(path.joinpath, TEST)))
                 if train and test:
                     return train, test
     return None
@@ -252,8 +253,7 @@ def prepare(source: Path, output: Path, shots: int) -> None:
         found.append(name)
         print(f"{name}: {len(train)} examples, {len(test)} rows")
     if not found:
-        wanted = ", ".join(task.names[0] for task in PREPARED.values())
-        raise FileNotFoundError(f"--input {source}: no task's folder or file ({wanted})")
+        raise FileNotFoundError(f"--input {source}: no task's folder or file, such as afqmc")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,7 @@ def run_key(run: TaskRun, scorer: "ChoiceScorer", model: str) -> str:
     """What a task's result depends on."""
     task = asdict(run.task)
     del task["file"]
-    questions = [asdict(question) for question in run.questions]
+    questions = list(map(asdict, run.questions))
     values = {"model": model, "task": task, "questions": questions}
     return fingerprint(values | {"max_length": scorer.max_length})
 
@@ -137,10 +138,10 @@ def run_tasks(flags: BenchmarkFlags) -> None:
     """
     names = list(filter(None, map(str.strip, flags.tasks.split(","))))
     index = task_index(flags)
-    tasks = [index.load(name) for name in index.expand(names)]
+    tasks = list(map(index.load, index.expand(names)))
     runs = []
-    for shots in flags.shots:
-        runs += [read_run(task, shots, flags) for task in tasks]
+    for shots, task in product(flags.shots, tasks):
+        runs.append(read_run(task, shots, flags))
     folder = Path(flags.output) if flags.output else None
     scorer = load_scorer(flags)
     model = model_fingerprint(scorer.model)
@@ -171,9 +172,7 @@ def write_results(
         values = asdict(result)
         del values["likelihoods"], values["answers"]
         kept.append(values)
-    write_json(
-        folder / "results.json", {"flags": asdict(flags), "results": kept, "groups": totals}
-    )
+    write_json(folder / "results.json", {"flags": asdict(flags), "results": kept, "groups": totals})
     write_aside(folder / "scores.png", scores_picture(results, Path(flags.model_path).name))
     print(f"{folder}: results.json, scores.png, and a file of each task's rows")
 
@@ -196,11 +195,11 @@ def write_submission(flags: BenchmarkFlags) -> None:
     scorer = load_scorer(flags)
     letters: dict[str, dict[str, str]] = {}
     for run in runs:
-        if any("id" not in question.doc for question in run.questions):
-            raise ValueError(f"{run.task.name}: a row of the split test has no id")
         result = scorer.scores(run.questions, lambda count: None)
         chosen = {}
         for question, scores in zip(run.questions, result):
+            if "id" not in question.doc:
+                raise ValueError(f"{run.task.name}: a row of the split test has no id")
             chosen[str(question.doc["id"])] = question.choices[first_highest(scores)]
         letters[run.task.dataset_name] = chosen
         print(f"{run.task.dataset_name}: {len(chosen)} answers")
@@ -237,7 +236,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]"
     )
     parser.add_argument(
-        "--tasks", default="clue", help="comma list of tasks and groups: clue, clue_legacy, ... [clue]"
+        "--tasks",
+        default="clue",
+        help="comma list of tasks and groups: clue, clue_legacy, ... [clue]",
     )
     parser.add_argument(
         "--include_path",

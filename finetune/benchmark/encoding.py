@@ -18,6 +18,10 @@ class Continuation:
     ids: list[int]
     start: int
 
+    def __len__(self) -> int:
+        """Tokens that the model reads."""
+        return len(self.ids) - 1
+
     @property
     def inputs(self) -> list[int]:
         """What the model reads: the last token is only predicted."""
@@ -32,7 +36,7 @@ class Continuation:
         Raises:
             ValueError: what is scored is longer by itself.
         """
-        extra = len(self.ids) - 1 - longest
+        extra = len(self) - longest
         if extra <= 0:
             return self
         if extra > self.start - front - back:
@@ -83,6 +87,10 @@ class PairEncoder:
             raise ValueError(f"nothing to score: {continuation!r:.60} after {context!r:.60}")
         return found.cut(self.longest, self.front, len(self.after))
 
+    def question(self, question: Question) -> list[Continuation]:
+        """Its choices' ids; raises ValueError where one has nothing to score, or no room."""
+        return list(map(self.pair, question.contexts, question.continuations))
+
     def after_start(self, ids: list[int]) -> Continuation:
         """A text without a context, scored after the model's first token."""
         tokenizer = self.tokenizer
@@ -99,6 +107,11 @@ def shared_start(sequences: Sequence[Sequence[int]]) -> int:
         if a != b:
             return i
     return min(len(first), len(last))
+
+
+def shared_inputs(choices: Sequence[Continuation]) -> int:
+    """How many first tokens the model reads alike of all choices."""
+    return shared_start([choice.inputs for choice in choices])
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,7 @@ class Tree:
 
     @classmethod
     def of_choices(cls, choices: Sequence[Continuation]) -> "Tree":
-        trunk = shared_start([choice.inputs for choice in choices])
+        trunk = shared_inputs(choices)
         ids = choices[0].ids[:trunk]
         positions, branch = list(range(trunk)), [0] * trunk
         places: list[int] = []
@@ -141,6 +154,9 @@ class Tree:
             branch += [number] * len(own)
         return cls(ids, positions, branch, places, targets, counts)
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
     @property
     def first_place(self) -> int:
         """How many tokens come before the first place that predicts, or the first branch."""
@@ -148,9 +164,11 @@ class Tree:
         return min(trunk, min(self.places))
 
 
-def encode_question(encoder: PairEncoder, question: Question) -> list[Continuation]:
-    """Its choices' ids; raises ValueError where one has nothing to score."""
-    found = []
-    for context, continuation in zip(question.contexts, question.continuations):
-        found.append(encoder.pair(context, continuation))
-    return found
+def rows_of_choices(choices: Sequence[Continuation]) -> list[Tree]:
+    """The choices as one tree, or one row each where they have little in common: a tree's
+    attention is over all of its tokens, seen or not."""
+    trunk, count = shared_inputs(choices), len(choices)
+    own = sum(map(len, choices)) - trunk * count
+    if trunk * (count - 1) >= own:
+        return [Tree.of_choices(choices)]
+    return list(map(Tree.of_choices, zip(choices)))

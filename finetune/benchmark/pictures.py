@@ -1,6 +1,7 @@
 """Results as bars: a row for each task, a bar for each number of shots, chance as a line."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from finetune.benchmark.results import TaskResult
 from finetune.report import small_png
@@ -15,17 +16,21 @@ def scores_picture(results: Sequence[TaskResult], title: str) -> bytes:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("the picture needs matplotlib: pip install matplotlib") from None
-    tasks = list(dict.fromkeys(result.task for result in results))
-    shots = sorted({result.shots for result in results})
+    names = {}  # of the rows: a task with the metric that is drawn
+    for result in results:
+        names[result.task] = f"{result.task} ({next(iter(result.metrics))})"
+    tasks = list(names)
+    shots = sorted(set(map(attrgetter("shots"), results)))
     size = (7.2, 1.3 + len(tasks) * (0.16 + 0.16 * len(shots)))
     figure = Figure(figsize=size, layout="constrained", dpi=110)
     canvas = FigureCanvasAgg(figure)  # no window, and the program's own backend stays as it is
     axes = figure.subplots()
     thick = 0.8 / len(shots)
     for number, count in enumerate(shots):
-        chosen = [result for result in results if result.shots == count]
         places, values, errors = [], [], []
-        for result in chosen:
+        for result in results:
+            if result.shots != count:
+                continue
             metric = next(iter(result.metrics))
             places.append(tasks.index(result.task) + thick * (number - (len(shots) - 1) / 2))
             values.append(result.metrics[metric])
@@ -37,11 +42,7 @@ def scores_picture(results: Sequence[TaskResult], title: str) -> bytes:
         if result.chance is not None:
             row = tasks.index(result.task)
             axes.plot([result.chance] * 2, [row - 0.45, row + 0.45], color="black", linewidth=1)
-    names = []
-    for task in tasks:
-        [first, *_] = [result for result in results if result.task == task]
-        names.append(f"{task} ({next(iter(first.metrics))})")
-    axes.set_yticks(range(len(tasks)), names)
+    axes.set_yticks(range(len(tasks)), list(names.values()))
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("score; black: chance")

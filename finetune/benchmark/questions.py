@@ -140,12 +140,12 @@ class TaskTexts:
             return Question(doc, (before + str(text),))
         choices = self.choices(doc)
         if isinstance(text, int):
-            contexts = [before + choice for choice in choices]
+            contexts = list(map(before.__add__, choices))
             scored = [f"{task.target_delimiter}{self.target(doc)}"] * len(choices)
             gold: Any = text
         else:
             contexts = [before + text] * len(choices)
-            scored = [f"{task.target_delimiter}{choice}" for choice in choices]
+            scored = list(map(task.target_delimiter.__add__, choices))
             gold = self.target(doc) if answered else []
         right = []
         for answer in gold if isinstance(gold, list) else [gold]:

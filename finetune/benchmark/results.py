@@ -3,8 +3,10 @@
 import hashlib
 import json
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import truediv
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -18,6 +20,13 @@ from finetune.files import write_json
 # What a task file's process_results may name: (row, [answer]) -> {metric: value}.
 RESULT_FUNCTIONS: dict[str, Callable[[Doc, Sequence[str]], dict[str, float]]] = {
     "extraction_scores": extraction_scores
+}
+
+
+SIZES: dict[str, Callable[[str], int]] = {  # what a choice's score is divided by
+    "acc": lambda choice: 1,
+    "acc_norm": len,
+    "acc_bytes": lambda choice: len(choice.encode("utf-8")),
 }
 
 
@@ -52,12 +61,9 @@ def first_highest(values: Sequence[float]) -> int:
 def choice_metrics(question: Question, scores: Sequence[float]) -> dict[str, float]:
     """acc, acc_norm and acc_bytes of one row: whether the highest score is a right choice's, the
     scores as they are, or divided by the characters or UTF-8 bytes of each choice."""
-    characters = [len(choice) for choice in question.choices]
-    sizes = [len(choice.encode("utf-8")) for choice in question.choices]
-    weighed = {"acc": [1] * len(scores), "acc_norm": characters, "acc_bytes": sizes}
     found = {}
-    for name, divisors in weighed.items():
-        values = [score / divisor for score, divisor in zip(scores, divisors)]
+    for name, size in SIZES.items():
+        values = list(map(truediv, scores, map(size, question.choices)))
         found[name] = float(first_highest(values) in question.gold)
     return found
 
@@ -148,12 +154,17 @@ def group_lines(
     lines = []
     for group in groups:
         inside = set(members(group))
-        for shots in sorted({result.shots for result in results}):
-            chosen = [r for r in results if r.task in inside and r.shots == shots]
-            rows = sum(result.rows for result in chosen)
-            for metric in group.metrics:
-                total = sum(result.metrics[metric] * result.rows for result in chosen)
-                lines.append([group.name, str(shots), str(rows), metric, f"{total / rows:.4f}"])
+        rows: Counter[int] = Counter()
+        totals: defaultdict[tuple[int, str], float] = defaultdict(float)
+        for result in results:
+            if result.task in inside:
+                rows[result.shots] += result.rows
+                for metric in group.metrics:
+                    right = result.metrics[metric] * result.rows
+                    totals[result.shots, metric] += right
+        for (shots, metric), total in totals.items():
+            mean = total / rows[shots]
+            lines.append([group.name, str(shots), str(rows[shots]), metric, f"{mean:.4f}"])
     return lines
 
 

@@ -6,22 +6,22 @@ computed once for all of them, as keys and values.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from chatglm.families import FAMILIES
 from finetune.benchmark.encoding import (
     Continuation,
     PairEncoder,
     Tree,
-    encode_question,
+    rows_of_choices,
     shared_start,
 )
 from finetune.benchmark.questions import Question
-from finetune.evaluation.generation import decoded_text, generate_batch, longest_first
+from finetune.evaluation.generation import decoded_text, generate_batch
 from finetune.loss import token_log_probs, without_peft
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class ChoiceScorer:
 
         Raises ValueError where one has nothing to score, or no room in the model.
         """
-        encoded = [encode_question(self.encoder, question) for question in questions]
+        encoded = list(map(self.encoder.question, questions))
         with torch.inference_mode():
             if self.grows_trees:
                 return self.score_trees(encoded, report)
@@ -92,16 +92,29 @@ class ChoiceScorer:
     def score_trees(
         self, encoded: Sequence[list[Continuation]], report: Report
     ) -> list[list[float]]:
-        trees = [Tree.of_choices(choices) for choices in encoded]
+        trees: list[Tree] = []
+        owners: list[int] = []  # of each tree, the question whose choices it holds
+        for number, choices in enumerate(encoded):
+            rows = rows_of_choices(choices)
+            trees += rows
+            owners += [number] * len(rows)
         shared = self.common_beginning(trees)
         cache = self.computed(trees[0].ids[:shared]) if shared else None
-        found: list[list[float]] = [[] for _ in trees]
-        for numbers in self.passes([len(tree.ids) - shared for tree in trees]):
-            rows = [trees[number] for number in numbers]
-            values = self.pass_scores(rows, shared, cache)
-            for number, of_choices in zip(numbers, values):
-                found[number] = of_choices
-            report(len(numbers))
+        of_trees: dict[int, list[float]] = {}
+        left = Counter(owners)
+        for numbers in self.passes(list(map(len, trees)), -shared):
+            chosen = list(map(trees.__getitem__, numbers))
+            done = 0
+            for number, values in zip(numbers, self.pass_scores(chosen, shared, cache)):
+                of_trees[number] = values
+                left[owners[number]] -= 1
+                done += not left[owners[number]]
+            report(done)
+        found: list[list[float]] = []
+        for number, owner in enumerate(owners):
+            if owner == len(found):
+                found.append([])
+            found[-1] += of_trees[number]
         return found
 
     def common_beginning(self, trees: Sequence[Tree]) -> int:
@@ -109,14 +122,19 @@ class ChoiceScorer:
         if len(trees) < 2:
             return 0
         shared = shared_start([tree.ids for tree in trees])
-        shared = min(shared, *[tree.first_place for tree in trees])
+        for tree in trees:
+            shared = min(shared, tree.first_place)
         return shared if shared >= SHARED_FROM else 0
 
-    def passes(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Numbers of rows that are computed together, the longest first."""
+    def passes(self, lengths: Sequence[int], more: int = 0) -> Iterator[list[int]]:
+        """Numbers of rows that are computed together, the longest first.
+
+        `more`: tokens that each takes beside its length.
+        """
         numbers: list[int] = []
         for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            if numbers and (len(numbers) + 1) * lengths[numbers[0]] > self.batch_tokens:
+            longest = lengths[numbers[0]] + more if numbers else 0
+            if (len(numbers) + 1) * longest > self.batch_tokens:
                 yield numbers
                 numbers = []
             numbers.append(number)
@@ -154,9 +172,10 @@ class ChoiceScorer:
         targets: list[int] = []
         for row, tree in enumerate(trees):
             rows += [row] * len(tree.places)
-            places += [place - shared for place in tree.places]
+            places += tree.places
             targets += tree.targets
         where = torch.tensor([rows, places], device=device)
+        where[1] -= shared
         found = self.log_probs(states, where, torch.tensor(targets, device=device)).tolist()
         scores = []
         start = 0
@@ -191,13 +210,14 @@ class ChoiceScorer:
         self, encoded: Sequence[list[Continuation]], report: Report
     ) -> list[list[float]]:
         """As `score_trees`, for models whose choices share nothing: all end to end in a row."""
-        found: list[list[float]] = [[] for _ in encoded]
-        for number, choices in enumerate(encoded):
-            for numbers in self.passes([len(choice.inputs) for choice in choices]):
-                values = self.ragged_scores([choices[i] for i in numbers])
-                found[number] = found[number] or [0.0] * len(choices)
-                for i, value in zip(numbers, values):
-                    found[number][i] = value
+        found: list[list[float]] = []
+        for choices in encoded:
+            scores = [0.0] * len(choices)
+            for numbers in self.passes(list(map(len, choices))):
+                chosen = list(map(choices.__getitem__, numbers))
+                for number, value in zip(numbers, self.ragged_scores(chosen)):
+                    scores[number] = value
+            found.append(scores)
             report(1)
         return found
 
@@ -205,12 +225,14 @@ class ChoiceScorer:
         ids: list[int] = []
         keep: list[int] = []
         targets: list[int] = []
+        counts: list[int] = []
         for choice in choices:
-            keep += range(len(ids) + choice.start - 1, len(ids) + len(choice.inputs))
+            counts.append(len(choice.ids) - choice.start)
+            keep += range(len(ids) + choice.start - 1, len(ids) + len(choice))
             targets += choice.ids[choice.start :]
             ids += choice.inputs
         device = self.inner.device
-        lengths = [len(choice.inputs) for choice in choices]
+        lengths = list(map(len, choices))
         found = token_log_probs(
             self.model,
             torch.tensor([ids], device=device),
@@ -219,8 +241,7 @@ class ChoiceScorer:
             keep=torch.tensor(keep, device=device),
             targets=torch.tensor(targets, device=device),
         )
-        counts = [len(choice.ids) - choice.start for choice in choices]
-        return [float(part.double().sum()) for part in found.split(counts)]
+        return list(map(float, map(torch.sum, found.double().split(counts))))
 
     # ---- written answers
 
@@ -240,10 +261,8 @@ class ChoiceScorer:
             front, extra = self.encoder.front, max(0, len(ids) - room)
             encoded.append(ids[:front] + ids[front + extra :])
         found = [""] * len(questions)
-        order = longest_first(encoded)
-        for places in self.passes([len(encoded[number]) + max_new for number in order]):
-            numbers = [order[place] for place in places]
-            prompts = [encoded[number] for number in numbers]
+        for numbers in self.passes(list(map(len, encoded)), max_new):
+            prompts = list(map(encoded.__getitem__, numbers))
             stops = StopTexts(self.tokenizer, max(map(len, prompts)), until)
             options = {"max_new_tokens": max_new, "stopping_criteria": [stops]}
             written = generate_batch(self.model, self.tokenizer, prompts, **options)
@@ -258,7 +277,7 @@ def padded_trees(trees: Sequence[Tree], shared: int) -> tuple[Tensor, Tensor, Te
 
     Padding is on the right, of branch -1.
     """
-    longest = max(len(tree.ids) for tree in trees) - shared
+    longest = max(map(len, trees)) - shared
     parts = torch.zeros(3, len(trees), longest, dtype=torch.long)
     parts[2] = -1
     for row, tree in enumerate(trees):

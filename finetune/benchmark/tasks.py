@@ -142,8 +142,9 @@ class TaskIndex:
             if not folder.is_dir():
                 raise FileNotFoundError(f"--include_path: no such folder: {folder}")
             tagged: dict[str, list[str]] = {}
-            for file in sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES):
-                index.add(file, tagged)
+            for file in sorted(folder.rglob("*")):
+                if file.suffix in SUFFIXES:
+                    index.add(file, tagged)
             for tag, names in tagged.items():
                 index.groups.setdefault(tag, TaskGroup(tag, tuple(names)))
         return index
@@ -249,7 +250,9 @@ def read_task(file: Path) -> BenchmarkTask:
             splits[name] = split
     if not {"test", "validation"} & set(splits):
         raise unread(file, "wanted test_split or validation_split")
-    metrics = tuple(str(metric.get("metric")) for metric in values.get("metric_list") or [])
+    metrics = []
+    for metric in values.get("metric_list") or []:
+        metrics.append(str(metric.get("metric") if isinstance(metric, dict) else metric))
     optional = {}
     for name in ("description", "target_delimiter", "fewshot_delimiter", "num_fewshot"):
         if name in values:
@@ -266,7 +269,7 @@ def read_task(file: Path) -> BenchmarkTask:
         doc_to_text=values["doc_to_text"],
         doc_to_target=values["doc_to_target"],
         doc_to_choice=values.get("doc_to_choice"),
-        metrics=metrics,
+        metrics=tuple(metrics),
         **optional,
         **written_options(file, values),
     )
