@@ -83,7 +83,7 @@ def wsc_row(row: Row, file: Path) -> Iterator[Row]:
     text, target = row["text"], row["target"]
     pronoun, start = target["span2_text"], target["span2_index"]
     if text[start : start + len(pronoun)] != pronoun:
-        raise ValueError(f"{file}: no {pronoun!r} at {start} in {text!r:.60}")
+        raise ValueError(f"no {pronoun!r} at {start} in {text!r:.60}")
     marked = f"{text[:start]}[{pronoun}]{text[start + len(pronoun) :]}"
     label = int(str(row["label"]).lower() == "true")
     yield {"marked": marked, "pronoun": pronoun, "noun": target["span1_text"], "label": label}
@@ -98,7 +98,7 @@ def tnews_row(row: Row, file: Path) -> Iterator[Row]:
 def iflytek_row(row: Row, file: Path) -> Iterator[Row]:
     names, label = labels_of("iflytek"), int(row["label"])
     if names[label] != row["label_des"]:
-        raise ValueError(f"{file}: label {label} is {names[label]}, not {row['label_des']}")
+        raise ValueError(f"label {label} is {names[label]}, not {row['label_des']}")
     sentence = row["sentence"]
     yield {"sentence": sentence, "label": label, **among_four(names, label, sentence)}
 
@@ -226,7 +226,8 @@ def converted(files: list[Path], converter: Converter) -> list[Doc]:
             try:
                 rows += converter(item, file)  # type: ignore[arg-type]
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-                raise ValueError(f"{place}: not a row of this task: {error!r:.200}") from None
+                why = error if type(error) is ValueError else repr(error)
+                raise ValueError(f"{place}: not a row of this task: {why}") from None
     return rows
 
 
