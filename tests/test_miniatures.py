@@ -19,6 +19,7 @@ from benchmarks.page_paint import find_browser
 from chatglm.export.folders import export_glm
 from tests.causal_folders import make_causal_folder
 from tests.conftest import REPO_ROOT, SHARED, shared_file, write_tokenizer
+from tests.finetune.benchmark.miniature import prepared
 from tests.finetune.runs import child_env
 from tests.peers.vllm_folders import made_python, make_release
 from tests.warm import warm_python
@@ -53,6 +54,7 @@ ELSEWHERE = {  # file -> the test that runs it
         "tests/serving/replicas/test_planning.py::test_the_benchmark_in_miniature"
     ),
     "benchmarks/client_calls.py": "tests/serving/server/test_clients.py::test_openai",
+    "benchmarks/clue_harness.py": "tests/peers/test_clue_harness.py::test_clue",
     "benchmarks/client_env.py": (
         "tests/serving/server/test_load.py::test_an_environment_is_made_once"
     ),
@@ -83,6 +85,7 @@ ELSEWHERE = {  # file -> the test that runs it
         "tests/predictor/test_collected_states.py::test_states_of_every_line"
     ),
     "scripts/launch/slurm.sh": "tests/finetune/test_launching.py::test_slurm_script",
+    "scripts/prepare_clue.py": ("tests/finetune/benchmark/test_clue_rows.py::test_one_file_a_task"),
     "scripts/prepare_sample_data.py": (
         "tests/test_sample_data.py::test_generator_writes_the_committed_bytes"
     ),
@@ -103,6 +106,7 @@ ELSEWHERE = {  # file -> the test that runs it
 }
 HERE = {  # file -> the test of this file that runs it
     "benchmarks/adapters.py": "test_adapters",
+    "benchmarks/clue_speed.py": "test_clue_speed",
     "benchmarks/entry_points.py": "test_entry_points",
     "benchmarks/export_real_size.py": "test_export_real_size",
     "benchmarks/gateway_overhead.py": "test_gateway_overhead",
@@ -205,6 +209,22 @@ def test_scale(tmp_path):
     assert "cores for requests" in done.stdout
     bad = run_any(*words, "--routers", "fastest")
     assert bad.returncode and "got fastest" in bad.stderr
+
+
+@pytest.mark.slow
+def test_clue_speed(tmp_path):
+    """Two tasks of made-up rows by both, on a made model; a missing folder is one line."""
+    words = ["benchmarks/clue_speed.py", "--data", prepared(tmp_path), "--rows", "3"]
+    words += ["--tasks", "clue_afqmc,clue_cmrc", "--shots", "1", "--vocabulary", "400"]
+    done = run(*words, "--json", tmp_path / "table.json")
+    assert "metrics or likelihoods differ: nowhere" in done.stdout
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert [line[:4] for line in table[1:]] == [
+        ["clue_afqmc", "1", "3", "2"],
+        ["clue_cmrc", "1", "3", "written"],
+    ]
+    bad = run_any(*words, "--data", tmp_path / "none")
+    assert bad.returncode and "clue_speed: error" in bad.stderr
 
 
 def test_length_policies(tmp_path):

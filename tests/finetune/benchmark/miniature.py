@@ -67,7 +67,12 @@ def exam_rows(count: int) -> list[dict]:
     rows = []
     for i in range(count):
         choices = {letter: f"{letter}{i}号答案" for letter in "ABCD"}
-        row = {"id": i, "question": f"第{i}题：水泵漏油先查什么？", **choices, "answer": "ABCD"[i % 4]}
+        row = {
+            "id": i,
+            "question": f"第{i}题：水泵漏油先查什么？",
+            **choices,
+            "answer": "ABCD"[i % 4],
+        }
         rows.append(row | {"explanation": ""})
     return rows
 

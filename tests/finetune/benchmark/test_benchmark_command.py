@@ -6,6 +6,7 @@ import pytest
 
 from finetune.benchmark import command
 from finetune.benchmark.scoring import ChoiceScorer
+from finetune.benchmark.tasks import CLUE, TaskIndex
 from tests.finetune.benchmark.miniature import exam_rows, prepared, write_table
 
 EXAM = """
@@ -62,12 +63,8 @@ def test_clue(words, tmp_path, capsys, monkeypatch):
     assert len(begun) == 3 + 9  # of eleven tasks of choices, two were kept
     table = table_of(capsys.readouterr().out)
     assert table[0] == ["task", "shots", "rows", "metric", "value", "error", "chance"]
-    assert [line[0] for line in table[1::2]][:12] == [
-        f"clue_{name}"
-        for name in (
-            "afqmc ocnli csl wsc tnews iflytek c3 cmrc chid eprstmt bustm csldcp".split()
-        )
-    ]
+    wanted = TaskIndex.of_folders([CLUE]).expand(["clue"])
+    assert [line[0] for line in table[1::2]][:12] == wanted and len(wanted) == 12
     assert table[1][1:4] == ["0", "2", "acc"] and table[11][-1] == "0.0084"
     written = json.loads((out / "results.json").read_text())["results"]
     assert len(written) == 12 and written[7]["chance"] is None

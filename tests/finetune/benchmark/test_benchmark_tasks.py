@@ -77,7 +77,9 @@ def test_words_of_some_tasks(folder):
         docs = read_docs(task, "test", folder)
         [found[name]] = build_questions(task, docs[-1:], [], 0)
     afqmc = found["clue_afqmc"]
-    assert afqmc.contexts[0] == "句子一：水泵漏油怎么办7\n句子二：油封多久换一次49\n上面两个句子语义"
+    assert (
+        afqmc.contexts[0] == "句子一：水泵漏油怎么办7\n句子二：油封多久换一次49\n上面两个句子语义"
+    )
     assert afqmc.continuations == ("不同", "相同") and afqmc.gold == (1,)
     legacy = found["clue_legacy_afqmc"]
     assert legacy.contexts == ("", "") and legacy.continuations == (

@@ -81,9 +81,10 @@ def test_folders_as_clue_packs_them(tmp_path):
     assert rows_of(out / "c3" / "test.jsonl") == [
         {"context": "甲\n乙", "question": "谁？", "choices": ["丙", "丁"], "label": 1}
     ]
-    assert rows_of(out / "cmrc" / "test.jsonl") == [
-        {"context": "甲乙", "question": "谁？", "answers": ["丁"]}
-    ] * 2
+    assert (
+        rows_of(out / "cmrc" / "test.jsonl")
+        == [{"context": "甲乙", "question": "谁？", "answers": ["丁"]}] * 2
+    )
     chid = rows_of(out / "chid" / "test.jsonl")
     assert [(row["before"], row["after"], row["label"]) for row in chid] == [
         ("他", "地做，画蛇添足。", 1),
@@ -124,8 +125,10 @@ def test_the_real_rows(tmp_path):
         pool = rows_of(tmp_path / task.data_files["train"])
         assert (len(docs), len(pool)) == (284, 16)
         questions = build_questions(task, docs[:40], pool, 1)
-        shot = questions[0].contexts[0].removesuffix(
-            build_questions(task, docs[:1], pool, 0)[0].contexts[0]
+        shot = (
+            questions[0]
+            .contexts[0]
+            .removesuffix(build_questions(task, docs[:1], pool, 0)[0].contexts[0])
         )
         for question in questions:
             assert question.contexts[0].startswith(shot) and len(shot) > 10
