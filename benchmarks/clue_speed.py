@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.client_env import environment_python  # noqa: E402
 from benchmarks.clue_harness import MARK  # noqa: E402
 from chatglm.commands import Parser, run_command  # noqa: E402
-from finetune.benchmark.command import BenchmarkFlags, TaskRun, load_scorer, read_run  # noqa: E402
+from finetune.benchmark.command import BenchmarkFlags, TaskRun, load_scorer, questions_of  # noqa: E402
 from finetune.benchmark.results import TaskResult, summarise  # noqa: E402
 from finetune.benchmark.tasks import CLUE, TaskIndex  # noqa: E402
 from finetune.config import parse_positive  # noqa: E402
@@ -246,7 +246,7 @@ def measure(flags: argparse.Namespace) -> int:
         harness = Harness(model, data, batch_size=flags.batch_size, max_length=scorer.max_length)
         every = []
         for name in names:
-            run = read_run(index.load(name), flags.shots, benchmark_flags)
+            run = questions_of(index.load(name), flags.shots, benchmark_flags)
             every.append(compare(run, scorer, harness, flags.rows))
             print("  ".join(table_line(every[-1])), file=sys.stderr, flush=True)
         harness.close()

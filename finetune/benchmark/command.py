@@ -22,11 +22,11 @@ from finetune.benchmark.pictures import scores_picture
 from finetune.benchmark.questions import Doc, Question, build_questions
 from finetune.benchmark.results import (
     TaskResult,
-    fingerprint,
     first_highest,
     group_lines,
     keep_result,
     kept_result,
+    result_key,
     result_lines,
     summarise,
 )
@@ -92,7 +92,7 @@ def task_index(flags: BenchmarkFlags) -> TaskIndex:
     return TaskIndex.of_folders(folders)
 
 
-def read_run(task: BenchmarkTask, shots: int, flags: BenchmarkFlags) -> TaskRun:
+def questions_of(task: BenchmarkTask, shots: int, flags: BenchmarkFlags) -> TaskRun:
     """The questions of a task; raises ValueError, FileNotFoundError for its rows."""
     folder = Path(flags.data)
     split = "test" if flags.submission else task.evaluated_split
@@ -108,7 +108,7 @@ def run_key(run: TaskRun, scorer: "ChoiceScorer", model: str) -> str:
     del task["file"]
     questions = list(map(asdict, run.questions))
     values = {"model": model, "task": task, "questions": questions}
-    return fingerprint(values | {"max_length": scorer.max_length})
+    return result_key(values | {"max_length": scorer.max_length})
 
 
 def score_run(run: TaskRun, scorer: "ChoiceScorer") -> TaskResult:
@@ -141,7 +141,7 @@ def run_tasks(flags: BenchmarkFlags) -> None:
     tasks = list(map(index.load, index.expand(names)))
     runs = []
     for shots, task in product(flags.shots, tasks):
-        runs.append(read_run(task, shots, flags))
+        runs.append(questions_of(task, shots, flags))
     folder = Path(flags.output) if flags.output else None
     scorer = load_scorer(flags)
     model = model_fingerprint(scorer.model)
@@ -191,7 +191,7 @@ def write_submission(flags: BenchmarkFlags) -> None:
         task = index.load(name)
         if task.dataset_path != CEVAL:
             raise ValueError(f"--submission is of tasks on {CEVAL}, such as ceval-valid: {name}")
-        runs.append(read_run(task, flags.shots[0], flags))
+        runs.append(questions_of(task, flags.shots[0], flags))
     scorer = load_scorer(flags)
     letters: dict[str, dict[str, str]] = {}
     for run in runs:

@@ -82,7 +82,8 @@ class PairEncoder:
             stripped = context.rstrip()
             source = raw_ids(self.tokens, self.tokenizer, encode(stripped))[0]
             whole = raw_ids(self.tokens, self.tokenizer, encode(context + continuation))[0]
-            found = Continuation(whole, len(source))
+            # As the harness: a token across the two is read as the context alone has it.
+            found = Continuation(source + whole[len(source) :], len(source))
         if found.start >= len(found.ids):
             raise ValueError(f"nothing to score: {continuation!r:.60} after {context!r:.60}")
         return found.cut(self.longest, self.front, len(self.after))

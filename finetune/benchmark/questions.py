@@ -39,7 +39,7 @@ class Question:
 
 
 @lru_cache
-def environment() -> SandboxedEnvironment:
+def sandbox() -> SandboxedEnvironment:
     """Jinja as the harness sets it, in the sandbox."""
     return SandboxedEnvironment(
         undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
@@ -48,7 +48,7 @@ def environment() -> SandboxedEnvironment:
 
 @lru_cache(256)
 def compiled(template: str) -> Template:
-    return environment().from_string(template)
+    return sandbox().from_string(template)
 
 
 @dataclass(frozen=True)

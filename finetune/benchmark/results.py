@@ -113,7 +113,7 @@ def summarise(
     )
 
 
-def fingerprint(values: Mapping[str, Any]) -> str:
+def result_key(values: Mapping[str, Any]) -> str:
     """16 digits of what a result depends on."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

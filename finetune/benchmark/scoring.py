@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
 
 SHARED_FROM = 16  # tokens that all rows begin with, for which a cache is worth while
-LOGITS_BYTES = 64 << 20  # of logits at a time
+LOGITS_BYTES = 8 << 20  # of logits at a time: about a cache
 DEFAULT_LENGTH = 2048  # as the harness's, of a model that does not say
 Report = Callable[[int], object]  # told how many questions are done
 
@@ -154,19 +154,17 @@ class ChoiceScorer:
         self, trees: Sequence[Tree], shared: int, cache: "DynamicCache | None"
     ) -> list[list[float]]:
         """The scores of each tree's choices; the first `shared` tokens are in the cache."""
+        device = self.inner.device
+        ids, positions, branch = padded_trees(trees, shared)
         options: dict[str, Any] = {"use_cache": False}
         if cache is not None:
             own = copy.deepcopy(cache)
             own.batch_repeat_interleave(len(trees))
             options = {"past_key_values": own, "use_cache": True}
-        ids, positions, branch = padded_trees(trees, shared)
-        device = self.inner.device
-        states = self.inner.base_model(
-            input_ids=ids.to(device),
-            position_ids=positions.to(device),
-            attention_mask=tree_mask(branch.to(device), shared, self.inner.dtype),
-            **options,
-        ).last_hidden_state
+        if cache is not None or (branch > 0).any():  # else each token sees all before it
+            mask = tree_mask(branch.to(device), shared, self.inner.dtype)
+            options |= {"attention_mask": mask, "position_ids": positions.to(device)}
+        states = self.inner.base_model(input_ids=ids.to(device), **options).last_hidden_state
         rows: list[int] = []
         places: list[int] = []
         targets: list[int] = []
@@ -310,11 +308,14 @@ class StopTexts:
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.until = until
+        # A token has a byte at least, so a text that has just ended is in so many tokens.
+        self.tail = max([0, *map(len, map(str.encode, until))])
 
     def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
         """(B,) bool: which rows may end."""
         ended = []
-        for row in input_ids[:, self.prompt :].tolist():
+        start = max(self.prompt, input_ids.shape[1] - self.tail)
+        for row in input_ids[:, start:].tolist():
             text = self.tokenizer.decode(row, skip_special_tokens=True)
             ended.append(any(stop in text for stop in self.until))
         return torch.tensor(ended, device=input_ids.device)

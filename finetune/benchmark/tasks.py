@@ -200,7 +200,7 @@ def read_yaml(file: Path) -> Files:
     if not file.is_file():
         raise FileNotFoundError(f"no such file: {file}")
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), TaskLoader)
+        values = TaskLoader(file.read_text(encoding="utf-8")).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{file}: not valid YAML: {message:.200}") from None
