@@ -30,7 +30,12 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.client_env import environment_python  # noqa: E402
 from benchmarks.clue_harness import MARK  # noqa: E402
 from chatglm.commands import Parser, run_command  # noqa: E402
-from finetune.benchmark.command import BenchmarkFlags, TaskRun, load_scorer, questions_of  # noqa: E402
+from finetune.benchmark.command import (  # noqa: E402
+    BenchmarkFlags,
+    TaskRun,
+    load_scorer,
+    questions_of,
+)
 from finetune.benchmark.results import TaskResult, summarise  # noqa: E402
 from finetune.benchmark.tasks import CLUE, TaskIndex  # noqa: E402
 from finetune.config import parse_positive  # noqa: E402
