@@ -62,7 +62,7 @@ def read_docs(task: BenchmarkTask, split: str, folder: Path) -> list[Doc]:
     file = split_file(task, split, folder)
     headless = task.dataset_path == MMLU and file.suffix == ".csv"
     items = read_mmlu(file) if headless else read_file_items(file)
-    docs = []
+    docs: list[Doc] = []
     for place, item in items:
         if isinstance(item, BadRow):
             raise item

@@ -101,7 +101,7 @@ class PairEncoder:
         return Continuation(ids, 1) if ids[:1] == [first] else Continuation([first, *ids], 1)
 
 
-def shared_start(sequences: Sequence[Sequence[int]]) -> int:
+def shared_start(sequences: Sequence[list[int]]) -> int:
     """How many first items all sequences have in common."""
     first, last = min(sequences), max(sequences)
     for i, (a, b) in enumerate(zip(first, last)):

@@ -74,7 +74,7 @@ class ChoiceScorer:
         """
         body = self.inner.base_model
         looks_ahead = self.tokenizer.family == "glm"
-        return not (looks_ahead or getattr(body, "prompt_length", 0))
+        return not looks_ahead and not getattr(body, "prompt_length", 0)
 
     def scores(self, questions: Sequence[Question], report: Report) -> list[list[float]]:
         """The log-likelihood of each question's continuations.
