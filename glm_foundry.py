@@ -24,6 +24,7 @@ COMMANDS = {
     "predict": Entry("finetune.evaluation.predict", "answers to a prompt or the rows of a file"),
     "evaluate": Entry("finetune.evaluation.evaluate", "scores of a model's answers"),
     "marks": Entry("finetune.evaluation.marking", "answers marked by hand: a sheet, and its sum"),
+    "benchmark": Entry("finetune.benchmark.command", "CLUE and tasks of lm-evaluation-harness"),
     "score": Entry("finetune.preference.scorer", "scores of answers by a reward model"),
     "chat": Entry("serving.chat.command", "a conversation in the terminal"),
     "batch": Entry("serving.batch.command", "answers to many rows, through the scheduler"),

@@ -26,7 +26,6 @@ import os
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -300,8 +299,6 @@ class Comparison:
         run_evaluate(asking)
         scores = json.loads((folder / "scores.json").read_text())
         figures["scores"] = scores["metrics"]
-        if task.main == "macro_f1":
-            figures["scores"] |= score_classes(scores["answers"])
         if cell["method"] != BASE:
             asking = [*words, "--probe", self.flags.work / "probe.jsonl", "--max_new_tokens", 32]
             asking += ["--metrics", self.probe_metric, "--output", folder / "probe.json"]
@@ -357,20 +354,6 @@ def last_layers(base: Path) -> str:
     layers = json.loads((base / "config.json").read_text())["num_layers"]
     first = layers - max(layers // LAYERS_LEFT, 1)
     return ",".join(map("layers.{}.".format, range(first, layers)))
-
-
-def score_classes(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """{accuracy, macro_f1} of {answer, gold} rows; F1 is averaged over the classes of the gold."""
-    named: Counter[str] = Counter()
-    wanted: Counter[str] = Counter()
-    hits: Counter[str] = Counter()
-    for row in rows:
-        answer, gold = row["answer"].strip(), row["gold"].strip()
-        named[answer] += 1
-        wanted[gold] += 1
-        hits[gold] += answer == gold
-    f1 = [2 * hits[name] / (named[name] + wanted[name]) for name in wanted]
-    return {"accuracy": hits.total() / len(rows), "macro_f1": fmean(f1)}
 
 
 def parse_rates(text: str) -> dict[str, float]:

@@ -146,9 +146,11 @@ def questions_of_documents(folder: Path) -> tuple[list[Row], list[Row]]:
 
 TASKS = {
     "extraction": QualityTask(extraction, "triple_f1", "triple_f1"),
-    "classification": QualityTask(classification, "exact_match", "macro_f1", max_new_tokens=8),
+    "classification": QualityTask(
+        classification, "accuracy,macro_f1", "macro_f1", max_new_tokens=8
+    ),
     "generation": QualityTask(generation, "d2q", "rougeL", answers=4, steps=150, max_new_tokens=24),
-    "tnews": QualityTask(tnews, "exact_match", "macro_f1", steps=100, max_new_tokens=16),
+    "tnews": QualityTask(tnews, "accuracy,macro_f1", "macro_f1", steps=100, max_new_tokens=16),
     "d2q": QualityTask(questions_of_documents, "d2q", "rougeL", 4, 200, 450, 64),
 }
 

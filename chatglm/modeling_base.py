@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from transformers import (
     Cache,
     GenerationMixin,
     PreTrainedModel,
-    StoppingCriteria,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -40,10 +39,8 @@ from .layers import (
 )
 from .packing import PackedMasks, Packing
 from .quantization import dequantize_modules, pack_modules, quantize_modules
+from .stopping import PositionsEnd
 from .weights import check_fit, stored_prefix, stored_shapes, weight_files
-
-if TYPE_CHECKING:
-    pass
 
 # Options of from_pretrained by which it reads weights from elsewhere than a folder's usual files.
 OTHER_SOURCES = ("state_dict", "variant", "gguf_file")
@@ -595,17 +592,6 @@ def kept_positions(hidden_states: Tensor, kept: int | Tensor) -> Tensor:
     if kept.dtype == torch.bool:
         return hidden_states[kept]
     return hidden_states.take_along_dim(kept[..., None], dim=1)
-
-
-class PositionsEnd(StoppingCriteria):
-    """Ends a generation at the last position. transformers' own criterion would replace its own."""
-
-    def __init__(self, most: int):
-        self.most = most
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
-        done = input_ids.shape[1] >= self.most
-        return torch.full((len(input_ids),), done, device=input_ids.device)
 
 
 class ChatGLMCausalLM(ChatMethods, ChatGLMPreTrainedModel, GenerationMixin):

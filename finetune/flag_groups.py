@@ -358,7 +358,7 @@ class AnswerFlags:
     eval_metrics: str = flag(
         "",
         "answer the evaluation rows too and score the answers: comma list of rouge, bleu, "
-        "exact_match, triple_f1, d2q or single metrics (docs/evaluation.md)",
+        "exact_match, accuracy, macro_f1, triple_f1, d2q or single metrics (docs/evaluation.md)",
     )
     eval_f1: bool = flag(False, "the old spelling of --eval_metrics triple_f1")
     eval_max_new_tokens: int = flag(315, "longest answer written for --eval_metrics", positive=True)

@@ -4,7 +4,6 @@ saved of it.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +15,7 @@ from finetune.config import TrainConfig
 from finetune.distributed import agree, say
 from finetune.epochs import RowSet, StepBatches
 from finetune.evaluation.evaluate import answers_of_ranks, evaluation_loss, prediction_lines
-from finetune.evaluation.metrics import score_rows
+from finetune.evaluation.metrics import overall_scores, score_rows
 from finetune.files import write_aside
 from finetune.loss import LossModule
 from finetune.row_task import RowTask
@@ -169,12 +168,13 @@ class FineTuning(RowTask[TrainConfig, Dataset]):
         return metrics
 
     def score(self, answers: list[str], predictions: Path) -> dict[str, float]:
-        """The means of --eval_metrics; answers and scores of every row go to `predictions`."""
+        """The --eval_metrics; answers and scores of every row go to `predictions`."""
         rows = self.eval_rows
         found = [[answer] for answer in answers]
-        scores = score_rows(self.config.answer_metrics, found, [row.answers for row in rows])
+        references = [row.answers for row in rows]
+        scores = score_rows(self.config.answer_metrics, found, references)
         try:
             write_aside(predictions, prediction_lines(rows, answers, scores))
         except OSError as error:  # the scores are known all the same
             say(f"WARNING: {predictions} cannot be written ({error.strerror or error}); going on")
-        return {name: fmean(values) for name, values in scores.items()}
+        return overall_scores(scores, found, references)

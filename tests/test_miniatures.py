@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import peers_table
 from benchmarks.gateway_overhead import train_lexical
-from benchmarks.methods_quality import score_classes
 from benchmarks.page_paint import find_browser
 from chatglm.export.folders import export_glm
 from tests.causal_folders import make_causal_folder
 from tests.conftest import REPO_ROOT, SHARED, shared_file, write_tokenizer
+from tests.finetune.benchmark.miniature import prepared
 from tests.finetune.runs import child_env
 from tests.peers.vllm_folders import made_python, make_release
 from tests.warm import warm_python
@@ -57,6 +57,7 @@ ELSEWHERE = {  # file -> the test that runs it
         "tests/serving/replicas/test_planning.py::test_the_benchmark_in_miniature"
     ),
     "benchmarks/client_calls.py": "tests/serving/server/test_clients.py::test_openai",
+    "benchmarks/clue_harness.py": "tests/peers/test_clue_harness.py::test_clue",
     "benchmarks/client_env.py": (
         "tests/serving/server/test_load.py::test_an_environment_is_made_once"
     ),
@@ -90,6 +91,7 @@ ELSEWHERE = {  # file -> the test that runs it
     "scripts/prepare_requests.py": (
         "tests/serving/run_requests/test_prepare_requests.py::test_objectives_by_place"
     ),
+    "scripts/prepare_clue.py": ("tests/finetune/benchmark/test_clue_rows.py::test_one_file_a_task"),
     "scripts/prepare_sample_data.py": (
         "tests/test_sample_data.py::test_generator_writes_the_committed_bytes"
     ),
@@ -111,6 +113,7 @@ ELSEWHERE = {  # file -> the test that runs it
 HERE = {  # file -> the test of this file that runs it
     "benchmarks/adapters.py": "test_adapters",
     "benchmarks/cells.py": "test_scale",
+    "benchmarks/clue_speed.py": "test_clue_speed",
     "benchmarks/entry_points.py": "test_entry_points",
     "benchmarks/export_real_size.py": "test_export_real_size",
     "benchmarks/gateway_overhead.py": "test_gateway_overhead",
@@ -219,6 +222,22 @@ def test_scale(tmp_path):
     assert bad.returncode and "got fastest" in bad.stderr
 
 
+@pytest.mark.slow
+def test_clue_speed(tmp_path):
+    """Two tasks of made-up rows by both, on a made model; a missing folder is one line."""
+    words = ["benchmarks/clue_speed.py", "--data", prepared(tmp_path), "--rows", "3"]
+    words += ["--tasks", "clue_afqmc,clue_cmrc", "--shots", "1", "--vocabulary", "400"]
+    done = run(*words, "--json", tmp_path / "table.json")
+    assert "metrics or likelihoods differ: nowhere" in done.stdout
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert [line[:4] for line in table[1:]] == [
+        ["clue_afqmc", "1", "3", "2"],
+        ["clue_cmrc", "1", "3", "written"],
+    ]
+    bad = run_any(*words, "--data", tmp_path / "none")
+    assert bad.returncode and "clue_speed: error" in bad.stderr
+
+
 def test_length_policies(tmp_path):
     """A cell of drawn lengths, the rest of its policies in a second call, the tables, a picture."""
     lengths, cells, picture = (tmp_path / n for n in ("lengths.jsonl", "cells.jsonl", "all.png"))
@@ -300,7 +319,7 @@ def test_methods_quality(tmp_path):
     assert settings["steps"] == 2 and base["method"] == "base" and "probe" not in base
     assert 0 < row["trainable"] < row["parameters"] and row["cpu_s"] > 0 < row["memory_gb"]
     assert set(row["probe"]) == {"translation", "code", "answers"}
-    assert set(row["scores"]) == {"exact_match", "accuracy", "macro_f1"}
+    assert set(row["scores"]) == {"accuracy", "macro_f1"}
     picture = tmp_path / "all.png"
     again = run(*words, *tasks, "--picture", picture)  # nothing is left to run
     assert done.stdout.endswith(again.stdout) and picture.read_bytes().startswith(b"\x89PNG")
@@ -320,13 +339,6 @@ def test_methods_quality_of_every_method(tmp_path):
     assert shares["ptuning-v1"] < shares["freeze"] < shares["all"]
     answers = tmp_path / "work" / "answers" / "generation-all-0.jsonl"
     run("-m", "finetune.marks", "--predictions", answers, "--sheet", tmp_path / "sheet.csv")
-
-
-def test_class_scores():
-    """Macro F1 is the mean over the classes of the gold; an answer of no class is wrong."""
-    pairs = [("a", "a"), ("a", "b"), ("b", "b"), ("?", "b")]
-    rows = [{"answer": f"{answer}\n", "gold": gold} for answer, gold in pairs]
-    assert score_classes(rows) == {"accuracy": 0.5, "macro_f1": pytest.approx((2 / 3 + 0.5) / 2)}
 
 
 @pytest.fixture

@@ -13,9 +13,8 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatglm.commands import Parser, run_command
@@ -25,6 +24,8 @@ from finetune.evaluation.metrics import (
     GROUPS,
     METRICS,
     check_packages,
+    class_scores,
+    overall_scores,
     parse_metrics,
     score_rows,
 )
@@ -144,7 +145,8 @@ def evaluate_rows(flags: AnswerEvaluationFlags) -> None:
     check_packages(names)
     rows = read_questions(flags.test_path or "", "--test_path", reader_of(flags))
     answered = answer_questions(flags, rows)
-    scores = score_rows(names, answered.answers, [row.answers for row in rows])
+    references = [row.answers for row in rows]
+    scores = score_rows(names, answered.answers, references)
     written: list[str | list[str]] = []
     for answers in answered.answers:
         written.append(answers[0] if flags.num_answers == 1 else answers)
@@ -154,8 +156,11 @@ def evaluate_rows(flags: AnswerEvaluationFlags) -> None:
         "rows": len(rows),
         "denominator": flags.f1_denominator,
         "seconds": answered.seconds,
-        "metrics": {name: fmean(values) for name, values in scores.items()},
+        "metrics": overall_scores(scores, answered.answers, references),
     }
+    if "macro_f1" in names:
+        of_classes = class_scores(answered.answers, references)
+        result["classes"] = {label: asdict(score) for label, score in of_classes.items()}
     if "triple_f1" in names:
         divisor = 50 if flags.f1_denominator == "50" else len(rows)
         result["f1"] = math.fsum(scores["triple_f1"]) / divisor
@@ -188,18 +193,28 @@ def answer_questions(flags: AnswerEvaluationFlags, rows: list[Row]) -> Answered:
 
 
 def print_scores(result: dict[str, Any], num_answers: int) -> None:
-    """Print the means of the metrics, and the F1 of triples where it is one of them.
+    """Print the metrics, with macro_f1 those of each class, and the F1 of triples.
 
     Where that F1 is the only metric, there is no table.
     """
     rows, seconds, means = result["rows"], result["seconds"], result["metrics"]
     if list(means) != ["triple_f1"]:
         print_columns(["metric", "mean"], [[name, f"{value:.4f}"] for name, value in means.items()])
+        if "classes" in result:
+            print_classes(result["classes"])
         print(f"over {rows} rows, {num_answers} answer(s) each, {seconds:.1f} s")
     if "f1" in result:
         denominator = result["denominator"]
         f1 = f"F1 {result['f1']:.4f} over {rows} rows (denominator {denominator})"
         print(f"{f1}, {seconds:.1f} s")
+
+
+def print_classes(classes: dict[str, dict[str, float]]) -> None:
+    lines = []
+    for label, score in classes.items():
+        shares = [f"{score[name]:.4f}" for name in ("precision", "recall", "f1")]
+        lines.append([label, f"{score['rows']}", *shares])
+    print_columns(["class", "rows", "precision", "recall", "F1"], lines)
 
 
 def scored_answers(

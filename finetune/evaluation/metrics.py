@@ -1,16 +1,19 @@
 """METRICS: how good answers are, compared with one or several references. Free of torch.
 
 Every score lies in [0, 1]. A row has a list of answers (several where they were sampled) and a list
-of references; each metric defines what several references mean. Words are jieba's, without white
-space, for Chinese and English alike.
+of references; each metric defines what several references mean. A metric of a whole set of rows is
+the mean over the rows, or what its `over_rows` computes. Words are jieba's, without white space,
+for Chinese and English alike.
 """
 
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from chatglm.words import jieba_tokenizer
 
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 # ROUGE-L above which two answers say the same (Self-Instruct, Wang et al. 2023).
 NEAR_DUPLICATE = 0.7
 INSTALL = 'pip install -e ".[eval]"'
+# Around a label that is written as a sentence or in quotes. "-" is none of them: it may be a sign.
+AROUND_LABELS = " \t\r\n.。!?,;:\"'“”‘’「」『』"
+Texts: TypeAlias = Sequence[Sequence[str]]  # the answers, or the references, of every row
 
 
 @lru_cache(4096)
@@ -68,6 +74,62 @@ def bleu4(answer: str, references: Sequence[str]) -> float:
 def exact_match(answer: str, reference: str) -> float:
     """1 where both texts are equal, white space at their ends aside; else 0."""
     return float(answer.strip() == reference.strip())
+
+
+def label_of(text: str) -> str:
+    """The class that a text names: its letter case, width (NFKC), and the punctuation around it
+    say nothing."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return folded.strip(AROUND_LABELS)
+
+
+def same_label(answer: str, reference: str) -> float:
+    """1 where both texts name the same class, else 0."""
+    return float(label_of(answer) == label_of(reference))
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """Of one class: `rows`, the answers to rows of it; `precision`, the share of the answers naming
+    it that are right; `recall`, the share of its rows' answers that name it; `f1` of the two."""
+
+    rows: int
+    precision: float
+    recall: float
+    f1: float
+
+
+def class_scores(answers: Texts, references: Texts) -> dict[str, ClassScore]:
+    """{class: its scores} of the references' classes, sorted by name.
+
+    A row's class is the reference that its answer names, else its first reference. An answer that
+    names no class counts as a miss of its row's class alone.
+    """
+    hits: Counter[str] = Counter()
+    named: Counter[str] = Counter()
+    wanted: Counter[str] = Counter()
+    for row_answers, row_references in zip(answers, references, strict=True):
+        labels = [label_of(reference) for reference in row_references]
+        for answer in map(label_of, row_answers):
+            gold = answer if answer in labels else labels[0]
+            named[answer] += 1
+            wanted[gold] += 1
+            hits[gold] += answer == gold
+    scores = {}
+    for label in sorted(wanted):
+        precision = hits[label] / max(named[label], 1)
+        recall = hits[label] / wanted[label]
+        f1 = 2 * hits[label] / (named[label] + wanted[label])
+        scores[label] = ClassScore(wanted[label], precision, recall, f1)
+    return scores
+
+
+def macro_f1(answers: Texts, references: Texts) -> float:
+    """The mean F1 over the references' classes, each with the same weight.
+
+    As scikit-learn's f1_score(..., average="macro", labels=the references' classes).
+    """
+    return fmean(score.f1 for score in class_scores(answers, references).values())
 
 
 def triples(answer: str) -> set[str]:
@@ -120,10 +182,14 @@ def diversity(answers: Sequence[str], references: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class Metric:
-    """`score(answers, references)` of one row; `needs`: the packages that it imports."""
+    """`score(answers, references)` of one row; `needs`: the packages that it imports.
+
+    `over_rows(answers, references)` is the metric of a whole set; None: the mean of the scores.
+    """
 
     score: Callable[[Sequence[str], Sequence[str]], float]
     needs: tuple[str, ...] = ()
+    over_rows: Callable[[Texts, Texts], float] | None = None
 
 
 ROUGE = ("rouge_score", "nltk", "jieba")
@@ -136,6 +202,8 @@ METRICS: dict[str, Metric] = {
         ("nltk", "jieba"),
     ),
     "exact_match": Metric(partial(best, exact_match)),
+    "accuracy": Metric(partial(best, same_label)),
+    "macro_f1": Metric(partial(best, same_label), over_rows=macro_f1),
     "triple_f1": Metric(partial(best, triple_f1)),
     "coverage": Metric(coverage, ROUGE),
     "diversity": Metric(diversity, ROUGE),
@@ -176,9 +244,7 @@ def check_packages(names: Sequence[str]) -> None:
             raise ValueError(f"the metric {name} needs {packages}: {INSTALL}")
 
 
-def score_rows(
-    names: Sequence[str], answers: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
-) -> dict[str, list[float]]:
+def score_rows(names: Sequence[str], answers: Texts, references: Texts) -> dict[str, list[float]]:
     """{metric: the score of every row}. Raises ValueError for another number of references."""
     if len(answers) != len(references):
         raise ValueError(f"{len(answers)} rows of answers, {len(references)} of references")
@@ -187,3 +253,14 @@ def score_rows(
         of_rows = map(METRICS[name].score, answers, references)
         scores[name] = list(map(float, of_rows))
     return scores
+
+
+def overall_scores(
+    scores: dict[str, list[float]], answers: Texts, references: Texts
+) -> dict[str, float]:
+    """{metric: its value over all rows}; `scores` are score_rows' of the same rows."""
+    overall = {}
+    for name, values in scores.items():
+        over_rows = METRICS[name].over_rows
+        overall[name] = over_rows(answers, references) if over_rows else fmean(values)
+    return overall

@@ -6,13 +6,12 @@ Row by row. python -m finetune.evaluate --probe data/probe.jsonl --model_path TU
 import math
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from finetune.checkpoint import read_manifest
-from finetune.evaluation.metrics import score_rows
+from finetune.evaluation.metrics import overall_scores, score_rows
 from finetune.evaluation.predict import (
     InferenceFlags,
     generate_answers,
@@ -105,8 +104,9 @@ def examine(flags: InferenceFlags, rows: list[Row], names: tuple[str, ...]) -> d
             **options,
         )
         figures["answer"] = answers
-        scores = score_rows(names, [[answer] for answer in answers], [row.answers for row in rows])
-        means |= {name: fmean(values) for name, values in scores.items()}
+        found = [[answer] for answer in answers]
+        references = [row.answers for row in rows]
+        means |= overall_scores(score_rows(names, found, references), found, references)
     del model
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -77,7 +77,7 @@ def build_application(arguments: dict[str, Any]) -> serve.Application:
     """The application of a file of Ray Serve: `arguments` are the flags of `up`, by name."""
     _, flags = parse_cluster_flags(["up", *words_of(arguments)])
     check_cluster_flags(flags)
-    return make_application(flags, *placed(flags))
+    return make_application(flags, *replica_place(flags))
 
 
 def make_application(flags: ClusterFlags, place: ReplicaPlace, count: int) -> serve.Application:
@@ -142,7 +142,7 @@ def replica_settings(flags: ClusterFlags, place: ReplicaPlace, count: int) -> di
     return settings | {"autoscaling_config": scaling}
 
 
-def placed(flags: ClusterFlags) -> tuple[ReplicaPlace, int]:
+def replica_place(flags: ClusterFlags) -> tuple[ReplicaPlace, int]:
     """(what each replica gets, how many there are), by the deployer where one is asked for.
 
     Raises:

@@ -100,10 +100,10 @@ def go_up(flags: ClusterFlags) -> int:
     from ray import serve
 
     is_own = joined_or_started(ray, flags.address)
-    from serving.cluster.application import check_room, make_application, placed
+    from serving.cluster.application import check_room, make_application, replica_place
 
     server = flags.server
-    place, count = placed(flags)
+    place, count = replica_place(flags)
     try:
         check_room(place, count)
     except ValueError as error:

@@ -10,6 +10,7 @@ import torch
 from chatglm import load_model, load_tokenizer
 from chatglm.families import FAMILIES
 from finetune.evaluation import answering, evaluate, predict
+from finetune.evaluation.metrics import class_scores
 from finetune.evaluation.probe import base_of
 from tests.finetune.runs import make_rows, write_rows
 
@@ -77,6 +78,28 @@ def test_metrics_predictions_and_their_table(adapter, rows, tmp_path, capsys):
     assert json.loads(out.read_text())["metrics"] == {
         "exact_match": 0.8
     } and "f1" not in json.loads(out.read_text())
+
+
+def test_classes(adapter, rows, tmp_path, capsys):
+    """Two of five rows have the model's answers as labels, the others a class it never names."""
+    words = ["--model_path", str(adapter), *ASK]
+    file, out = tmp_path / "answers.jsonl", tmp_path / "out.json"
+    assert evaluate.main([*words, "--test_path", str(rows), "--predictions", str(file)]) == 0
+    answers = [line["answer"] for line in lines_of(file)]
+    labels = [f"{answer}。" for answer in answers[:2]] + ["别类"] * 3
+    gold = []
+    for row, label in zip(make_rows(5), labels):
+        gold.append(row | {"output": label})
+    words += ["--test_path", str(write_rows(tmp_path / "gold.json", gold))]
+    capsys.readouterr()
+    assert evaluate.main([*words, "--metrics", "accuracy,macro_f1", "--output", str(out)]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    classes = class_scores([[answer] for answer in answers], [[label] for label in labels])
+    macro = sum(score.f1 for score in classes.values()) / len(classes)
+    assert table[1:3] == [["accuracy", "0.4000"], ["macro_f1", f"{macro:.4f}"]]
+    assert table[3] == ["class", "rows", "precision", "recall", "F1"]
+    assert ["别类", "3", "0.0000", "0.0000", "0.0000"] in table
+    assert json.loads(out.read_text())["classes"]["别类"]["rows"] == 3 and 0 < macro < 1
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,9 @@ from finetune.evaluation.metrics import (
     GROUPS,
     METRICS,
     check_packages,
+    class_scores,
+    label_of,
+    overall_scores,
     parse_metrics,
     score_rows,
     words,
@@ -70,6 +73,12 @@ def score(name: str, answers: str | list[str], references: str | list[str]) -> f
         ("exact_match", " 一样\n", "一样", 1),
         ("exact_match", "a", "A", 0),
         ("exact_match", "", "", 1),
+        ("accuracy", "Positive.", "positive", 1),
+        ("accuracy", "“正面”。", "正面", 1),
+        ("accuracy", "ＡＢ！", "ab", 1),
+        ("accuracy", "-1", "1", 0),
+        ("accuracy", "not positive", "positive", 0),
+        ("macro_f1", "negative", "positive", 0),
         ("triple_f1", "a_b_c\nd_e_f", "a_b_c", 2 / 3),
         ("triple_f1", "", "a_b_c", 0),
     ],
@@ -90,6 +99,7 @@ def test_by_hand(name, answer, reference, value):
         # p2 a-b and c-d of 3, p3 0 of 2 and p4 0 of 1, smoothed to 1/(2*2) and 1/(4*1)
         ("bleu4", "a b c d", ["a b x y", "x y c d"], (1 * 2 / 3 * 1 / 4 * 1 / 4) ** 0.25),
         ("exact_match", ["a", "b", "c"], ["a", "b"], 2 / 3),
+        ("accuracy", ["a", "B", "c"], ["a", "b"], 2 / 3),
         ("triple_f1", "a_b_c", ["x_y_z", "a_b_c"], 1),
         # references: "a b" is met exactly, "c d" by half ("c x": one of two words), "q" not at all
         ("coverage", ["a b", "c x"], ["a b", "c d", "q"], (1 + 1 / 2 + 0) / 3),
@@ -134,6 +144,48 @@ def test_names():
     ) & set(METRICS)
     with pytest.raises(ValueError, match="--eval_metrics: no metric 'meteor'; there are rouge1"):
         parse_metrics("rouge,meteor", "--eval_metrics")
+
+
+def test_macro_f1_by_hand():
+    """Three classes, six rows; "x" is no class: a miss of c alone, and no fourth class of F1 0.
+
+    a: 2 of 3 rows found, named 3 times, F1 2*2/(3+3); b: 1 of 1, named twice, 2*1/(2+1); c: 0.
+    """
+    answers = [["a"], ["A."], ["b"], ["b"], ["a"], ["x"]]
+    references = [["a"], ["a"], ["a"], ["b"], ["c"], ["c"]]
+    scores = score_rows(["accuracy", "macro_f1"], answers, references)
+    assert scores["accuracy"] == scores["macro_f1"] == [1, 1, 0, 1, 0, 0]
+    overall = overall_scores(scores, answers, references)
+    assert overall == pytest.approx({"accuracy": 3 / 6, "macro_f1": (2 / 3 + 2 / 3 + 0) / 3})
+    classes = class_scores(answers, references)
+    assert list(classes) == ["a", "b", "c"] and [c.rows for c in classes.values()] == [3, 1, 2]
+    assert (classes["a"].precision, classes["a"].recall) == (2 / 3, 2 / 3)
+    assert (classes["b"].precision, classes["b"].recall) == (1 / 2, 1)
+    # Of several references the one that was named is the row's class, else the first.
+    several = class_scores([["b"], ["q"]], [["a", "b"], ["a", "b"]])
+    assert [(label, score.f1) for label, score in several.items()] == [("a", 0.0), ("b", 1.0)]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcx"), st.sampled_from("abc")), min_size=1))
+def test_macro_f1_is_that_of_its_definition(pairs):
+    """F1 of precision and recall, class by class, over every pair of labels."""
+    found = []
+    for label in sorted({gold for _, gold in pairs}):
+        hits = pairs.count((label, label))
+        named = [answer for answer, _ in pairs].count(label)
+        wanted = [gold for _, gold in pairs].count(label)
+        precision, recall = hits / named if named else 0, hits / wanted
+        found.append(2 * precision * recall / (precision + recall) if hits else 0)
+    answers = [[answer] for answer, _ in pairs]
+    references = [[gold] for _, gold in pairs]
+    value = metrics.macro_f1(answers, references)
+    assert value == pytest.approx(sum(found) / len(found))
+
+
+def test_labels():
+    for text in ("体育", " 体育。", "「体育」", "体育\n"):
+        assert label_of(text) == "体育"
+    assert label_of("-1") == "-1" and label_of("C++.") == "c++"
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -1,0 +1,1 @@
+"""CLUE and FewCLUE as task files of lm-evaluation-harness."""

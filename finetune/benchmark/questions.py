@@ -1,0 +1,204 @@
+"""Rows of a task -> the texts that a model scores, as lm-evaluation-harness builds them. No torch.
+
+Templates are Jinja's, rendered in its sandbox; lists in their texts are read as literals.
+"""
+
+import ast
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+
+from chatglm.files import shorten
+from finetune.benchmark.tasks import BenchmarkTask
+
+SEED = 1234  # of drawn shots, as the harness's
+Doc: TypeAlias = Mapping[str, Any]  # a row of a data set
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked of one row.
+
+    Attributes:
+        contexts, continuations: of each choice, the text before it and what is scored; of a written
+            answer one context and no continuation.
+        choices: their own texts, whose lengths acc_norm and acc_bytes divide by.
+        gold: numbers of the right choices; empty where the row does not say.
+    """
+
+    doc: Doc
+    contexts: tuple[str, ...]
+    continuations: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    gold: tuple[int, ...] = ()
+
+
+@lru_cache
+def sandbox() -> SandboxedEnvironment:
+    """Jinja as the harness sets it, in the sandbox."""
+    return SandboxedEnvironment(
+        undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
+    )
+
+
+@lru_cache(256)
+def compiled(template: str) -> Template:
+    return sandbox().from_string(template)
+
+
+@dataclass(frozen=True)
+class TaskTexts:
+    """The texts of a task's rows.
+
+    The methods raise ValueError where a template and a row do not fit, with both named.
+    """
+
+    task: BenchmarkTask
+
+    def render(self, template: str, doc: Doc) -> Any:
+        """The column of that name, else the template's text."""
+        if template in doc:
+            return doc[template]
+        try:
+            return compiled(template).render(**doc)
+        except (TemplateError, TypeError, ValueError, IndexError, KeyError) as error:
+            row = shorten(dict(doc))
+            raise ValueError(
+                f"{self.task.file}: the template {template!r:.80} does not fit the row {row}: "
+                f"{error}"
+            ) from None
+
+    def text(self, doc: Doc) -> str | int:
+        """doc_to_text; an int says which choice is right where the choices are contexts."""
+        text = self.render(self.task.doc_to_text, doc)
+        if isinstance(text, str) and text.isdigit() and self.task.doc_to_choice is not None:
+            return int(text)
+        return text if isinstance(text, int) else str(text)
+
+    def target(self, doc: Doc) -> str | int | list[Any]:
+        """doc_to_target: a text, the number of a choice, or several of either."""
+        template = self.task.doc_to_target
+        if isinstance(template, int):
+            return template
+        target = self.render(template, doc)
+        if not isinstance(target, str) or template in doc:
+            return target
+        if target.isdigit() and self.task.doc_to_choice is not None:
+            return int(target)
+        if len(target) >= 2 and target[0] == "[" and target[-1] == "]":
+            try:
+                return list(ast.literal_eval(target))
+            except (SyntaxError, ValueError):
+                return target
+        return target
+
+    def choices(self, doc: Doc) -> list[str]:
+        """doc_to_choice."""
+        template = self.task.doc_to_choice
+        if isinstance(template, list):
+            return template
+        assert template is not None
+        found = self.render(template, doc)
+        try:
+            choices = ast.literal_eval(found) if isinstance(found, str) else found
+        except (SyntaxError, ValueError):
+            choices = None
+        if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
+            got = shorten(found)
+            raise ValueError(f"{self.task.file}: doc_to_choice: wanted a list, got {got}")
+        return choices
+
+    def description(self, doc: Doc) -> str:
+        return str(self.render(self.task.description, doc)) if self.task.description else ""
+
+    def shot(self, doc: Doc) -> str:
+        """A row with its answer, as an example before a question."""
+        task = self.task
+        text, target = self.text(doc), self.target(doc)
+        choices = self.choices(doc) if task.doc_to_choice is not None else []
+        if isinstance(text, int):
+            question, answer = choices[text], target
+        else:
+            question = text
+            answer = choices[target] if choices and isinstance(target, int) else target
+        answer = answer[0] if isinstance(answer, list) else answer
+        if not isinstance(answer, str):
+            raise ValueError(f"{task.file}: an example's answer is no text: {answer!r:.80}")
+        between = task.target_delimiter if answer else ""
+        return f"{question}{between}{answer}{task.fewshot_delimiter if answer else ''}"
+
+    def question(self, doc: Doc, before: str, answered: bool = True) -> Question:
+        """A row after the text `before`; not `answered` where it does not say what is right."""
+        task = self.task
+        text = self.text(doc)
+        if task.output_type != "multiple_choice":
+            return Question(doc, (before + str(text),))
+        choices = self.choices(doc)
+        if isinstance(text, int):
+            contexts = list(map(before.__add__, choices))
+            scored = [f"{task.target_delimiter}{self.target(doc)}"] * len(choices)
+            gold: Any = text
+        else:
+            contexts = [before + text] * len(choices)
+            scored = list(map(task.target_delimiter.__add__, choices))
+            gold = self.target(doc) if answered else []
+        right = []
+        for answer in gold if isinstance(gold, list) else [gold]:
+            if isinstance(answer, str):
+                answer = choices.index(answer) if answer in choices else -1
+            if not 0 <= answer < len(choices):
+                raise ValueError(f"{task.file}: no choice is right in the row {shorten(dict(doc))}")
+            right.append(int(answer))
+        return Question(doc, tuple(contexts), tuple(scored), tuple(choices), tuple(right))
+
+
+def choose_shots(
+    task: BenchmarkTask, pool: Sequence[Doc], doc: Doc, count: int, drawn: random.Random
+) -> list[Doc]:
+    """The rows that are examples before `doc`, as the harness's samplers choose them.
+
+    Raises ValueError where the pool has too few.
+    """
+    if not count:
+        return []
+    others = [row for row in pool if row != doc] if task.leaves_itself_out else list(pool)
+    if count > len(others):
+        raise ValueError(
+            f"{task.name}: --shots {count}, but its split {task.shots_split} has {len(others)} rows"
+        )
+    if task.sampler == "first_n":
+        return others[:count]
+    if not task.leaves_itself_out:
+        return drawn.sample(list(pool), count)
+    shots = [row for row in drawn.sample(list(pool), count + 1) if row != doc][:count]
+    return shots if len(shots) == count else drawn.sample(others, count)
+
+
+def build_questions(
+    task: BenchmarkTask,
+    docs: Sequence[Doc],
+    pool: Sequence[Doc],
+    shots: int,
+    answered: bool = True,
+) -> list[Question]:
+    """The questions of a task's rows, each after its description and `shots` rows of the pool.
+
+    Args:
+        answered: False where the rows do not say what is right.
+
+    Raises:
+        ValueError: a template does not fit a row, or there are too few shots.
+    """
+    texts, drawn = TaskTexts(task), random.Random(SEED)
+    questions = []
+    for doc in docs:
+        parts = [texts.description(doc)]
+        for row in choose_shots(task, pool, doc, shots, drawn):
+            parts.append(texts.shot(row))
+        questions.append(texts.question(doc, "".join(parts), answered))
+    return questions

@@ -1,0 +1,179 @@
+"""A task's results: metrics of its rows, means over groups, the file that a resume reads."""
+
+import hashlib
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from operator import truediv
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from chatglm.files import read_json
+from finetune.benchmark.clue.answers import extraction_scores
+from finetune.benchmark.questions import Doc, Question
+from finetune.benchmark.tasks import BenchmarkTask, TaskGroup
+from finetune.files import write_json
+
+# What a task file's process_results may name: (row, [answer]) -> {metric: value}.
+RESULT_FUNCTIONS: dict[str, Callable[[Doc, Sequence[str]], dict[str, float]]] = {
+    "extraction_scores": extraction_scores
+}
+
+
+SIZES: dict[str, Callable[[str], int]] = {  # what a choice's score is divided by
+    "acc": lambda choice: 1,
+    "acc_norm": len,
+    "acc_bytes": lambda choice: len(choice.encode("utf-8")),
+}
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a task came to with a number of shots.
+
+    Attributes:
+        rows: how many were scored.
+        metrics: {metric: mean over the rows}; errors: {metric: its standard error}.
+        chance: accuracy of a guess among each row's choices; None for written answers.
+        seconds: that it took.
+        likelihoods: of each row's choices; answers: written ones.
+    """
+
+    task: str
+    shots: int
+    rows: int
+    metrics: dict[str, float]
+    errors: dict[str, float]
+    chance: float | None
+    seconds: float
+    likelihoods: list[list[float]] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+
+
+def first_highest(values: Sequence[float]) -> int:
+    """Number of the highest value; of equal ones the first."""
+    return max(range(len(values)), key=lambda number: (values[number], -number))
+
+
+def choice_metrics(question: Question, scores: Sequence[float]) -> dict[str, float]:
+    """acc, acc_norm and acc_bytes of one row: whether the highest score is a right choice's, the
+    scores as they are, or divided by the characters or UTF-8 bytes of each choice."""
+    found = {}
+    for name, size in SIZES.items():
+        values = list(map(truediv, scores, map(size, question.choices)))
+        found[name] = float(first_highest(values) in question.gold)
+    return found
+
+
+def written_metrics(task: BenchmarkTask, question: Question, answer: str) -> dict[str, float]:
+    return RESULT_FUNCTIONS[task.results](question.doc, [answer])
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of a mean; 0 for one value."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def summarise(
+    task: BenchmarkTask,
+    shots: int,
+    questions: Sequence[Question],
+    *,
+    likelihoods: list[list[float]],
+    answers: list[str],
+    seconds: float,
+) -> TaskResult:
+    """A task's result, of the likelihoods of its choices or of its written answers."""
+    of_rows: list[dict[str, float]] = []
+    chances = []
+    for i, question in enumerate(questions):
+        if answers:
+            of_rows.append(written_metrics(task, question, answers[i]))
+        else:
+            of_rows.append(choice_metrics(question, likelihoods[i]))
+            chances.append(len(question.gold) / len(question.choices))
+    metrics, errors = {}, {}
+    for name in task.metrics:
+        values = [row[name] for row in of_rows]
+        metrics[name] = fmean(values)
+        errors[name] = standard_error(values)
+    return TaskResult(
+        task.name,
+        shots,
+        len(questions),
+        metrics,
+        errors,
+        fmean(chances) if chances else None,
+        seconds,
+        likelihoods,
+        answers,
+    )
+
+
+def result_key(values: Mapping[str, Any]) -> str:
+    """16 digits of what a result depends on."""
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def result_file(folder: Path, task: str, shots: int) -> Path:
+    return folder / f"{task}-{shots}shot.json"
+
+
+def keep_result(folder: Path, result: TaskResult, key: str) -> None:
+    """Write a result, for commands with the same `key`."""
+    write_json(result_file(folder, result.task, result.shots), {"key": key} | asdict(result))
+
+
+def kept_result(folder: Path, task: str, shots: int, key: str) -> TaskResult | None:
+    """A result that a command with the same key has kept; None without one.
+
+    Raises ValueError where the file is damaged.
+    """
+    path = result_file(folder, task, shots)
+    if not path.is_file():
+        return None
+    values = read_json(path)
+    if values.pop("key", None) != key:
+        return None
+    try:
+        return TaskResult(**values)
+    except TypeError:
+        raise ValueError(f"{path}: not a result of finetune.benchmark; remove it") from None
+
+
+def group_lines(
+    groups: Sequence[TaskGroup],
+    members: Callable[[TaskGroup], Sequence[str]],
+    results: Sequence[TaskResult],
+) -> list[list[str]]:
+    """Lines of (group, shots, rows, metric, mean over all rows) of the groups' own metrics."""
+    lines = []
+    for group in groups:
+        inside = set(members(group))
+        rows: Counter[int] = Counter()
+        totals: defaultdict[tuple[int, str], float] = defaultdict(float)
+        for result in results:
+            if result.task in inside:
+                rows[result.shots] += result.rows
+                for metric in group.metrics:
+                    right = result.metrics[metric] * result.rows
+                    totals[result.shots, metric] += right
+        for (shots, metric), total in totals.items():
+            mean = total / rows[shots]
+            lines.append([group.name, str(shots), str(rows[shots]), metric, f"{mean:.4f}"])
+    return lines
+
+
+def result_lines(results: Sequence[TaskResult]) -> list[list[str]]:
+    """Lines of (task, shots, rows, metric, value, standard error, chance)."""
+    lines = []
+    for result in results:
+        for metric, value in result.metrics.items():
+            guessed = "" if result.chance is None else f"{result.chance:.4f}"
+            where = [result.task, str(result.shots), str(result.rows), metric]
+            lines.append([*where, f"{value:.4f}", f"{result.errors[metric]:.4f}", guessed])
+    return lines

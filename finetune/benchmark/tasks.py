@@ -1,0 +1,344 @@
+"""Tasks of lm-evaluation-harness: the part of its YAML files that is read here. Free of torch.
+
+The same files run in the harness: `lm_eval --include_path FOLDER`. A key or value that is not read
+is refused, so no task is scored otherwise than the harness would.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+
+from chatglm.files import shorten
+
+CLUE = Path(__file__).resolve().parent / "clue"  # the task files that come with this project
+SAMPLERS = ("default", "first_n")
+SUFFIXES = (".yaml", ".yml")
+# Of the harness's keys: those that say nothing about scores.
+IGNORED_KEYS = {"metadata", "tag", "task_alias", "group_alias", "include", "repeats"}
+KINDS: dict[str, type | tuple[type, ...]] = {  # of the keys that are read
+    "task": str,
+    "dataset_path": str,
+    "dataset_name": str,
+    "dataset_kwargs": dict,
+    "training_split": str,
+    "validation_split": str,
+    "test_split": str,
+    "fewshot_split": str,
+    "fewshot_config": dict,
+    "output_type": str,
+    "doc_to_text": str,
+    "doc_to_target": (str, int),
+    "doc_to_choice": (str, list),
+    "description": str,
+    "target_delimiter": str,
+    "fewshot_delimiter": str,
+    "num_fewshot": int,
+    "metric_list": list,
+    "generation_kwargs": dict,
+    "process_results": object,
+}
+CHOICE_METRICS = ("acc", "acc_norm", "acc_bytes")
+Files: TypeAlias = dict[str, Any]
+
+
+class FunctionName(str):
+    """What a file writes as `!function module.name`. It is a name here; nothing is imported."""
+
+
+class TaskLoader(yaml.SafeLoader):
+    """YAML of plain values, and names of functions."""
+
+
+def function_name(loader: yaml.SafeLoader, node: yaml.Node) -> FunctionName:
+    if not isinstance(node, yaml.ScalarNode):
+        raise yaml.constructor.ConstructorError(None, None, "!function wants a name")
+    return FunctionName(loader.construct_scalar(node))
+
+
+TaskLoader.add_constructor("!function", function_name)
+
+
+@dataclass(frozen=True)
+class BenchmarkTask:
+    """A task, as its file says.
+
+    Attributes:
+        dataset_path, dataset_name: of a hub's data set; dataset_path "json" or "csv" for files.
+        data_files: {split: file below the data folder}, of a task whose data are files.
+        splits: {"training", "validation", "test", "fewshot": name of the split}, those given.
+        sampler: "first_n" takes the first shots, "default" draws them for each row.
+        output_type: "multiple_choice" or "generate_until".
+        metrics: names, in the file's order.
+        results: the function that scores a written answer; "" for a choice.
+    """
+
+    name: str
+    file: Path
+    dataset_path: str
+    dataset_name: str
+    data_files: dict[str, str]
+    splits: dict[str, str]
+    sampler: str
+    output_type: str
+    doc_to_text: str
+    doc_to_target: str | int
+    doc_to_choice: str | list[str] | None
+    metrics: tuple[str, ...]
+    description: str = ""
+    target_delimiter: str = " "
+    fewshot_delimiter: str = "\n\n"
+    num_fewshot: int = 0
+    until: tuple[str, ...] = ()
+    max_gen_toks: int = 256
+    results: str = ""
+
+    @property
+    def evaluated_split(self) -> str:
+        return self.splits.get("test") or self.splits["validation"]
+
+    @property
+    def shots_split(self) -> str:
+        """Where examples come from, by the harness's rule."""
+        for name in ("fewshot", "training", "validation", "test"):
+            if split := self.splits.get(name):
+                return split
+        raise ValueError(f"{self.file}: no split")
+
+    @property
+    def leaves_itself_out(self) -> bool:
+        """Whether a row is no example of itself."""
+        return self.splits.get("fewshot") == self.splits.get("test")
+
+
+@dataclass(frozen=True)
+class TaskGroup:
+    """Tasks under one name; `metrics`: those whose mean over all rows is the group's."""
+
+    name: str
+    members: tuple[str, ...]
+    metrics: tuple[str, ...] = ()
+
+
+@dataclass
+class TaskIndex:
+    """The tasks and groups that files define, by name."""
+
+    tasks: dict[str, Path] = field(default_factory=dict)
+    groups: dict[str, TaskGroup] = field(default_factory=dict)
+
+    @classmethod
+    def of_folders(cls, folders: Iterable[Path]) -> "TaskIndex":
+        """Of all YAML files below folders; a later folder's names win.
+
+        Raises:
+            FileNotFoundError: no such folder.
+            ValueError: a file is no YAML.
+        """
+        index = cls()
+        for folder in folders:
+            if not folder.is_dir():
+                raise FileNotFoundError(f"--include_path: no such folder: {folder}")
+            tagged: dict[str, list[str]] = {}
+            for file in sorted(folder.rglob("*")):
+                if file.suffix in SUFFIXES:
+                    index.add(file, tagged)
+            for tag, names in tagged.items():
+                index.groups.setdefault(tag, TaskGroup(tag, tuple(names)))
+        return index
+
+    def add(self, file: Path, tagged: dict[str, list[str]]) -> None:
+        """Enter what a file defines; of its tags those that it names itself."""
+        values = read_yaml(file)
+        if "group" in values:
+            group = read_group(file, values)
+            self.groups[group.name] = group
+        elif isinstance(name := values.get("task"), str):
+            self.tasks[name] = file
+            tags = values.get("tag") or []
+            for tag in [tags] if isinstance(tags, str) else tags:
+                tagged.setdefault(tag, []).append(name)
+
+    def expand(self, names: Sequence[str]) -> list[str]:
+        """The tasks that names of tasks and groups mean, each once.
+
+        Raises ValueError for a name that is neither.
+        """
+        found: list[str] = []
+        for name in names:
+            if name in self.groups:
+                members = self.expand(self.groups[name].members)
+            elif name in self.tasks:
+                members = [name]
+            else:
+                known = ", ".join([*sorted(self.groups), *sorted(self.tasks)])
+                raise ValueError(f"--tasks: no task {name!r}; there are {known:.400}")
+            found += [member for member in members if member not in found]
+        return found
+
+    def groups_of(self, names: Sequence[str]) -> list[TaskGroup]:
+        """The groups that names mean, and those inside of them, the outer one first."""
+        found: list[TaskGroup] = []
+        for name in names:
+            if group := self.groups.get(name):
+                found += [group, *self.groups_of(group.members)]
+        return found
+
+    def load(self, name: str) -> BenchmarkTask:
+        return read_task(self.tasks[name])
+
+
+def read_yaml(file: Path) -> Files:
+    """A file's mapping, with those of the files that it includes below it.
+
+    Raises:
+        ValueError: it is no YAML, or no mapping.
+        FileNotFoundError: an included file is not there.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no such file: {file}")
+    try:
+        values = TaskLoader(file.read_text(encoding="utf-8")).get_single_data()
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"{file}: not valid YAML: {message:.200}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: wanted keys and values, got {shorten(values)}")
+    included = values.get("include") or []
+    merged: Files = {}
+    for name in [included] if isinstance(included, str) else included:
+        merged |= read_yaml(file.parent / name)
+    return merged | values
+
+
+def read_group(file: Path, values: Files) -> TaskGroup:
+    """Raises ValueError where a member is no name, or a metric is not weighted by rows."""
+    members = values.get("task")
+    if isinstance(members, str):
+        members = [members]
+    if not isinstance(members, list) or not all(isinstance(name, str) for name in members):
+        raise ValueError(f"{file}: task: wanted a list of names, got {shorten(members)}")
+    metrics = []
+    for metric in values.get("aggregate_metric_list") or []:
+        if not metric.get("weight_by_size", True) or metric.get("aggregation", "mean") != "mean":
+            raise ValueError(f"{file}: aggregate_metric_list: wanted means weighted by size")
+        metrics.append(str(metric["metric"]))
+    return TaskGroup(str(values["group"]), tuple(members), tuple(metrics))
+
+
+def read_task(file: Path) -> BenchmarkTask:
+    """The task of a file.
+
+    Raises:
+        ValueError: a key or value that is not read here; the harness may know it.
+    """
+    values = read_yaml(file)
+    check_keys(file, values)
+    fewshot = values.get("fewshot_config") or {}
+    sampler = fewshot.get("sampler", "default")
+    if set(fewshot) - {"sampler"} or sampler not in SAMPLERS:
+        wanted = " or ".join(SAMPLERS)
+        raise unread(file, f"fewshot_config: wanted sampler {wanted}, got {shorten(fewshot)}")
+    dataset = values.get("dataset_kwargs") or {}
+    if set(dataset) - {"data_files"}:
+        raise unread(file, f"dataset_kwargs: wanted data_files, got {shorten(dataset)}")
+    splits = {}
+    for name in ("training", "validation", "test", "fewshot"):
+        if split := values.get(f"{name}_split"):
+            splits[name] = split
+    if not {"test", "validation"} & set(splits):
+        raise unread(file, "wanted test_split or validation_split")
+    metrics = []
+    for metric in values.get("metric_list") or []:
+        metrics.append(str(metric.get("metric") if isinstance(metric, dict) else metric))
+    optional = {}
+    for name in ("description", "target_delimiter", "fewshot_delimiter", "num_fewshot"):
+        if name in values:
+            optional[name] = values[name]
+    task = BenchmarkTask(
+        name=values["task"],
+        file=file,
+        dataset_path=values["dataset_path"],
+        dataset_name=values.get("dataset_name", ""),
+        data_files=data_files(file, dataset),
+        splits=splits,
+        sampler=sampler,
+        output_type=values.get("output_type", "generate_until"),
+        doc_to_text=values["doc_to_text"],
+        doc_to_target=values["doc_to_target"],
+        doc_to_choice=values.get("doc_to_choice"),
+        metrics=tuple(metrics),
+        **optional,
+        **written_options(file, values),
+    )
+    check_metrics(task)
+    return task
+
+
+def unread(file: Path, message: str) -> ValueError:
+    """An error that says what to do instead."""
+    return ValueError(f"{file}: {message}; python -m chatglm lm_eval may read it")
+
+
+def check_keys(file: Path, values: Files) -> None:
+    """Raises ValueError for a key that is missing, not read or of another type."""
+    for key in ("task", "dataset_path", "doc_to_text", "doc_to_target"):
+        if key not in values:
+            raise unread(file, f"wanted the key {key}")
+    for key, value in values.items():
+        if key in IGNORED_KEYS:
+            continue
+        kind = KINDS.get(key)
+        if kind is None:
+            raise unread(file, f"the key {key} is not read")
+        if not isinstance(value, kind) or (
+            isinstance(value, FunctionName) and key != "process_results"
+        ):
+            raise unread(file, f"{key}: got {shorten(value)}")
+
+
+def data_files(file: Path, dataset: Files) -> dict[str, str]:
+    """{split: path}; raises ValueError for other forms of data_files."""
+    files = dataset.get("data_files") or {}
+    if isinstance(files, str):
+        files = {"train": files}  # as the library datasets names it
+    if not isinstance(files, dict) or not all(isinstance(path, str) for path in files.values()):
+        raise unread(file, f"data_files: wanted a file for each split, got {shorten(files)}")
+    return files
+
+
+def written_options(file: Path, values: Files) -> dict[str, Any]:
+    """The fields of a task whose answers are written; raises ValueError for sampling."""
+    if values.get("output_type", "generate_until") == "multiple_choice":
+        return {}
+    options = dict(values.get("generation_kwargs") or {})
+    until = options.pop("until", [])
+    longest = options.pop("max_gen_toks", 256)
+    if options.pop("do_sample", False) or options:
+        raise unread(file, f"generation_kwargs: wanted greedy answers, got {shorten(options)}")
+    until = [until] if isinstance(until, str) else until
+    results = values.get("process_results")
+    name = results.rpartition(".")[2] if isinstance(results, FunctionName) else ""
+    return {"until": tuple(until), "max_gen_toks": longest, "results": name}
+
+
+def check_metrics(task: BenchmarkTask) -> None:
+    """Raises ValueError where a task's answers or metrics are none that are computed here."""
+    if task.output_type == "multiple_choice":
+        known: Sequence[str] = CHOICE_METRICS
+        if task.doc_to_choice is None:
+            raise unread(task.file, "multiple_choice wants doc_to_choice")
+    elif task.output_type == "generate_until" and task.results in RESULTS:
+        known = RESULTS[task.results]
+    else:
+        got = f"{task.output_type} {task.results}".strip()
+        wanted = "multiple_choice, or generate_until with process_results of"
+        raise unread(task.file, f"wanted {wanted} {', '.join(RESULTS)}; got {got}")
+    if not task.metrics or set(task.metrics) - set(known):
+        got = shorten(list(task.metrics))
+        raise unread(task.file, f"metric_list: wanted of {', '.join(known)}; got {got}")
+
+
+RESULTS = {"extraction_scores": ("exact_match", "f1")}  # functions of clue/answers.py
