@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGTERM
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,7 +46,6 @@ from finetune.distributed import (
     resolve_precision,
     say,
     sum_over_ranks,
-    whole_size,
     with_local_model,
     without_prints,
     world_size,
@@ -57,6 +56,13 @@ from finetune.files import LastingStream, locked_folder
 from finetune.lora import use_lean_lora
 from finetune.memory_trace import MemoryTrace
 from finetune.out_of_memory import explained, training_advice
+from finetune.parameters import (
+    ParameterSize,
+    parameter_report,
+    parameter_sizes,
+    trained_size,
+    whole_model_size,
+)
 from finetune.recompute import recompute
 from finetune.record import RunLog, check_loggers, is_better_value, processor
 from finetune.rows.batches import step_rows
@@ -198,7 +204,7 @@ def run_facts(
     schedule: Schedule,
     checkpointer: Checkpointer,
     precision: str,
-    sizes: list["ParameterSize"],
+    sizes: list[ParameterSize],
 ) -> dict[str, Any]:
     """What run.json says of a run besides its flags."""
     if torch.cuda.is_available():
@@ -309,49 +315,6 @@ def convert_trained_to_fp32(model: nn.Module) -> None:
             share = getattr(parameter, "ds_tensor", None)
             if share is not None:  # ZeRO-3: this rank's share is what counts
                 share.data = share.data.float()
-
-
-class ParameterSize(NamedTuple):
-    """A parameter's number of elements."""
-
-    name: str
-    size: int
-    is_trained: bool
-
-
-def parameter_sizes(model: nn.Module) -> list[ParameterSize]:
-    """The size of each parameter."""
-    sizes = []
-    for name, parameter in model.named_parameters():
-        sizes.append(ParameterSize(name, full_size(parameter), parameter.requires_grad))
-    return sizes
-
-
-def trained_size(sizes: list[ParameterSize]) -> int:
-    """Elements of the trainable parameters."""
-    return sum(size for _, size, is_trained in sizes if is_trained)
-
-
-def whole_model_size(sizes: list[ParameterSize]) -> int:
-    """Elements of all parameters."""
-    return sum(size for _, size, _ in sizes)
-
-
-def parameter_report(sizes: list[ParameterSize]) -> str:
-    """Text of the names, sizes and share of the trainable parameters."""
-    trained = trained_size(sizes)
-    total = whole_model_size(sizes)
-    lines = [f"  {name} {size:,}" for name, size, is_trained in sizes if is_trained]
-    if len(lines) > 8:
-        lines = [*lines[:4], f"  ... {len(lines) - 8} more ...", *lines[-4:]]
-    head = f"trainable: {trained:,} of {total:,} parameters ({100 * trained / total:.4f} %)"
-    return "\n".join([head, *lines])
-
-
-def full_size(parameter: nn.Parameter) -> int:
-    """Number of elements of a parameter before ZeRO-3 partitions it or 4 bits pack it."""
-    packed = getattr(parameter, "quant_state", None)
-    return packed.shape.numel() if packed else whole_size(parameter)
 
 
 def data_facts(config: RunConfig, task: Task, train_hash: str) -> dict[str, Any]:
