@@ -1,7 +1,7 @@
 """Tokens per second of the engines, in interleaved runs: static, continuous, transformers' own.
 
-    python benchmarks/serving_engine.py [--peer] [--quick] [--json FILE] [--repetitions 5]
-        [--threads 1] [--static 8] [--rows 16]
+    python benchmarks/serving_engine.py [--peer] [--layout] [--quick] [--json FILE]
+        [--repetitions 5] [--threads 1] [--static 8] [--rows 16]
 
 The model has 6 layers of 512, ChatGLM2's proportions and its vocabulary, random weights in bf16.
 Such a model never stops, so each request has its own number of tokens: log-normal, median 100, at
@@ -10,6 +10,9 @@ after a row has ended is not useful.
     static           transformers' generate, batches of --static in order of arrival
                      (serving.engines.static_engine under `fifo`)
     continuous       --rows sequences at once (serving.engines.continuous_engine under `fcfs`)
+With --layout also
+    laid-out         `continuous` on weights as serving.server lays them out on a CPU
+                     (serving.engines.onednn_weights)
 With --peer also, on one GlmForCausalLM of the same size:
     peer             transformers' continuous batching (paged cache, sdpa): as many sequences at
                      once, KV and prompt tokens as `continuous` has
@@ -229,6 +232,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="transformers' continuous batching too, and ours on the same GlmForCausalLM",
     )
+    parser.add_argument(
+        "--layout",
+        action="store_true",
+        help="the continuous engine on weights as a server lays them out on a CPU, too",
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -262,6 +270,7 @@ def main(argv: list[str] | None = None) -> dict:
     import torch
 
     from finetune.files import write_json
+    from serving.engines.onednn_weights import use_onednn_layout
     from serving.request import Limits
 
     torch.set_num_threads(args.threads)
@@ -276,6 +285,10 @@ def main(argv: list[str] | None = None) -> dict:
         "static": ours("static", "fifo", model, static),
         "continuous": ours("continuous", "fcfs", model, continuous),
     }
+    if args.layout:
+        laid_out = make_model()
+        use_onednn_layout(laid_out)
+        subjects["laid-out"] = ours("continuous", "fcfs", laid_out, continuous)
     if args.peer:
         glm = make_glm()
         subjects |= {
@@ -284,6 +297,8 @@ def main(argv: list[str] | None = None) -> dict:
         }
     rates, cpu_rates = measure(subjects, count, cap, repetitions, args.rows, args.seed)
     against = [name for name in ("static", "peer") if name in subjects]
+    if args.layout:
+        against.append("continuous")
     result = {
         "threads": args.threads,
         "requests": count,
