@@ -648,7 +648,11 @@ def test_export_real_size(tmp_path):
 def test_serving_engine(tmp_path):
     words = ["--quick", "--layout", "--rows", 4, "--json", tmp_path / "out.json"]
     run("benchmarks/serving_engine.py", *words)
-    assert set(json.loads((tmp_path / "out.json").read_text())["rates"]) == {"static", "continuous"}
+    assert set(json.loads((tmp_path / "out.json").read_text())["rates"]) == {
+        "static",
+        "continuous",
+        "laid-out",
+    }
 
 
 @pytest.mark.slow
