@@ -148,7 +148,7 @@ class ChatGLM1Model(InfillingBody, ChatGLM1PreTrainedModel):
     def marks(self) -> InfillingMarks:
         config = self.config
         masks = (config.gmask_token_id or 0, config.mask_token_id or 0)
-        return InfillingMarks(config.bos_token_id or 0, None, masks, "[gMASK] or [MASK]")
+        return InfillingMarks(config.bos_token_id or 0, None, masks, masks[0], "[gMASK] or [MASK]")
 
     @property
     def blocks(self) -> nn.ModuleList:

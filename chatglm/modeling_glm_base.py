@@ -141,7 +141,8 @@ class GLMBaseModel(InfillingBody, GLMBasePreTrainedModel):
     def marks(self) -> InfillingMarks:
         first = self.config.pad_token_id or 0
         masks = (first + MASK, first + SMASK, first + GMASK)
-        return InfillingMarks(first + SOP, first + EOP, masks, "[MASK], [sMASK] or [gMASK]")
+        names = "[MASK], [sMASK] or [gMASK]"
+        return InfillingMarks(first + SOP, first + EOP, masks, masks[-1], names)
 
     @property
     def blocks(self) -> nn.ModuleList:

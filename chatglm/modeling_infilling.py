@@ -28,12 +28,14 @@ class InfillingMarks(NamedTuple):
         sop: begins what fills a blank.
         eop: ends it, where a row may fill several; else None.
         masks: the blanks, in the order in which they are asked for where a row has several kinds.
+        whole: that of `masks` which stands for a whole text.
         names: of `masks`, for errors.
     """
 
     sop: int
     eop: int | None
     masks: tuple[int, ...]
+    whole: int
     names: str
 
 
@@ -271,7 +273,7 @@ class InfillingCausalLM(ChatGLMCausalLM):
         if is_guided and kwargs.get("negative_prompt_ids") is None:
             beams = self.generation_option("num_beams", kwargs) or 1
             answers = self.generation_option("num_return_sequences", kwargs) or 1
-            marks = [self.transformer.marks.masks[-1], self.transformer.marks.sop]
+            marks = [self.transformer.marks.whole, self.transformer.marks.sop]
             no_text = torch.tensor([marks], device=given.device)
             kwargs["negative_prompt_ids"] = no_text.expand(len(given) * max(beams, answers), -1)
         return super().generate(inputs, *args, **kwargs)

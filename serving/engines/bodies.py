@@ -253,7 +253,7 @@ def body_of(model: PreTrainedModel) -> ServedBody:
     Raises:
         ValueError: the continuous engine cannot run such a model.
     """
-    if isinstance(model.config, (ChatGLM1Config, ChatGLM2Config)):
+    if isinstance(getattr(model, "config", None), (ChatGLM1Config, ChatGLM2Config)):
         return ServedChatGLM(model)
     if isinstance(model, (GlmForCausalLM, Glm4ForCausalLM)):
         return CausalBody(model, lambda layer: CausalBlock(layer, turn_pairs_))

@@ -692,6 +692,9 @@ def test_what_a_run_says_and_logs(flags, train, tmp_path, capfd):
         "train_loss",
         "learning_rate",
         "grad_norm",
+        "memory/epoch_host_peak_gb",
+        "memory/epoch_added_gb",
+        "memory/epoch_peak_gb",
         "tokens_per_second",
         "memory_gb",
     }

@@ -439,6 +439,7 @@ def test_constants_are_the_fits():
 def test_zero_files(tmp_path):
     found = {path.name: read_zero(path.name, 4096) for path in (ROOT / "ds_configs").glob("*.json")}
     assert {name: (z.stage, z.offload_optimizer, z.offload_param) for name, z in found.items()} == {
+        "ds_zero1.json": (1, False, False),
         "ds_zero2.json": (2, False, False),
         "ds_zero2_no_offload.json": (2, False, False),
         "ds_zero2_offload.json": (2, True, False),

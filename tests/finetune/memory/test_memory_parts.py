@@ -16,11 +16,13 @@ SMALL = {"layers": 2, "hidden": 8, "heads": 2, "head_dim": 4, "vocab": 32}
 # A layer: norms 16, qkv 8 x 16 + 16, dense 64, MLP 8 x 32 + 16 x 8: 608.
 # In all: 256 + 2 x 608 + 8 + 256 = 1736.
 GLM2 = ModelShape(
-    glm1=False, kv_heads=1, ffn=16, tied=False, qkv_bias=True, linear_bias=False, **SMALL
+    architecture="glm2", kv_heads=1, ffn=16, tied=False, qkv_bias=True, linear_bias=False, **SMALL
 )
 # A layer: norms 32, qkv 8 x 24 + 24, dense 64 + 8, MLP 8 x 32 + 32 and 32 x 8 + 8: 872.
 # In all: 256 + 2 x 872 + 16 = 2016.
-GLM = ModelShape(glm1=True, kv_heads=2, ffn=32, tied=True, qkv_bias=True, linear_bias=True, **SMALL)
+GLM = ModelShape(
+    architecture="glm", kv_heads=2, ffn=32, tied=True, qkv_bias=True, linear_bias=True, **SMALL
+)
 
 # LoRA's pair of qkv: A 3 x 8 = 24, B 3 x 16 = 48; 144 of two layers.
 OURS = Run(GLM2, "lora", batch=2, length=10, lora_dim=3, label_share=0.5, zero=None)

@@ -19,7 +19,7 @@ from serving.request import FOREVER, Limits, Plan, Record, Request
 from serving.scheduler import Replay, VirtualClock, run_scheduler
 from serving.simulate.engine import LinearCost, SimulatedEngine
 from tests.causal_folders import random_causal_model
-from tests.conftest import SPECIAL, VARIANTS, tiny_model
+from tests.conftest import LEARNED, SPECIAL, VARIANTS, tiny_model
 from tests.serving.conftest import native_glm
 
 STOPS = [7, 13, 21, 30]
@@ -34,7 +34,8 @@ NATIVE = {
     "native-glm4": None,
 }  # transformers' GLM; whose weights it has
 CAUSAL = ("llama", "qwen2", "qwen3")  # transformers' too, random weights
-CASES = [(v, "plain") for v in (*VARIANTS, *NATIVE, *CAUSAL)] + [
+SERVED = [v for v in VARIANTS if v not in LEARNED]  # the static engine has the others
+CASES = [(v, "plain") for v in (*SERVED, *NATIVE, *CAUSAL)] + [
     (v, p) for v in ("glm", "glm2") for p in ("v2", "v1")
 ]
 SMALL = Limits(max_batch=6, kv_tokens=200, max_tokens=60, prefill_tokens=16)

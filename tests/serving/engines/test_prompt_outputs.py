@@ -26,6 +26,7 @@ from tests.serving.engines.test_engines import (
 
 ENGINE_CASES = [("continuous", *case) for case in CASES]
 ENGINE_CASES += [("static", case, "plain") for case, prefix in CASES if prefix == "plain"]
+ENGINE_CASES.append(("static", "pangu", "plain"))
 
 
 def reference(model, prompt: list[int]):
