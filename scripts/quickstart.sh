@@ -86,7 +86,8 @@ step lengths python scripts/collect_lengths.py --model_path "$OUT/merged" --prom
     --served_model quickstart --max_src_len 120 --max_new_tokens 96 --batch_size 50
 step length_split python - "$OUT" <<'PY'
 import json, sys
-from predictor.labels import group_prompts, split_groups
+from finetune.rows.near_duplicates import group_prompts
+from predictor.labels import split_groups
 out = sys.argv[1]
 lines = open(f"{out}/lengths.jsonl").readlines()
 prompts = [json.loads(line)["prompt"] for line in lines]
