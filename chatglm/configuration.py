@@ -97,6 +97,18 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"ptuning_version must be one of {PTUNING_VERSIONS}, got {self.ptuning_version!r}"
             )
 
+    def check_multiple(self, name: str, of: str) -> None:
+        """Raises ValueError where a setting is no multiple of another."""
+        value, divisor = getattr(self, name), getattr(self, of)
+        if value % divisor:
+            raise ValueError(f"{name} ({value}) must be a multiple of {of} ({divisor})")
+
+    def check_fixed(self, who: str, **wanted: Any) -> None:
+        """Raises ValueError where a setting is not what `who` (of the releases) has."""
+        for name, value in wanted.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}={getattr(self, name)} is not supported: {who} {value}")
+
     @property
     def num_key_value_heads(self) -> int:
         """Heads of keys and values, by the architecture."""
@@ -236,17 +248,13 @@ class ChatGLM2Config(ChatGLMConfig):
 
     def check_structure(self) -> None:
         """Raises ValueError for a structure that no release has."""
-        expected = {
-            "rmsnorm": True,
-            "post_layer_norm": True,
-            "original_rope": True,
-            "apply_residual_connection_post_layernorm": False,
-        }
-        for name, value in expected.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is not supported: every release has {value}"
-                )
+        self.check_fixed(
+            "every release has",
+            rmsnorm=True,
+            post_layer_norm=True,
+            original_rope=True,
+            apply_residual_connection_post_layernorm=False,
+        )
 
     def find_family(self, kwargs: dict[str, Any]) -> str | None:
         """The family that the files beside this configuration show, as `load_model` infers it."""
@@ -305,16 +313,10 @@ class PanguConfig(ChatGLMConfig):
             "intermediate_size",
             "max_position_embeddings",
         )
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of "
-                f"num_heads ({self.num_heads})"
-            )
-        for name, wanted in (("activation_function", "gelu"), ("scale_attn_weights", True)):
-            if getattr(self, name) != wanted:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is not supported: every Pangu-alpha has {wanted}"
-                )
+        self.check_multiple("hidden_size", "num_heads")
+        self.check_fixed(
+            "every Pangu-alpha has", activation_function="gelu", scale_attn_weights=True
+        )
         self.glm_family = "pangu"
         self.validate_prefix()
         self.validate_quantization()
@@ -368,17 +370,12 @@ class GLMBaseConfig(ChatGLMConfig):
             "num_attention_heads",
             "max_sequence_length",
         )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of "
-                f"num_attention_heads ({self.num_attention_heads})"
-            )
-        for name, wanted in (("block_position_encoding", True), ("relative_encoding", False)):
-            if getattr(self, name) != wanted:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is not supported: GLM-350M-chinese and "
-                    f"GLM-10B-chinese have {wanted}"
-                )
+        self.check_multiple("hidden_size", "num_attention_heads")
+        self.check_fixed(
+            "GLM-350M-chinese and GLM-10B-chinese have",
+            block_position_encoding=True,
+            relative_encoding=False,
+        )
         if self.pad_token_id is None or not self.pad_token_id + 9 < self.vocab_size:
             raise ValueError(
                 "pad_token_id must be the id of <|endoftext|>, which 9 more tokens follow in "

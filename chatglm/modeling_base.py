@@ -601,6 +601,13 @@ class ChatGLMCausalLM(ChatMethods, ChatGLMPreTrainedModel, GenerationMixin):
     """
 
     transformer: ChatGLMBody
+    lm_head: nn.Module
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
 
     @can_return_tuple
     def forward(

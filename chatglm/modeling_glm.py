@@ -195,12 +195,6 @@ class ChatGLM1ForConditionalGeneration(InfillingCausalLM, ChatGLM1PreTrainedMode
         self.lm_head: nn.Module = OutputLayer(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
-
 
 class ChatGLM1ForSequenceClassification(ChatGLMClassifier, ChatGLM1PreTrainedModel):
     """ChatGLM-6B's body with a score."""

@@ -210,11 +210,5 @@ class GLMForConditionalGeneration(InfillingCausalLM, GLMBasePreTrainedModel, Gen
     def transformer(self) -> GLMBaseModel:  # type: ignore[override]  # the releases' name is glm
         return self.glm
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
-
 
 register_model(GLMForConditionalGeneration)

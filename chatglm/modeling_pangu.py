@@ -253,12 +253,6 @@ class PanguForCausalLM(ChatGLMCausalLM, PanguPreTrainedModel, GenerationMixin):
         self.lm_head: nn.Module = OutputLayer(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
-
 
 class PanguForSequenceClassification(ChatGLMClassifier, PanguPreTrainedModel):
     """Pangu-alpha's body with a score."""
