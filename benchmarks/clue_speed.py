@@ -6,7 +6,8 @@
 Each task is scored by both, one after the other, on the same rows and one thread; the seconds are
 the CPU's, of the model's part (texts to scores). Exit code 1 where metrics differ, or likelihoods
 by more than TOLERANCE. Without --model, one of random weights is made, whose vocabulary is trained
-on the rows.
+on the rows. To have one that has learned something, train it on the examples
+(prepare_clue.py --training_rows; docs/results.md has the commands).
 """
 
 import argparse
@@ -27,6 +28,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from chatglm.remote_code import holds_chatglm  # noqa: E402
+
 from benchmarks.client_env import environment_python  # noqa: E402
 from benchmarks.clue_harness import MARK  # noqa: E402
 from chatglm.commands import Parser, run_command  # noqa: E402
@@ -43,7 +46,8 @@ from finetune.files import write_json  # noqa: E402
 from finetune.record import print_columns  # noqa: E402
 
 TOLERANCE = 1e-3  # of a log-likelihood, in fp32
-HEADS = ["task", "shots", "rows", "choices", "harness s", "here s", "times", "largest difference"]
+HEADS = ["task", "shots", "rows", "choices", "score", "harness", "here", "chance"]
+HEADS += ["harness s", "here s", "times", "largest difference"]
 
 
 class Harness:
@@ -163,9 +167,12 @@ def table_line(compared: Compared) -> list[str]:
     result, theirs = compared.result, compared.theirs["seconds"]
     words = "written" if result.answers else f"{compared.choices:.0f}"
     where = [result.task, str(result.shots), str(result.rows), words]
+    score = "f1" if result.answers else "acc"
+    scores = [f"{compared.theirs['metrics'][score]:.3f}", f"{result.metrics[score]:.3f}"]
+    chance = "" if result.chance is None else f"{result.chance:.3f}"
     times = theirs / compared.ours_seconds
     seconds = [f"{theirs:.2f}", f"{compared.ours_seconds:.2f}", f"{times:.1f}"]
-    return [*where, *seconds, f"{compared.difference:.1e}"]
+    return [*where, score, *scores, chance, *seconds, f"{compared.difference:.1e}"]
 
 
 def rows_text(data: Path) -> Iterator[str]:
@@ -248,7 +255,13 @@ def measure(flags: argparse.Namespace) -> int:
             submission=None,
         )
         scorer = load_scorer(benchmark_flags)
-        harness = Harness(model, data, batch_size=flags.batch_size, max_length=scorer.max_length)
+        harness = Harness(
+            model,
+            data,
+            batch_size=flags.batch_size,
+            max_length=scorer.max_length,
+            chatglm=holds_chatglm(str(model)),
+        )
         every = []
         for name in names:
             run = questions_of(index.load(name), flags.shots, benchmark_flags)

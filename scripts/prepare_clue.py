@@ -6,6 +6,12 @@ writes TASK/train.jsonl, the examples of few-shot prompts, and TASK/test.jsonl, 
 scored, for every task of which there are rows in --input: a folder as CLUE and FewCLUE pack it
 (afqmc_public/dev.json, bustm/test_public.json), or one file (afqmc.jsonl). Of a task with one file
 the first --shots rows become examples, and are not scored.
+
+    python scripts/prepare_clue.py --input DOWNLOADED --output clue --shots 200 \\
+        --training_rows clue-train.jsonl
+
+writes the examples of all tasks as rows of train.py (--prompt_style raw) too: each text as the
+tasks' templates build it, and the right answer to it.
 """
 
 import argparse
@@ -21,7 +27,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from chatglm.commands import run_command  # noqa: E402
-from finetune.benchmark.questions import Doc  # noqa: E402
+from finetune.benchmark.questions import Doc, TaskTexts  # noqa: E402
 from finetune.benchmark.tasks import CLUE, read_task  # noqa: E402
 from finetune.config import parse_positive  # noqa: E402
 from finetune.files import write_aside  # noqa: E402
@@ -235,9 +241,29 @@ def json_lines(rows: list[Doc]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def prepare(source: Path, output: Path, shots: int) -> None:
-    """Convert every task that `source` has; raises FileNotFoundError where it has none."""
-    found = []
+def training_rows(name: str, docs: list[Doc]) -> list[Doc]:
+    """{instruction, output} of a task's rows: the text that a model is asked, and the right answer."""
+    texts = TaskTexts(read_task(CLUE / f"clue_{name}.yaml"))
+    rows: list[Doc] = []
+    for doc in docs:
+        question = texts.question(doc, before="")
+        if question.continuations:
+            right = question.gold[0]
+            context, answer = question.contexts[right], question.continuations[right]
+        else:
+            context, answer = question.contexts[0], str(texts.target(doc))
+        rows.append({"instruction": context, "output": answer})
+    return rows
+
+
+def prepare(source: Path, output: Path, shots: int, training_file: Path | None = None) -> None:
+    """Convert every task that `source` has; raises FileNotFoundError where it has none.
+
+    Args:
+        training_file: of the examples as rows of train.py; None: none are written.
+    """
+    texts: dict[Path, str] = {}
+    to_train_on: list[Doc] = []
     for name, task in PREPARED.items():
         files = find_task(source, task.names)
         if files is None:
@@ -249,12 +275,17 @@ def prepare(source: Path, output: Path, shots: int) -> None:
             test = test[shots:]
         if not train or not test:
             raise ValueError(f"{test_files[0]}: wanted more than {shots} rows, got {len(train)}")
-        write_aside(output / name / "train.jsonl", json_lines(train))
-        write_aside(output / name / "test.jsonl", json_lines(test))
-        found.append(name)
+        texts[output / name / "train.jsonl"] = json_lines(train)
+        texts[output / name / "test.jsonl"] = json_lines(test)
+        to_train_on += training_rows(name, train)
         print(f"{name}: {len(train)} examples, {len(test)} rows")
-    if not found:
+    if not texts:
         raise FileNotFoundError(f"--input {source}: no task's folder or file, such as afqmc")
+    if training_file is not None:
+        texts[training_file] = json_lines(to_train_on)
+        print(f"{training_file}: {len(to_train_on)} rows to train on")
+    for path, text in texts.items():
+        write_aside(path, text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -266,9 +297,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--shots", type=parse_positive, default=16, help="examples of each task [16]"
     )
+    parser.add_argument(
+        "--training_rows", type=Path, help="file of the examples as rows of train.py [none]"
+    )
     flags = parser.parse_args(argv)
+    source, output = Path(flags.input), Path(flags.output)
     return run_command(
-        "prepare_clue", lambda: prepare(Path(flags.input), Path(flags.output), flags.shots)
+        "prepare_clue", lambda: prepare(source, output, flags.shots, flags.training_rows)
     )
 
 

@@ -8,7 +8,13 @@ from finetune.benchmark.questions import build_questions
 from finetune.benchmark.tasks import CLUE, TaskIndex
 from scripts import prepare_clue
 from tests.conftest import shared_file
-from tests.finetune.benchmark.miniature import ROWS, prepared, sampled_rows, write_lines
+from tests.finetune.benchmark.miniature import (
+    ROWS,
+    prepared,
+    sampled_rows,
+    write_lines,
+    write_sampled,
+)
 
 INDEX = TaskIndex.of_folders([CLUE])
 
@@ -52,6 +58,30 @@ def test_rows_of_each_task(tmp_path):
     assert (first["chid"]["before"], first["chid"]["after"]) == ("他1天里", "，终于修好了水泵。")
     assert first["eprstmt"]["label"] == 1
     assert prepare_clue.labels_of("csldcp")[first["csldcp"]["label"]] == "机械工程"
+
+
+def test_training_rows(tmp_path):
+    """A row is the text that is asked, and the right choice or written answer after it."""
+    source, file = write_sampled(tmp_path / "in"), tmp_path / "rows.jsonl"
+    prepare_clue.prepare(source, tmp_path / "out", 3, file)
+    rows = rows_of(file)
+    assert len(rows) == 3 * len(prepare_clue.PREPARED)
+    by_task = dict(zip(prepare_clue.PREPARED, rows[1::3], strict=True))
+    assert by_task["afqmc"] == {
+        "instruction": "句子一：水泵漏油怎么办1\n句子二：油封多久换一次7\n上面两个句子语义",
+        "output": "相同",
+    }
+    assert by_task["tnews"]["output"] == "文化" and by_task["cmrc"]["output"] == "师傅"
+    assert by_task["chid"] == {"instruction": "文章：他1天里", "output": "画蛇添足，终于修好了水泵。"}
+
+
+def test_a_bad_row_leaves_nothing_behind(tmp_path):
+    """The other tasks are not written either."""
+    source = write_sampled(tmp_path / "in")
+    write_lines(source / "csldcp.jsonl", [{"content": "x", "label": "none"}] * 5)
+    with pytest.raises(ValueError, match="csldcp.jsonl:1: not a row of this task"):
+        prepare_clue.prepare(source, tmp_path / "out", 3, tmp_path / "rows.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_folders_as_clue_packs_them(tmp_path):
