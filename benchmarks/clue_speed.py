@@ -28,11 +28,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from chatglm.remote_code import holds_chatglm  # noqa: E402
-
 from benchmarks.client_env import environment_python  # noqa: E402
 from benchmarks.clue_harness import MARK  # noqa: E402
 from chatglm.commands import Parser, run_command  # noqa: E402
+from chatglm.remote_code import holds_chatglm  # noqa: E402
 from finetune.benchmark.command import (  # noqa: E402
     BenchmarkFlags,
     TaskRun,
