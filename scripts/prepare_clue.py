@@ -242,7 +242,7 @@ def json_lines(rows: list[Doc]) -> str:
 
 
 def training_rows(name: str, docs: list[Doc]) -> list[Doc]:
-    """{instruction, output} of a task's rows: the text that a model is asked, and the right answer."""
+    """{instruction, output} of rows: the text that a model is asked, and the right answer."""
     texts = TaskTexts(read_task(CLUE / f"clue_{name}.yaml"))
     rows: list[Doc] = []
     for doc in docs:

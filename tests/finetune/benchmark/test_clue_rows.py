@@ -72,7 +72,8 @@ def test_training_rows(tmp_path):
         "output": "相同",
     }
     assert by_task["tnews"]["output"] == "文化" and by_task["cmrc"]["output"] == "师傅"
-    assert by_task["chid"] == {"instruction": "文章：他1天里", "output": "画蛇添足，终于修好了水泵。"}
+    assert by_task["chid"]["instruction"] == "文章：他1天里"
+    assert by_task["chid"]["output"] == "画蛇添足，终于修好了水泵。"
 
 
 def test_a_bad_row_leaves_nothing_behind(tmp_path):
