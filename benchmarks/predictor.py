@@ -609,9 +609,7 @@ def parse_flags(argv: list[str] | None) -> BenchmarkFlags:
                 "--data names the folder of the measured lengths"
             )
     if not (args.export or args.languages) and find_spec("sklearn") is None:
-        sys.exit(
-            "predictor.py: scikit-learn is not installed; pip install 'glm-foundry[benchmark]'"
-        )
+        sys.exit("predictor.py: scikit-learn is not installed; pip install -e '.[benchmark]'")
     return BenchmarkFlags(**vars(args))
 
 

@@ -14,7 +14,7 @@ client = openai.OpenAI(base_url=url, api_key=os.environ.get("GLM_API_KEY", "-"))
 model = client.models.list().data[0].id
 messages = [{"role": "user", "content": "What is a water pump?"}]
 
-# slo_s and priority are this server's own fields: see docs/serve.md.
+# slo_s and priority are this server's own fields: see docs/server.md.
 answer = client.chat.completions.create(
     model=model, messages=messages, max_tokens=64, extra_body={"slo_s": 30}
 )

@@ -249,20 +249,20 @@ class RowsConfig(RunConfig, RowFlags, WeightFlags):
 class TrainConfig(RowsConfig, AnswerFlags):
     """All flags of train.py, validated. Lengths are in tokens, steps are optimizer steps."""
 
-    title: ClassVar[str] = "Fine-tune ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B"
+    title: ClassVar[str] = "Fine-tune ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B and relatives"
     effects: ClassVar[dict[str, Effect]] = TRAINING
 
     num_stages: int = fixed_flag(
         1,
-        "pipeline parallelism: so many ranks hold one model, some of its layers each; "
-        "--gradient_accumulation_steps is the number of micro batches (lora, all; ZeRO 0 or 1)",
+        "pipeline parallelism: number of stages, each a rank with some of the layers; "
+        "--gradient_accumulation_steps is the number of micro-batches (lora, all; ZeRO 0 or 1)",
         positive=True,
     )
     label_smoothing: float = fixed_flag(
-        0.0, "share of the wanted probability spread over all words, in training"
+        0.0, "label smoothing: share of the target probability spread over the vocabulary"
     )
     neftune_noise_alpha: float = fixed_flag(
-        0.0, "NEFTune: noise on the embeddings in training; 5 to 15 are usual, 0 is none"
+        0.0, "NEFTune: noise on the embeddings in training; usual values 5 to 15; 0: off"
     )
 
     def __post_init__(self) -> None:

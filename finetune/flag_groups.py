@@ -99,7 +99,7 @@ class DataFlags:
         "folder of tokenised rows, keyed by content and settings; '' for none",
     )
     data_cache_gb: float = flag(
-        CACHE_GB, "GB that --data_cache may take; what was not used for the longest time is deleted"
+        CACHE_GB, "largest size of --data_cache in GB; the least recently used files are deleted"
     )
 
     def check_data(self) -> None:
@@ -114,32 +114,32 @@ class RowFlags:
 
     data_format: str = fixed_flag(
         "auto",
-        "what the rows look like; auto: found from each row's keys",
+        "format of the rows; auto: detected row by row from the keys",
         choices=("auto", *FORMATS),
     )
     columns: str = fixed_flag(
-        "", 'our names for the rows\' columns: "prompt=question,response=answer"'
+        "", 'maps our field names to your columns: "prompt=question,response=answer"'
     )
     glm3_labels: str = fixed_flag(
         GLM3_LABELS[0],
-        "ChatGLM3: the role token of an answer carries loss, as in ChatGLM-Finetuning, "
-        "or does not, as in ChatGLM3's demo",
+        "ChatGLM3: loss on an answer's role token, as in ChatGLM-Finetuning, "
+        "or not, as in ChatGLM3's demo",
         choices=GLM3_LABELS,
     )
-    replay_path: str = fixed_flag("", "rows of what the model should not forget, mixed in")
+    replay_path: str = fixed_flag("", "general rows mixed in against forgetting")
     replay_ratio: float = fixed_flag(
         0.1, "share of each epoch's rows that are drawn from --replay_path"
     )
     streaming: bool = fixed_flag(
-        False, "read, shuffle and encode JSON lines on the way, for files larger than memory"
+        False, "read, shuffle and tokenise JSON lines during training, for files larger than memory"
     )
     shuffle_buffer: int = fixed_flag(
-        10_000, "streaming: rows that are shuffled together", positive=True
+        10_000, "streaming: size of the shuffle buffer, in rows", positive=True
     )
-    preprocessing_num_workers: int = flag(1, "processes that tokenise", positive=True)
+    preprocessing_num_workers: int = flag(1, "number of tokenising processes", positive=True)
     max_len: int = fixed_flag(1024, "longest row in tokens, prompt and answer", positive=True)
     is_skip: bool = fixed_flag(
-        False, "drop (and count) rows that would be cut, instead of cutting them"
+        False, "drop (and count) rows that are too long instead of truncating them"
     )
     prompt_text: str = fixed_flag("", "instruction put before rows of the old form {text, answer}")
 
@@ -159,25 +159,25 @@ class LoopFlags:
     """Optimizer steps: their rows, rates, arithmetic and seed."""
 
     per_device_train_batch_size: int = fixed_flag(
-        16, "rows per device and forward pass", positive=True
+        16, "micro-batch size: rows per device and forward pass", positive=True
     )
     gradient_accumulation_steps: int = fixed_flag(
-        1, "forward passes per optimizer step", positive=True
+        1, "micro-batches per optimizer step", positive=True
     )
-    num_train_epochs: int = fixed_flag(1, "passes over the training rows", positive=True)
-    max_steps: int | None = fixed_flag(None, "stop after so many optimizer steps", positive=True)
-    learning_rate: float = fixed_flag(1e-3, "highest learning rate")
+    num_train_epochs: int = fixed_flag(1, "number of epochs", positive=True)
+    max_steps: int | None = fixed_flag(None, "stop after N optimizer steps", positive=True)
+    learning_rate: float = fixed_flag(1e-3, "peak learning rate")
     weight_decay: float = fixed_flag(0.1, "AdamW's decoupled weight decay")
-    warmup_ratio: float = fixed_flag(0.1, "share of the steps that warms the learning rate up")
+    warmup_ratio: float = fixed_flag(0.1, "share of the steps used for warm-up")
     batching: str = fixed_flag(
         "ragged",
-        "ragged: a pass's rows end to end, no padding; padded: side by side; "
-        "grouped: padded, rows of like length together",
+        "ragged: the rows of a micro-batch packed end to end, no padding; padded: the usual way; "
+        "grouped: padded, rows of similar length together",
         choices=("ragged", "padded", "grouped"),
     )
     share_prefix: bool = fixed_flag(
         True,
-        "ragged: compute a beginning that a pass's rows have in common once, "
+        "ragged: compute a prefix that all rows of a micro-batch share only once, "
         "where no dropout acts (not glm)",
     )
     gradient_checkpointing: str = flag(
@@ -190,7 +190,7 @@ class LoopFlags:
     )
     gradient_checkpointing_layers: str = flag(
         "",
-        "recompute in so many layers only: N, the first N; a-b, from layer a to b (from 0) [all]",
+        "checkpoint only these layers: N, the first N; a-b, layers a to b (from 0) [all]",
     )
     precision: str = fixed_flag(
         "auto",
@@ -199,8 +199,7 @@ class LoopFlags:
     )
     num_workers: int = flag(
         1,
-        "threads, each laying out the rows of one of the next steps while this one computes; "
-        "0: none",
+        "threads that prepare the batches of the next steps; 0: none",
     )
     seed: int = fixed_flag(1234, "seed of data order, dropout and new weights")
     ds_file: str = fixed_flag(
@@ -235,7 +234,7 @@ class MethodFlags:
     )
     lora_dropout: float = fixed_flag(0.1, "dropout on LoRA's input")
     lora_module_name: str = fixed_flag(
-        "query_key_value", "comma list of modules that get LoRA, or all-linear"
+        "query_key_value", "comma list of modules with LoRA, or all-linear"
     )
     use_rslora: bool = fixed_flag(False, "LoRA: scale by alpha / sqrt(rank), for high ranks")
     use_dora: bool = fixed_flag(
@@ -243,19 +242,19 @@ class MethodFlags:
     )
     init_lora_weights: str = fixed_flag(
         "default",
-        "LoRA's start: default (B zero), gaussian, orthogonal, olora, pissa, or pissa_niter_N, the "
-        "fast SVD of N iterations",
+        "initialisation of LoRA: default (B zero), gaussian, orthogonal, olora, pissa, or "
+        "pissa_niter_N (fast SVD with N iterations)",
     )
     loraplus_lr_ratio: float = fixed_flag(
         1.0, "LoRA+: B's learning rate is this times A's (the paper: about 16)"
     )
     freeze_module_name: str = fixed_flag(
-        "layers.27.", "comma list of parts of the parameter names that stay trainable"
+        "layers.27.", "comma list; parameters whose names contain one of these are trained"
     )
     freeze_ratio: float = fixed_flag(
         0.0,
-        "freeze: the first so much of the layers stays as it is and all else trains, in place of "
-        "--freeze_module_name",
+        "freeze: share of the layers, from the first on, that stays frozen; all else trains; "
+        "replaces --freeze_module_name",
     )
     pre_seq_len: int = fixed_flag(16, "P-Tuning: number of virtual tokens", positive=True)
     prefix_projection: bool = fixed_flag(
@@ -309,7 +308,7 @@ class EvalFlags:
     """When a run evaluates, which checkpoint is the best, and when it stops early."""
 
     eval_step: int | None = flag(
-        None, "evaluate every so many steps; an epoch's end always does", positive=True
+        None, "evaluate every N steps, and at the end of each epoch", positive=True
     )
     per_device_eval_batch_size: int | None = flag(
         None, "rows per device in evaluation (default: as in training)", positive=True
@@ -319,11 +318,11 @@ class EvalFlags:
     )
     early_stopping_patience: int | None = flag(
         None,
-        "stop after so many evaluations in a row without a better --metric_for_best",
+        "stop after N evaluations in a row without improvement of --metric_for_best",
         positive=True,
     )
     early_stopping_min_delta: float = flag(
-        0.0, "what an evaluation must be better by to count as better for --early_stopping_patience"
+        0.0, "least improvement that counts for --early_stopping_patience"
     )
 
     def check_early_stopping(self) -> None:
@@ -357,11 +356,13 @@ class AnswerFlags:
 
     eval_metrics: str = flag(
         "",
-        "answer the evaluation rows too and score the answers: comma list of rouge, bleu, "
+        "also generate answers to the evaluation rows and score them: comma list of rouge, bleu, "
         "exact_match, accuracy, macro_f1, triple_f1, d2q or single metrics (docs/evaluation.md)",
     )
     eval_f1: bool = flag(False, "the old spelling of --eval_metrics triple_f1")
-    eval_max_new_tokens: int = flag(315, "longest answer written for --eval_metrics", positive=True)
+    eval_max_new_tokens: int = flag(
+        315, "longest answer generated for --eval_metrics, in tokens", positive=True
+    )
 
     @property
     def answer_metrics(self) -> tuple[str, ...]:
@@ -378,9 +379,9 @@ class OutputFlags:
     overwrite_output_dir: bool = flag(
         False, "replace the checkpoints of an earlier run in --output_dir"
     )
-    show_loss_step: int = flag(10, "write the loss every so many steps", positive=True)
+    show_loss_step: int = flag(10, "log the loss every N steps", positive=True)
     save_model_step: int | None = flag(
-        None, "save every so many steps; an epoch's end always saves", positive=True
+        None, "save every N steps, and at the end of each epoch", positive=True
     )
     save_total_limit: int | None = flag(
         None, "keep only the newest N checkpoints, and the best one", positive=True
@@ -396,7 +397,7 @@ class OutputFlags:
     )
     report_to: str = flag(
         "tensorboard",
-        "comma list of where measurements also go: tensorboard, wandb, swanlab; '' for none",
+        "comma list of loggers: tensorboard, wandb, swanlab; '' for none",
     )
     tensorboard: str | None = flag(None, "TensorBoard folder (default: OUTPUT_DIR/runs)")
 

@@ -145,7 +145,7 @@ def calibration_rows(flags: QuantizeFlags, encoder: "RowEncoder") -> list[list[i
 def require_gptqmodel() -> None:
     """Raises ImportError, with what to install."""
     if importlib.util.find_spec("gptqmodel") is None:
-        raise ImportError("quantizing wants the package gptqmodel: pip install 'glm-foundry[gptq]'")
+        raise ImportError("quantizing wants the package gptqmodel: pip install -e '.[gptq]'")
 
 
 def pack_layers(native: Path, packed: Path, rows: list[list[int]], flags: QuantizeFlags) -> None:

@@ -293,7 +293,7 @@ def check_onnx_packages() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"--onnx needs {error.name}: pip install 'glm-foundry[onnx]' (or --onnx False)"
+            f"--onnx needs {error.name}: pip install -e '.[onnx]' (or --onnx False)"
         ) from None
 
 

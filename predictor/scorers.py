@@ -137,9 +137,7 @@ class OnnxVectors:
         try:
             import onnxruntime
         except ImportError:
-            raise ValueError(
-                f"{folder} needs onnxruntime: pip install 'glm-foundry[onnx]'"
-            ) from None
+            raise ValueError(f"{folder} needs onnxruntime: pip install -e '.[onnx]'") from None
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         except Exception as error:  # tokenizers raises plain Exception

@@ -57,7 +57,7 @@ def test_langchain_client(url):
 
 FAULTS = re.findall(
     r"^\| (\d+) \| .* \| `(.*curl.*)` \|$",
-    (REPO_ROOT / "docs" / "serve.md").read_text(encoding="utf-8"),
+    (REPO_ROOT / "docs" / "server.md").read_text(encoding="utf-8"),
     re.M,
 )
 
@@ -74,7 +74,7 @@ def strict(tiny_folders, tmp_path_factory):
 
 @pytest.mark.parametrize("status, command", FAULTS)
 def test_what_goes_wrong(strict, status, command):
-    """The commands of docs/serve.md's table give the errors that it names."""
+    """The commands of docs/server.md's table give the errors that it names."""
     roots, settings = strict
     command = command.replace("\\|", "|").replace("sleep 40", "sleep 3")
     if status == "408":

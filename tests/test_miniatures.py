@@ -383,7 +383,7 @@ def measured_lengths(tmp_path) -> Path:
 
 
 def test_predictor_benchmark(measured_lengths, tmp_path):
-    pytest.importorskip("sklearn", reason="pip install 'glm-foundry[benchmark]'")
+    pytest.importorskip("sklearn", reason="pip install -e '.[benchmark]'")
     words = [
         "benchmarks/predictor.py",
         "--data",
@@ -400,8 +400,8 @@ def test_predictor_benchmark(measured_lengths, tmp_path):
 
 def test_length_bench(tmp_path):
     """Few prompts of two runs each; a cell that is there is not run again."""
-    pytest.importorskip("sklearn", reason="pip install 'glm-foundry[benchmark]'")
-    pytest.importorskip("matplotlib", reason="pip install 'glm-foundry[docs]'")
+    pytest.importorskip("sklearn", reason="pip install -e '.[benchmark]'")
+    pytest.importorskip("matplotlib", reason="pip install -e '.[docs]'")
     draw = random.Random(0)
     words = {"name": 8, "list": 40, "explain": 150, "essay": 400}
     with open(tmp_path / "lengths.jsonl", "w", encoding="utf-8") as file:
@@ -630,7 +630,7 @@ def test_offline(tmp_path):
 
 @pytest.mark.slow
 def test_export_real_size(tmp_path):
-    pytest.importorskip("gguf", reason="pip install 'glm-foundry[gguf]'")
+    pytest.importorskip("gguf", reason="pip install -e '.[gguf]'")
     shared_file("data/chatglm2-tokenizer")
     words = ("--tiny", "--models", "chatglm2-6b", "--work", tmp_path / "work")
     run("benchmarks/export_real_size.py", *words, "--json", tmp_path / "out.json")
@@ -817,7 +817,7 @@ def test_b2_absent_packages_are_one_line(measured_lengths, tmp_path):
     assert (
         done.returncode == 1
         and done.stderr.count("\n") == 1
-        and "pip install 'glm-foundry[benchmark]'" in done.stderr
+        and "pip install -e '.[benchmark]'" in done.stderr
     ), done.stderr
 
 

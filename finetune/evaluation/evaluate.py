@@ -281,7 +281,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--predictions",
-        help="JSON lines of every answer; written as they come, and an interrupted command goes on",
+        help="JSON lines of every answer, written as they come; an interrupted run resumes",
     )
     parser.add_argument(
         "--num_answers",

@@ -52,18 +52,18 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--quantization_bit",
         type=int,
         choices=(4, 8),
-        help="hold the frozen linear layers in so many bits, as QLoRA trains over them",
+        help="load the frozen linear layers in 4 or 8 bits, as in QLoRA training",
     )
     add_packing_flag(parser)
     add_verify_flag(parser, "fast")
     add_length_flags(parser)
     parser.add_argument(
-        "--batch_size", type=parse_positive, default=8, help="prompts answered together [8]"
+        "--batch_size", type=parse_positive, default=8, help="batch size, in prompts [8]"
     )
     parser.add_argument(
         "--predictor",
         metavar="DIR",
-        help="a length predictor's folder: rows of like predicted answers are answered together, "
+        help="folder of a length predictor: rows of similar predicted length share a batch, "
         "the longest first [the longest prompts first]",
     )
     add_sampling_flags(parser)
@@ -76,7 +76,7 @@ def add_loading_flags(parser: argparse.ArgumentParser) -> None:
         "--base_model", help="base of an adapter or prefix folder (default: the one it names)"
     )
     parser.add_argument(
-        "--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)"
+        "--mode", choices=tuple(FAMILIES), help="model family (default: detected from the folder)"
     )
     parser.add_argument(
         "--prompt_style",
@@ -85,7 +85,10 @@ def add_loading_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="0", help='GPU number, "cpu" or a torch device [0]')
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]"
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="dtype of the weights [auto: bf16, else fp16 on GPUs, fp32 on CPU]",
     )
 
 
@@ -126,13 +129,15 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=True,
         metavar="True|False",
-        help="sample instead of taking the likeliest token",
+        help="sample instead of greedy decoding",
     )
-    parser.add_argument("--top_p", type=float, default=0.8, help="with sampling: nucleus [0.8]")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, help="with sampling: temperature [0.8]"
+        "--top_p", type=float, default=0.8, help="with --do_sample: nucleus sampling [0.8]"
     )
-    parser.add_argument("--seed", type=int, default=1234, help="of sampling [1234]")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="with --do_sample: temperature [0.8]"
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="seed of sampling [1234]")
 
 
 class InferenceSetup(NamedTuple):

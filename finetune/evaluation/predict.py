@@ -88,12 +88,12 @@ def add_row_flags(parser: argparse.ArgumentParser) -> None:
         "--data_format",
         choices=("auto", *FORMATS),
         default="auto",
-        help="of the rows [auto: found from their keys]",
+        help="format of the rows [auto: detected from the keys]",
     )
     parser.add_argument(
         "--columns",
         default="",
-        help='our names for the rows\' columns: "prompt=question,response=answer"',
+        help='maps our field names to your columns: "prompt=question,response=answer"',
     )
 
 

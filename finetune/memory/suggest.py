@@ -32,7 +32,7 @@ def print_suggestions(args: dict[str, Any], asked: Run, size: float) -> dict[str
             f"  with in its zero_optimization: {dict(best.choice.changes)}; --write FILE writes it"
         )
     if rest := other_files(found, best):
-        print("\nother ways that fit, about so much slower by published runs:")
+        print("\nother ways that fit, with their slowdown in published runs:")
         for each in rest:
             print(f"  {each.cost / best.cost:4.1f} x  {each.flags()}  {each.choice.title}")
     return {

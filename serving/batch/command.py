@@ -75,9 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     names = [name for name in POLICIES if "oracle" not in name]  # an oracle needs true lengths
     policy = "the scheduling policy [sjf with --predictor, else fcfs]"
     add("--policy", choices=names, help=policy)
-    most = "answers made at once; requests under way at a server [16]"
+    most = "batch size; at a server: requests sent at once [16]"
     add("--max_batch", type=whole(1), default=16, metavar="N", help=most)
-    cache = "KV cache, in tokens of all answers under way [16384]"
+    cache = "KV cache size in tokens: prompts and answers of all running requests [16384]"
     add("--kv_tokens", type=whole(2), default=16384, metavar="N", help=cache)
     due = "seconds to a whole answer, for policies with deadlines [30]"
     add("--slo_s", type=number(0, above=True), default=30.0, metavar="S", help=due)

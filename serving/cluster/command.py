@@ -52,9 +52,7 @@ def import_ray() -> Any:
         import ray
         from ray import serve  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f'{error.name} is not installed; pip install "glm-foundry[ray]"'
-        ) from None
+        raise ImportError(f'{error.name} is not installed; pip install -e ".[ray]"') from None
     return ray
 
 

@@ -30,7 +30,7 @@ class TokenVocabulary:
             from llguidance import LLTokenizer, TokenizerWrapper
         except ImportError:
             raise ValueError(
-                "constrained answers need the package llguidance: pip install 'glm-foundry[serve]'"
+                "constrained answers need the package llguidance: pip install -e '.[serve]'"
             ) from None
         if not stop_ids:
             raise ValueError("constrained answers need a stop id, which ends them")

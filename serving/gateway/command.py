@@ -27,9 +27,7 @@ def run_gateway(flags: GatewayFlags) -> int:
         import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f'{error.name} is not installed; pip install "glm-foundry[serve]"'
-        ) from None
+        raise ImportError(f'{error.name} is not installed; pip install -e ".[serve]"') from None
     upstream_addresses(flags.upstream)
     raise_file_limit()
     sock = bind(flags.host, flags.port)

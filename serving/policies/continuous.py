@@ -236,9 +236,13 @@ POLICIES: dict[str, Policy] = {
 # What the simulator runs: vLLM reserves prompts in parts, which engines with a model do not take.
 SIMULATED: dict[str, Policy] = {**POLICIES, "vllm": Vllm()}
 
+POLICY_HELP = (
+    "continuous batching by fcfs (order of arrival) and boost without predictions, by sjf, srpt, "
+    "tie, deadline and gittins with them; fifo to annealing cut static batches (docs/serving.md)"
+)
 OBJECTIVE_HELP = (
-    "what the policy gittins aims at: the least mean latency, the least p99, the most answers in "
-    "time [deadline]"
+    "what the policy gittins optimises: mean latency, p99 latency, or the share of answers within "
+    "their SLO [deadline]"
 )
 
 

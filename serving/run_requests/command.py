@@ -28,7 +28,7 @@ from finetune.placing import PlacementFlags, add_placing_flags
 from predictor.pictures import new_figure
 from serving.engines import IN_PROCESS, Sampling
 from serving.engines.runner import AnswerBackend
-from serving.policies.continuous import OBJECTIVE_HELP, POLICIES, with_objective
+from serving.policies.continuous import OBJECTIVE_HELP, POLICIES, POLICY_HELP, with_objective
 from serving.policies.gittins import OBJECTIVES
 from serving.policies.static import BATCH_POLICIES
 from serving.replicas.backends import open_in_process, open_placed
@@ -123,13 +123,14 @@ def run_parser() -> argparse.ArgumentParser:
     lengths = "folder of a length predictor, asked when a request arrives; its time counts"
     add("--predictor", help=f'{lengths} (default: the rows\' "length")')
     rereader = (
-        "folder of a predictor of hidden states: it predicts the length of each running answer anew"
+        "folder of a predictor of --backbone states: predicts the length of each running answer "
+        "again every few tokens, from the model's hidden states"
     )
     add("--rereader", metavar="DIR", help=rereader)
     add(
         "--policies",
         default="slo_odbs,fifo,fcfs,deadline",
-        help=f"of {', '.join(RUNNABLE)}; comma between them [slo_odbs,fifo,fcfs,deadline]",
+        help=f"comma list of {', '.join(RUNNABLE)}: {POLICY_HELP} [slo_odbs,fifo,fcfs,deadline]",
     )
     engine = "what runs the model; static: transformers' generate, for static policies [continuous]"
     add("--engine", choices=IN_PROCESS, default="continuous", help=engine)
@@ -150,8 +151,8 @@ def run_parser() -> argparse.ArgumentParser:
     add("--slo_factor", type=number(0, above=True), default=1.0, help=factor)
     add("--seed", type=whole(0), default=0, help="of drawn SLOs, arrivals and sampling [0]")
     add_answer_flags(parser)
-    add("--max_batch", type=whole(), default=16, help="answers made at once [16]")
-    kv_tokens = "KV cache, in tokens of all answers under way [16384]"
+    add("--max_batch", type=whole(), default=16, help="batch size: answers generated at once [16]")
+    kv_tokens = "KV cache size in tokens: prompts and answers of all running requests [16384]"
     add("--kv_tokens", type=whole(2), default=16384, help=kv_tokens)
     longest = "longest prompt and answer, in tokens [2048]"
     add("--max_tokens", type=whole(2), default=2048, help=longest)

@@ -48,9 +48,7 @@ def serve_model(flags: ServerFlags) -> int:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f'{error.name} is not installed; pip install "glm-foundry[serve]"'
-        ) from None
+        raise ImportError(f'{error.name} is not installed; pip install -e ".[serve]"') from None
     sock = bind(flags.host, flags.port)
     from serving.server import access, starting  # of torch and much else: --help is quick without
 

@@ -7,14 +7,15 @@ from chatglm.commands import Parser
 from finetune.evaluation.predict import add_loading_flags, add_packing_flag
 from finetune.placing import PlacementFlags, add_placing_flags
 from serving.engines import ENGINES
-from serving.policies.continuous import OBJECTIVE_HELP, POLICIES
+from serving.policies.continuous import OBJECTIVE_HELP, POLICIES, POLICY_HELP
 from serving.policies.gittins import OBJECTIVES
 from serving.server.shared_flags import add_access_flags, add_recalibration_flags
 from serving.tools.flags import add_tool_flags
 
-DESCRIPTION = """Serve a model over OpenAI's chat API, scheduled by predicted length.
+DESCRIPTION = """Serve a model over OpenAI's API, its queue ordered by predicted answer lengths.
 
-python -m serving.server --model DIR --predictor DIR --policy deadline
+python -m serving.server --model DIR                    # first come, first served
+python -m serving.server --model DIR --predictor DIR    # by predicted length and deadline
 """
 SERVED = [name for name in POLICIES if "oracle" not in name]  # an oracle needs true lengths
 
@@ -26,7 +27,7 @@ class ServerFlags(PlacementFlags):
     model: str
     predictor: str | None
     rereader: str | None
-    policy: str
+    policy: str | None
     objective: str | None
     engine: str
     vllm_python: str | None
@@ -68,6 +69,11 @@ class ServerFlags(PlacementFlags):
     feedback: str | None
     no_page: bool
 
+    @property
+    def chosen_policy(self) -> str:
+        """--policy, else deadline with a predictor and fcfs without."""
+        return self.policy or ("deadline" if self.predictor else "fcfs")
+
 
 def server_parser() -> argparse.ArgumentParser:
     parser = Parser(
@@ -77,16 +83,15 @@ def server_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="a model, adapter or prefix folder")
     parser.add_argument(
-        "--predictor", help="folder of a length predictor; without one: policies that use none"
+        "--predictor", metavar="DIR", help="folder of a predictor of answer lengths"
     )
     rereader = (
-        "folder of a predictor of hidden states (train.py --backbone states): it predicts the "
-        "length of each running answer anew every few tokens"
+        "folder of a predictor of --backbone states: predicts the length of each running answer "
+        "again every few tokens, from the model's hidden states"
     )
     parser.add_argument("--rereader", metavar="DIR", help=rereader)
-    parser.add_argument(
-        "--policy", choices=SERVED, default="deadline", help="the scheduling policy [deadline]"
-    )
+    policy = f"scheduling policy: {POLICY_HELP} [deadline with --predictor, else fcfs]"
+    parser.add_argument("--policy", choices=SERVED, help=policy)
     parser.add_argument("--objective", choices=tuple(OBJECTIVES), help=OBJECTIVE_HELP)
     parser.add_argument(
         "--engine",
@@ -100,12 +105,14 @@ def server_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vllm_args", default="", metavar="WORDS", help=words)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at [127.0.0.1]")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at [8000]")
-    parser.add_argument("--max_batch", type=int, default=16, help="answers made at once [16]")
+    parser.add_argument(
+        "--max_batch", type=int, default=16, help="batch size: answers generated at once [16]"
+    )
     parser.add_argument(
         "--kv_tokens",
         type=int,
         default=16384,
-        help="KV cache, in tokens of all answers under way [16384]",
+        help="KV cache size in tokens: prompts and answers of all running requests [16384]",
     )
     parser.add_argument(
         "--max_tokens", type=int, default=2048, help="longest prompt and answer, in tokens [2048]"

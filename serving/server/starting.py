@@ -64,8 +64,9 @@ def load_service(flags: ServerFlags) -> Service:
     Raises:
         ValueError, OSError: in one line, what does not fit or is missing.
     """
-    flags = replace(flags, policy=with_objective([flags.policy], flags.objective)[0])
-    policy = POLICIES[flags.policy]
+    name_of_policy = with_objective([flags.chosen_policy], flags.objective)[0]
+    flags = replace(flags, policy=name_of_policy)
+    policy = POLICIES[name_of_policy]
     if policy.predicts and not flags.predictor:
         free = ", ".join(name for name in SERVED if not POLICIES[name].predicts)
         raise ValueError(
@@ -92,7 +93,7 @@ def load_service(flags: ServerFlags) -> Service:
     served = ServedModel.of(
         flags,
         engine=flags.engine,
-        policy=flags.policy,
+        policy=name_of_policy,
         prefix_cache_tokens=flags.prefix_cache_tokens,
         rereader=flags.rereader,
         vllm_python=flags.vllm_python,

@@ -19,7 +19,7 @@ from typing import Any
 from chatglm.commands import Parser, number, run_command, whole
 from finetune.files import write_json
 from serving.cost_model.devices import MAX_DEVICES
-from serving.policies.continuous import OBJECTIVE_HELP, SIMULATED, with_objective
+from serving.policies.continuous import OBJECTIVE_HELP, POLICY_HELP, SIMULATED, with_objective
 from serving.policies.gittins import OBJECTIVES
 from serving.policies.static import BatchPolicy, Static
 from serving.request import CostEstimator, Limits, Policy
@@ -147,30 +147,32 @@ def simulation_parser() -> argparse.ArgumentParser:
     add(
         "--policies",
         default="fifo,s3,slo_odbs,fcfs,sjf,deadline,oracle",
-        help=f"of {', '.join(SIMULATED)}; comma between them",
+        help=f"comma list of {', '.join(SIMULATED)}: {POLICY_HELP} "
+        "[fifo,s3,slo_odbs,fcfs,sjf,deadline,oracle]",
     )
     add("--objective", choices=tuple(OBJECTIVES), help=OBJECTIVE_HELP)
-    add("--workload", default="poisson", choices=WORKLOADS)
+    workload = "arrivals: Poisson, gamma (bursts), or a recorded trace [poisson]"
+    add("--workload", default="poisson", choices=WORKLOADS, help=workload)
     add(
         "--rate",
         type=parse_rates,
         default="8",
-        help="requests a second; several with commas make a load sweep",
+        help="requests per second; a comma list gives a load sweep [8]",
     )
-    add("--requests", type=whole(1, 10_000_000), default=2000, help="of each run")
-    add("--seeds", type=whole(1, 10_000), default=5)
+    add("--requests", type=whole(1, 10_000_000), default=2000, help="of each run [2000]")
+    add("--seeds", type=whole(1, 10_000), default=5, help="runs with seeds 0, 1, ... [5]")
     add(
         "--slo_scale",
         type=number(0, above=True),
         default=5.0,
-        help="objective: so many times the latency of a request alone on the engine",
+        help="SLO of a request: this times its latency alone on the engine [5]",
     )
-    add("--slo_floor_s", type=number(0), default=1.0, help="and no less than this")
+    add("--slo_floor_s", type=number(0), default=1.0, help="least SLO, in seconds [1]")
     add(
         "--slo_length",
         default="typical",
         choices=("typical", "own"),
-        help="alone with an answer of typical length, or of its own",
+        help="latency alone: with the workload's mean answer length, or its own [typical]",
     )
     add(
         "--predictor",
@@ -181,33 +183,33 @@ def simulation_parser() -> argparse.ArgumentParser:
         "--predictor_sigma",
         type=number(0, 10),
         default=0.8,
-        help="standard deviation of the error of the predicted log length",
+        help="without --predictor: standard deviation of the predicted log length's error [0.8]",
     )
     add(
         "--predict_s",
         type=number(0, 1e6),
         default=1e-3,
-        help="what a prediction takes, charged to every policy that asks for one",
+        help="seconds of one prediction, charged to policies that use predictions [0.001]",
     )
     add(
         "--longest_answer",
         type=whole(2, 10_000_000),
         default=2048,
-        help="tokens, by the predictor's knowledge",
+        help="longest answer the predictor reckons with, in tokens [2048]",
     )
-    add("--max_batch", type=whole(), default=64)
+    add("--max_batch", type=whole(), default=64, help="largest batch, in requests [64]")
     add("--kv_tokens", type=whole(2), help="KV cache in tokens; default: the cost model's capacity")
     add(
         "--max_tokens",
         type=whole(2),
         default=8192,
-        help="prompt and answer of one request; longer ones of a trace are left out",
+        help="longest prompt and answer; longer requests of a trace are left out [8192]",
     )
     add(
         "--prefill_tokens",
         type=whole(),
         default=2048,
-        help="prompt tokens between two decode steps",
+        help="prefill budget: prompt tokens computed beside one decode step [2048]",
     )
     add(
         "--profile",
@@ -215,25 +217,26 @@ def simulation_parser() -> argparse.ArgumentParser:
         "default: straight lines near ChatGLM2-6B on one A100",
     )
     add("--device", help="serving.cost_model's device, such as A100-80G; default: the profile's")
-    add("--gpus", type=whole(1, MAX_DEVICES), default=GPUS, help="how many of them")
+    add("--gpus", type=whole(1, MAX_DEVICES), default=GPUS, help=f"how many of them [{GPUS}]")
     add(
         "--deployer",
         default=DEPLOYER,
         choices=("even", "single", "he", "lr", "helr", "morphling"),
-        help="places the layers; room for more chains makes replicas",
+        help=f"what chooses the GPU of each layer; spare GPUs hold replicas [{DEPLOYER}]",
     )
     add(
         "--need_tokens",
         type=whole(0),
         default=20_000,
-        help="KV tokens at the predicted q90 that a placement must hold",
+        help="KV cache a placement must have room for, in tokens [20000]",
     )
-    add("--model", default="chatglm2-6b", help="published name, folder or config.json")
+    model = "published name, folder or config.json [chatglm2-6b]"
+    add("--model", default="chatglm2-6b", help=model)
     add(
         "--element_bytes",
         type=whole(1, 8),
         default=2,
-        help="of a weight: 2 in half precision, 4 in fp32",
+        help="bytes per weight: 2 in half precision, 4 in fp32 [2]",
     )
     add("--traces", default="../shared/data/traces", help="folder of the recorded traces")
     add(

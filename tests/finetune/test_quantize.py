@@ -290,5 +290,5 @@ def test_what_cannot_be_quantized(tmp_path, tiny_folders, capsys, monkeypatch):
     other = [tmp_path / "bad.jsonl" if word == rows else word for word in flags]
     assert "bad.jsonl:1" in refused(capsys, folder, *other)
     monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'glm-foundry[gptq]'" in refused(capsys, folder, *flags)
+    assert "pip install -e '.[gptq]'" in refused(capsys, folder, *flags)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))

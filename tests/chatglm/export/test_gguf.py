@@ -12,7 +12,7 @@ from chatglm.families import family_of
 from tests.chatglm.export.outside import make_release, real_folder, shared_texts
 from tests.conftest import tiny_model, write_tokenizer
 
-pytest.importorskip("gguf", reason="pip install 'glm-foundry[gguf]'")
+pytest.importorskip("gguf", reason="pip install -e '.[gguf]'")
 from tests.chatglm.export.gguf_files import (  # noqa: E402
     RELEASES,
     TIES,

@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from chatglm import load_model
 
-gguf = pytest.importorskip("gguf", reason="pip install 'glm-foundry[gguf]'")
+gguf = pytest.importorskip("gguf", reason="pip install -e '.[gguf]'")
 from chatglm.export.gguf_file import gguf_name  # noqa: E402
 from tests.chatglm.export.gguf_files import (  # noqa: E402
     RELEASES,

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 pytest.importorskip("aiohttp", reason="aiohttp is of the extra serve")
-pytest.importorskip("gguf", reason="pip install 'glm-foundry[gguf]'")
+pytest.importorskip("gguf", reason="pip install -e '.[gguf]'")
 
 import aiohttp
 

@@ -438,7 +438,7 @@ def test_metrics_are_described(server):
     assert all(family.documentation for family in families)
     names = [*figures.COUNTERS, *figures.HISTOGRAMS, *figures.GAUGES]
     assert {f"glm_{name}" for name in names} <= {family.name for family in families}
-    for document in ("docs/serve.md", "docs/zh/serve.md"):
+    for document in ("docs/server.md", "docs/zh/server.md"):
         rows = (ROOT / document).read_text(encoding="utf-8")
         for name in [*names, *figures.DEVICE_GAUGES]:
             ending = "_total" if name in figures.COUNTERS else ""

@@ -24,6 +24,7 @@ from serving.request import Limits, Request
 from serving.scheduler import Replay, VirtualClock, run_scheduler
 from serving.server.chat import encode_messages, parse_body, prompt_of
 from serving.server.command import main
+from serving.server.flags import parse_flags
 from serving.server.monitor import Monitor
 from serving.server.text_stream import TextStream
 from serving.simulate.engine import LinearCost, SimulatedEngine
@@ -426,6 +427,12 @@ def test_metrics_and_a_log_that_updates_the_predictor(server, folders, tmp_path,
         )
         == 0
     ), capsys.readouterr().err
+
+
+def test_the_policy_where_none_is_named():
+    """Without a predictor a server starts all the same: first come, first served."""
+    assert parse_flags(["--model", "m"]).chosen_policy == "fcfs"
+    assert parse_flags(["--model", "m", "--predictor", "p"]).chosen_policy == "deadline"
 
 
 @pytest.mark.parametrize(
