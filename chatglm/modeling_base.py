@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     Cache,
+    DynamicCache,
     GenerationMixin,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .adapters import read_adapter, refuse_layout
 from .chat import ChatMethods
@@ -37,7 +40,13 @@ from .layers import (
     padding_mask,
     visible_keys,
 )
-from .packing import PackedMasks, Packing
+from .packing import (
+    PackedMasks,
+    Packing,
+    consecutive_positions,
+    find_sequences,
+    positions_end_to_end,
+)
 from .quantization import dequantize_modules, pack_modules, quantize_modules
 from .stopping import PositionsEnd
 from .weights import check_fit, stored_prefix, stored_shapes, weight_files
@@ -283,7 +292,7 @@ class ChatGLMBody(ChatGLMPreTrainedModel):
             raise ValueError(f"the model has {limit} positions, {wanted} are asked for")
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> Iterable[Any]:
         """The transformer blocks, in order."""
         raise NotImplementedError
 
@@ -293,12 +302,15 @@ class ChatGLMBody(ChatGLMPreTrainedModel):
         raise NotImplementedError
 
     def packed_positions(self, input_ids: Tensor, lengths: list[int], shared: list[int]) -> Tensor:
-        """The positions, the sequence last, of sequences end to end in input_ids (1, S)."""
-        raise NotImplementedError
+        """The positions, the sequence last, of sequences end to end in input_ids (1, S).
+
+        Those that share a trunk count on from it.
+        """
+        return positions_end_to_end(input_ids, lengths, shared)
 
     def read_packing(self, position_ids: Tensor) -> Packing:
         """The sequences of one row of positions."""
-        raise NotImplementedError
+        return Packing(*find_sequences(position_ids[0]))
 
     def rotary(self, position_ids: Tensor) -> Tensor:
         """The rotary turns of each position, complex64."""
@@ -314,8 +326,19 @@ class ChatGLMBody(ChatGLMPreTrainedModel):
     def default_positions(
         self, padding: Tensor | None, past: int, length: int, device: Device
     ) -> Tensor:
-        """Positions after `past` cached ones, for a body that can count them without the ids."""
-        raise NotImplementedError
+        """(B or 1, length) positions after `past` cached ones; padding is not counted."""
+        return consecutive_positions(padding, past, length, device)
+
+    def token_positions(
+        self,
+        position_ids: Tensor | None,
+        input_ids: Tensor | None,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor | None:
+        """The positions of forward's tokens; None for `default_positions`."""
+        return position_ids
 
     def virtual_tokens(self, batch: int) -> Tensor:
         """The prefix encoder's output. Raises ValueError where the model has none."""
@@ -345,6 +368,55 @@ class ChatGLMBody(ChatGLMPreTrainedModel):
     def has_fixed_size(cache: Cache | None) -> bool:
         """Whether a cache gives keys for all places that it will ever hold (StaticCache)."""
         return cache is not None and cache.is_compileable
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        keep: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: (B, S) or inputs_embeds (B, S, hidden_size), never with P-Tuning's virtual
+                tokens.
+            attention_mask: (B, cached + S), 1 = real token, padded on either side; or
+                (B, 1, S, cached + S), as the originals or transformers build it
+                (see layers.visible_keys).
+            position_ids: (B, S), or (B, 2, S) of models that fill blanks (modeling_infilling.py);
+                by default counted from the mask, or from 0. Without mask and cache another
+                sequence begins where those of a single row fall back, and the two cannot see each
+                other (see packing.py).
+            keep: (N,) ascending places of a single row: the last layer computes these alone, and
+                the result is (1, N, hidden_size).
+        Raises:
+            ValueError: there are more positions than the model has.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        position_ids = self.token_positions(
+            position_ids, input_ids, embeds, attention_mask, past_key_values
+        )
+        self.check_length(embeds.shape[1], past_key_values, position_ids)
+        packing = self.find_packing(
+            position_ids, attention_mask, past_key_values, len(embeds), keep
+        )
+        hidden_states = self.run_layers(
+            self.blocks, embeds, attention_mask, position_ids, past_key_values, packing, **kwargs
+        )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_norm(hidden_states), past_key_values=past_key_values
+        )
 
     def prepend_prompt(
         self,
