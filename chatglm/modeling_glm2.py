@@ -227,12 +227,7 @@ class ChatGLM2ForSequenceClassification(ChatGLMClassifier, ChatGLM2PreTrainedMod
     """The body of ChatGLM2-6B, ChatGLM3-6B or GLM-4-9B with a score."""
 
     config: ChatGLM2Config
-    transformer: ChatGLM2Model
-
-    def __init__(self, config: ChatGLM2Config):
-        super().__init__(config)
-        self.transformer = ChatGLM2Model(config)
-        self.add_score()
+    body_class = ChatGLM2Model
 
 
 register_model(ChatGLM2ForConditionalGeneration)

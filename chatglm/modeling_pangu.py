@@ -192,12 +192,7 @@ class PanguForSequenceClassification(ChatGLMClassifier, PanguPreTrainedModel):
     """Pangu-alpha's body with a score."""
 
     config: PanguConfig
-    transformer: PanguModel
-
-    def __init__(self, config: PanguConfig):
-        super().__init__(config)
-        self.transformer = PanguModel(config)
-        self.add_score()
+    body_class = PanguModel
 
 
 register_model(PanguForCausalLM)
