@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 
 from chatglm.commands import Parser
-from finetune.evaluation.predict import add_loading_flags, add_packing_flag
+from finetune.evaluation.inference import LoadingFlags, add_loading_flags, add_packing_flag
 from finetune.placing import PlacementFlags, add_placing_flags
 from serving.engines import ENGINES
 from serving.policies.continuous import OBJECTIVE_HELP, POLICIES
@@ -20,7 +20,7 @@ SERVED = [name for name in POLICIES if "oracle" not in name]  # an oracle needs 
 
 
 @dataclass(frozen=True)
-class ServerFlags(PlacementFlags):
+class ServerFlags(LoadingFlags, PlacementFlags):
     """The flags of the command; `server_parser` has their meaning and defaults."""
 
     model: str
@@ -40,11 +40,6 @@ class ServerFlags(PlacementFlags):
     slo_s: float
     log: str | None
     log_prompts: bool
-    base_model: str | None
-    mode: str | None
-    prompt_style: str | None
-    device: str
-    precision: str
     keep_quantized: bool
     served_model_name: str | None
     embedding_model: str | None
