@@ -16,7 +16,7 @@ from serving.policies.lengths import (
     quantile_remaining,
     token_s,
 )
-from serving.policies.published import BLOCK_TOKENS, WATERMARK, boost_s
+from serving.policies.published import boost_s
 from serving.request import (
     FOREVER,
     Backlog,
@@ -182,18 +182,9 @@ class Gittins:
         latest = must_s - prefill
         return (key, latest) if moment.now_s <= latest else (key + LATE_S, FOREVER)
 
-    def reserve(self, record: Record, generated: int, limits: Limits) -> int:
-        """KV tokens of the prompt, the answer so far and a block."""
-        return min(record.request.prompt_tokens + generated + BLOCK_TOKENS, limits.max_tokens)
-
     def __call__(self, view: View, cost: CostEstimator) -> Plan:
         return plan_in_turn(
-            view,
-            cost,
-            lambda r, generated: self.reserve(r, generated, view.limits),
-            lambda: self.victims(view, cost),
-            WATERMARK,
-            lambda: self.overdue(view, cost),
+            view, cost, lambda: self.victims(view, cost), lambda: self.overdue(view, cost)
         )
 
     def overdue(self, view: View, cost: CostEstimator) -> Record | None:

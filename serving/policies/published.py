@@ -4,7 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from serving.policies.drafts import PlanDraft, make_room, plan_in_turn
+from serving.policies.drafts import (
+    BLOCK_TOKENS,
+    WATERMARK,
+    PlanDraft,
+    make_room,
+    plan_in_turn,
+)
 from serving.policies.lengths import (
     COARSE,
     expected_remaining,
@@ -15,9 +21,6 @@ from serving.policies.lengths import (
     token_s,
 )
 from serving.request import FOREVER, CostEstimator, Limits, Moment, Plan, Record, Request, View
-
-BLOCK_TOKENS = 64  # an answer's reservation grows by so much at a time
-WATERMARK = 0.01  # share of the KV memory left free at admission
 
 
 @dataclass(frozen=True)
@@ -181,17 +184,8 @@ def boost_s(work_s: float, rate: float) -> float:
 class InTurn(Sjf):
     """What Boost and Tie share: prompts admitted as passes have room, memory in blocks as Fcfs."""
 
-    def reserve(self, record: Record, generated: int, limits: Limits) -> int:
-        return min(record.request.prompt_tokens + generated + BLOCK_TOKENS, limits.max_tokens)
-
     def __call__(self, view: View, cost: CostEstimator) -> Plan:
-        return plan_in_turn(
-            view,
-            cost,
-            lambda r, generated: self.reserve(r, generated, view.limits),
-            lambda: self.victims(view),
-            WATERMARK,
-        )
+        return plan_in_turn(view, cost, lambda: self.victims(view))
 
     def victims(self, view: View) -> list[Record]:
         """Running records, the one that was last in the queue's order first."""
