@@ -13,7 +13,8 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .layers import visible_keys
-from .modeling_base import ChatGLMBody, ChatGLMPreTrainedModel
+from .modeling_base import ChatGLMPreTrainedModel
+from .modeling_body import ChatGLMBody
 
 
 class ChatGLMClassifier(ChatGLMPreTrainedModel):

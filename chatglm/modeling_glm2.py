@@ -21,8 +21,10 @@ from .layers import (
     make_prefix_encoder,
     rotary_turns,
 )
-from .modeling_base import ChatGLMBody, ChatGLMCausalLM, ChatGLMPreTrainedModel
+from .modeling_base import ChatGLMPreTrainedModel
+from .modeling_body import ChatGLMBody
 from .modeling_classification import ChatGLMClassifier
+from .modeling_head import ChatGLMCausalLM
 
 
 class RMSNorm(nn.Module):

@@ -14,7 +14,8 @@ from transformers import Cache
 from transformers.utils import ModelOutput
 
 from .layers import visible_keys
-from .modeling_base import ChatGLMBody, ChatGLMCausalLM
+from .modeling_body import ChatGLMBody
+from .modeling_head import ChatGLMCausalLM
 from .packing import Packing
 
 

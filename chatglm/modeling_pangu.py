@@ -17,8 +17,10 @@ from .auto_classes import WITH_SCORE, register_model
 from .configuration import PanguConfig
 from .kernels import OutputLayer
 from .layers import AttentionMask, attend, make_prefix_encoder
-from .modeling_base import ChatGLMBody, ChatGLMCausalLM, ChatGLMPreTrainedModel
+from .modeling_base import ChatGLMPreTrainedModel
+from .modeling_body import ChatGLMBody
 from .modeling_classification import ChatGLMClassifier
+from .modeling_head import ChatGLMCausalLM
 
 
 class PanguAttention(nn.Module):
