@@ -115,7 +115,8 @@ def turn_halves_(x: Tensor, turns: Tensor) -> None:
     in each half dims (0, D/4), (1, D/4 + 1), ... form the pairs.
     """
     cos, sin = (t.unflatten(-1, (2, -1)) for t in (turns.real, turns.imag))
-    turn_(*x.unflatten(-1, (2, 2, -1)).unbind(-2), cos, sin)
+    a, b = x.unflatten(-1, (2, 2, -1)).unbind(-2)
+    turn_(a, b, cos, sin)
 
 
 def turn_rotated_halves_(x: Tensor, turns: Tensor) -> None:

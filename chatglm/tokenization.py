@@ -302,7 +302,7 @@ class GLM2Tokenizer(PiecesThenControls):
 
     family = "glm2"
     vocab_files_names = {"vocab_file": FAMILIES["glm2"].tokenizer_file}
-    _controls = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+    _controls: tuple[str, ...] = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
     def __init__(self, vocab_file: str, clean_up_tokenization_spaces: bool = True, **kwargs: Any):
         for name, token in {"eos": "</s>", "pad": "<unk>", "unk": "<unk>"}.items():
