@@ -36,7 +36,7 @@ from finetune.config import parse_positive  # noqa: E402
 from finetune.evaluation.answering import (  # noqa: E402
     AnsweredBatches,
     Answerer,
-    counts_of,
+    batch_counts,
     measure_prompts,
     open_answerer,
     predict_lengths,
@@ -194,7 +194,7 @@ def write_answers(
         tokenizer: decodes the answers, which the lines then have; None leaves them out.
     """
     tokens = unfinished = 0
-    for batch, answers in with_progress(answered, len(questions), counts_of):
+    for batch, answers in with_progress(answered, len(questions), batch_counts):
         lines = []
         for i, (ids, ended) in zip(batch.numbers, answers):
             lines.append(answer_line(questions[i], ids, ended, row_end, tokenizer))
@@ -426,7 +426,7 @@ def write_states(
         file.truncate(whole)
         lines = LinesWithStates(file, folder, there)
         try:
-            for answer in with_progress(answered, len(questions), counts_of_answer):
+            for answer in with_progress(answered, len(questions), answer_counts):
                 line = line_of(questions[answer.number], answer.ids, answer.finished)
                 lines.add(line, answer)
                 tokens += len(answer.ids)
@@ -454,7 +454,7 @@ def question_sampling(
     return Sampling(flags.max_new_tokens, sampling["temperature"], sampling["top_p"], seed=own_seed)
 
 
-def counts_of_answer(answer: AnswerWithStates) -> tuple[int, int]:
+def answer_counts(answer: AnswerWithStates) -> tuple[int, int]:
     """(rows, tokens) of an answer."""
     return 1, len(answer.ids)
 

@@ -192,7 +192,7 @@ def predict_lengths(folder: str, prompts: Sequence[str], tokenizer_folder: str) 
     return [expected[prompt] for prompt in prompts]
 
 
-def counts_of(batch: tuple[PromptBatch, list[Generated]]) -> tuple[int, int]:
+def batch_counts(batch: tuple[PromptBatch, list[Generated]]) -> tuple[int, int]:
     """(rows, tokens) of an answered batch."""
     _, answers = batch
     return len(answers), sum(len(ids) for ids, _ in answers)
@@ -302,7 +302,7 @@ def answer_prompts(
         with open_answerer(flags, setup, AnswerOptions(setup.options), work) as answerer:
             answerer.fingerprint()  # the clock starts when a model is loaded
             start_s = time.perf_counter()
-            for batch, answers in with_progress(answerer.answers(batches), len(left), counts_of):
+            for batch, answers in with_progress(answerer.answers(batches), len(left), batch_counts):
                 texts = {}
                 for i, (ids, _) in zip(batch.numbers, answers):
                     texts[i] = decoded_text(setup.tokenizer, ids)
