@@ -150,9 +150,46 @@ def changes(runs: dict[int, dict], base: dict[int, dict], metric: str) -> list[f
     return found
 
 
-def print_table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+def split_by(rows: Iterable[dict[str, Any]], name: str) -> dict[Any, list[dict[str, Any]]]:
+    """{value of that name: its rows}, in the order of the rows."""
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row[name], []).append(row)
+    return found
+
+
+def compared_lines(
+    rows: Iterable[dict[str, Any]], name: str, shown: dict[str, str], against: Sequence[str]
+) -> list[list[str]]:
+    """The lines of a table of what takes turns: of each its runs, means, changes against "fcfs".
+
+    Args:
+        name: the item of a cell that has a line for each value.
+        shown: column -> metric, in per cent where the column has a %.
+        against: the metrics whose changes are shown.
+    """
+    by_name: dict[str, dict[int, dict]] = {}
+    for value, group in split_by(rows, name).items():
+        by_name[value] = {row["repetition"]: row for row in group}
+    lines = []
+    for value, runs in by_name.items():
+        line = [value, str(len(runs))]
+        for column, metric in shown.items():
+            scale = 100 if "%" in column else 1
+            line.append(shown_mean([scale * run[metric] for run in runs.values()]))
+        for metric in against:
+            line.append(shown_mean(changes(runs, by_name.get("fcfs", {}), metric), "+.0f"))
+        lines.append(line)
+    return lines
+
+
+def table_text(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
-    print(f"| {' | '.join(columns)} |")
-    print("|---" * len(columns) + "|")
+    text = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for line in lines:
-        print(f"| {' | '.join(line)} |")
+        text.append(f"| {' | '.join(line)} |")
+    return "\n".join(text)
+
+
+def print_table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+    print(table_text(columns, lines))

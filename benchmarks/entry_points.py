@@ -16,11 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.cells import print_table  # noqa: E402
 
 SHORT = 20  # characters; what is longer is an error, which gets a note
 
 
-def print_table(table: dict[str, dict[str, str]], ways: list[str]) -> None:
+def print_ways(table: dict[str, dict[str, str]], ways: list[str]) -> None:
     """Rows of checkpoints, columns of ways in; errors as numbered notes below."""
     notes: list[str] = []
 
@@ -31,12 +32,11 @@ def print_table(table: dict[str, dict[str, str]], ways: list[str]) -> None:
             notes.append(text)
         return f"no ({notes.index(text) + 1})"
 
-    print(f"| checkpoint | {' | '.join(ways)} |")
-    print("|---" * (len(ways) + 1) + "|")
+    lines = []
     for kind, found in table.items():
         refusal = found["load_model"]  # where that refuses, so do all the others
-        cells = [cell(found.get(way, refusal)) for way in ways]
-        print(f"| {kind} | {' | '.join(cells)} |")
+        lines.append([kind, *(cell(found.get(way, refusal)) for way in ways)])
+    print_table(["checkpoint", *ways], lines)
     print()
     for number, note in enumerate(notes, 1):
         print(f"{number}. {note}")
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         kinds = tuple(args.kinds.split(",")) if args.kinds else None
         with contextlib.redirect_stdout(sys.stderr):
             table = entry_table(kinds, make_tiny_folders(make_folder), place)
-    print_table(table, ["load_model", *WAYS])
+    print_ways(table, ["load_model", *WAYS])
     return int(any(OTHER in found.values() for found in table.values()))
 
 

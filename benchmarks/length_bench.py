@@ -26,6 +26,7 @@ import numpy as np  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.cells import table_text  # noqa: E402
 from benchmarks.length_rivals import (  # noqa: E402
     RIVALS,
     Workshop,
@@ -141,7 +142,7 @@ def read_cells(work: Path) -> dict[str, dict[str, list[dict]]]:
 def table(rivals: dict[str, list[dict]]) -> str:
     """The markdown table of one set: means over its seeds."""
     headings = [heading for heading, _ in COLUMNS.values()]
-    lines = ["| | " + " | ".join(headings) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = []
     for rival, seeds in rivals.items():
         cells = []
         for figure, (_, form) in COLUMNS.items():
@@ -149,8 +150,8 @@ def table(rivals: dict[str, list[dict]]) -> str:
             cells.append(format(np.mean(values), form) if values else "-")
             if figure == "tau" and len(values) > 1:
                 cells[-1] += f" ± {np.std(values):.3f}"
-        lines.append(f"| {RIVALS[rival].title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([RIVALS[rival].title, *cells])
+    return table_text(["", *headings], lines)
 
 
 def draw(found: dict[str, dict[str, list[dict]]], file: Path) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.cells import print_table  # noqa: E402
 from serving.policies.continuous import POLICIES  # noqa: E402
 from serving.policies.gittins import OBJECTIVES  # noqa: E402
 from serving.request import Limits, Policy  # noqa: E402
@@ -406,17 +407,15 @@ def print_tables(groups: dict[tuple[str, float], Columns]) -> None:
     for workload, loads in by_workload.items():
         seeds = len(groups[workload, loads[0]]["fcfs"]["attainment"])
         print(f"\n*{workload}, {seeds} seeds: in time %, mean s, p99 s, largest wait s*\n")
-        print("| | " + " | ".join(map("x {:g}".format, loads)) + " |")
-        print("|---|" + "---|" * len(loads))
+        lines = []
         for name in COMPARED:
             if name in groups[workload, loads[0]]:
-                line = f"| {name} |"
-                for load in loads:
-                    line += f" {cell_text(groups[workload, load][name])} |"
-                print(line)
-    print("\n| goal | cells, by means | cells where the interval does not say no |\n|---|---|---|")
-    for goal, by_mean, by_interval in goal_lines(groups):
-        print(f"| {goal} | {by_mean} | {by_interval} |")
+                cells = [cell_text(groups[workload, load][name]) for load in loads]
+                lines.append([name, *cells])
+        print_table(["", *map("x {:g}".format, loads)], lines)
+    print()
+    goals = ["goal", "cells, by means", "cells where the interval does not say no"]
+    print_table(goals, goal_lines(groups))
     print()
     for metric, ours in (("attainment", "gittins"), ("latency_mean_s", "gittins_mean")):
         share = gap_captured(groups, metric, ours)

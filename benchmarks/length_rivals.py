@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.length_sets import LengthSet, Places, Side, read_gzip, unlike
-from benchmarks.rows import write_rows
+from benchmarks.length_sets import LengthSet, Places, Side, unlike
+from benchmarks.rows import read_gzip, write_rows
 from predictor.bench import Predict
 from predictor.decoder import FOLDS, Decoder
 from predictor.heads import Regression

@@ -23,7 +23,6 @@ A policy's name with +read: the same engine reads its answers again while they a
 import argparse
 import sys
 import time
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from benchmarks.cells import Cell, KeptCells, changes, in_turns, print_table, shown_mean
+from benchmarks.cells import Cell, KeptCells, compared_lines, in_turns, print_table, split_by
 from benchmarks.rows import read_lines
 from benchmarks.steady import (
     SteadyTimer,
@@ -273,24 +272,11 @@ def describe_row(row: dict) -> str:
 def print_tables(rows: list[dict]) -> None:
     """One table for each kind of arrivals and load: means over repetitions; pairs against fcfs."""
     columns = ["policy", "runs", *SHOWN, "mean against fcfs %", "p99 against fcfs %"]
-    groups: dict[tuple[str, float], list[dict]] = defaultdict(list)
-    for row in rows:
-        groups[row["arrivals"], row["load"]].append(row)
-    for (arrivals, load), group in sorted(groups.items()):
-        print(f"\n{arrivals} arrivals at {load} of capacity\n")
-        by_policy: dict[str, dict[int, dict]] = defaultdict(dict)
-        for row in group:
-            by_policy[row["policy"]][row["repetition"]] = row
-        lines = []
-        for policy, runs in by_policy.items():
-            line = [policy, str(len(runs))]
-            for name, metric in SHOWN.items():
-                scale = 100 if "%" in name else 1
-                line.append(shown_mean([scale * run[metric] for run in runs.values()]))
-            for metric in ("latency_mean_s", "latency_p99_s"):
-                line.append(shown_mean(changes(runs, by_policy.get("fcfs", {}), metric), "+.0f"))
-            lines.append(line)
-        print_table(columns, lines)
+    for arrivals, of_arrivals in sorted(split_by(rows, "arrivals").items()):
+        for load, group in sorted(split_by(of_arrivals, "load").items()):
+            print(f"\n{arrivals} arrivals at {load} of capacity\n")
+            against = ("latency_mean_s", "latency_p99_s")
+            print_table(columns, compared_lines(group, "policy", SHOWN, against))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,7 +5,6 @@ and nothing like one, is trained on, in the pairs that a student reads neither.
 """
 
 import csv
-import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.rows import read_gzip
 from finetune.rows.near_duplicates import group_prompts, normalise
 from predictor.bench import ceiling_of_runs, runs_of_rows
 from predictor.scores import kendall_tau
@@ -83,12 +83,6 @@ class Places:
     lengths: Path
     uellm: Path
     smollm2: Path | None = None
-
-
-def read_gzip(file: Path) -> list[dict]:
-    """The JSON objects of a .jsonl.gz, one a line."""
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        return list(map(json.loads, lines))
 
 
 def joined(row: dict) -> str:

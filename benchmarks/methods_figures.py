@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.cells import print_table, shown_mean
+from benchmarks.cells import print_table, shown_mean, split_by
 from benchmarks.methods_tasks import SKILLS, TASKS
 
 if TYPE_CHECKING:
@@ -13,14 +13,6 @@ if TYPE_CHECKING:
 BASE = "base"  # the method of a cell that trains nothing
 CellRow = dict[str, Any]
 Groups = dict[str, dict[str, list[float]]]  # label -> method -> values
-
-
-def split_by(rows: Sequence[CellRow], name: str) -> dict[str, list[CellRow]]:
-    """{value of that name: its rows}, in the order of the rows."""
-    found: dict[str, list[CellRow]] = {}
-    for row in rows:
-        found.setdefault(row[name], []).append(row)
-    return found
 
 
 def column(rows: Sequence[CellRow], *names: str) -> list[float]:

@@ -24,6 +24,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.cells import print_table  # noqa: E402
 from benchmarks.client_env import environment_folder, environment_python  # noqa: E402
 from chatglm.commands import Parser, run_command  # noqa: E402
 
@@ -255,8 +256,7 @@ def main(argv: list[str] | None = None) -> int:
             tests += row.tests() if is_there(row) else []
         table = table_of(rows, run_tests(tests) if tests else {})
         heads = ["program", "what", *COLUMNS.values()]
-        for line in [heads, ["---"] * len(heads), *table]:
-            print(f"| {' | '.join(line)} |")
+        print_table(heads, table)
         if flags.json:
             flags.json.write_text(json.dumps([heads, *table], indent=2))
         return int("differs" in sum(table, []))

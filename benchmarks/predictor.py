@@ -11,7 +11,6 @@ see docs/results.md.
 
 import argparse
 import csv
-import gzip
 import hashlib
 import itertools
 import json
@@ -29,7 +28,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.rows import read_lines, write_rows  # noqa: E402
+from benchmarks.cells import table_text  # noqa: E402
+from benchmarks.rows import read_gzip, read_lines, write_rows  # noqa: E402
 from finetune.rows.near_duplicates import normalise  # noqa: E402
 from predictor import frozen  # noqa: E402
 from predictor.config import PredictorConfig  # noqa: E402
@@ -88,11 +88,6 @@ EXPORTED = {
 STAGE_1_MODEL = "alpaca_chinese_dataset/english_original"
 
 
-def read(file: Path) -> list[dict]:
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        return list(map(json.loads, lines))
-
-
 def split_of(prompt: str) -> int:
     return int(hashlib.sha256(normalise(prompt).encode()).hexdigest(), 16) % SPLITS
 
@@ -138,7 +133,7 @@ class Data:
         answers = []
         # Some pairs repeat prompts of the answers: no pair may know a tested prompt.
         tested = set()
-        for r in read(source / "alpaca_eval.jsonl.gz"):
+        for r in read_gzip(source / "alpaca_eval.jsonl.gz"):
             tested.add(normalise(r["instruction"]))
             answers.append(
                 {
@@ -148,7 +143,7 @@ class Data:
                 }
             )
         pairs: dict[str, list] = {"en": [], "both": []}
-        for r in read(source / "instructions.jsonl.gz"):
+        for r in read_gzip(source / "instructions.jsonl.gz"):
             prompt = r["instruction"] + ("\n" + r["input"] if r["input"] else "")
             row = {
                 "prompt": prompt,
@@ -381,15 +376,15 @@ COLUMNS = {
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = []
     for name, splits in results.items():
         cells = []
         for key in COLUMNS:
             values = [s[key] for s in splits]
             spread = f" ± {np.std(values):.3f}" if key.startswith("tau") else ""
             cells.append(f"{np.mean(values):.3f}{spread}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    return table_text(["", *COLUMNS.values()], lines)
 
 
 # 61 tokens of MiniLM's.

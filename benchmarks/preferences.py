@@ -13,13 +13,16 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.cells import print_table  # noqa: E402
+from benchmarks.rows import read_lines, write_rows  # noqa: E402
 
 PARTS = ("水泵", "油封", "火花塞", "节气门", "滤网", "发动机", "轮胎", "灯泡")
 STATES = ("漏油", "抖动", "异响", "积碳", "松动", "不亮", "过热")
@@ -86,12 +89,6 @@ def rows_for(task: str) -> Callable[[int, int], list[dict]]:
     return {"pretrain": make_texts, "finetune": make_answers}.get(task, make_advice)
 
 
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
-
-
 def make_base(work: Path) -> Path:
     """The folder of the random model."""
     from scripts.prepare_small_model import make_model
@@ -122,35 +119,39 @@ def train_run(name: str, base: Path, work: Path, steps: int) -> dict[str, Any]:
     if code := train.main(list(map(str, words))):
         raise ValueError(f"{name}: train.py ended with exit code {code}")
     seconds = time.perf_counter() - started
-    curves: dict[str, list[tuple[int, float]]] = {}
-    speeds = []
-    for line in (folder / "out" / "metrics.jsonl").read_text().splitlines():
-        found = json.loads(line)
-        if "tokens_per_second" in found:
-            speeds.append(found["tokens_per_second"])
-        for metric in SHOWN.get(name, OF_PAIRS):
-            if f"eval_{metric}" in found:
-                value = (found["step"], found[f"eval_{metric}"])
-                curves.setdefault(metric, []).append(value)
+    lines = read_lines(folder / "out" / "metrics.jsonl")
+    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
     return {
         "steps": steps,
         "seconds": seconds,
         "tokens_per_second": median(speeds),
-        "curves": curves,
+        "curves": curves_of(lines, SHOWN.get(name, OF_PAIRS)),
     }
 
 
-def print_table(figures: dict[str, Any]) -> None:
-    print("| run | steps | seconds | tokens/s | metric: first evaluation -> last |")
-    print("|---|---|---|---|---|")
+Curve = list[tuple[int, float]]
+
+
+def curves_of(lines: list[dict[str, Any]], metrics: Iterable[str]) -> dict[str, Curve]:
+    """{metric: its points by step} of the evaluations of a run's record."""
+    curves: dict[str, Curve] = {}
+    for metric in metrics:
+        for line in lines:
+            if f"eval_{metric}" in line:
+                curves.setdefault(metric, []).append((line["step"], line[f"eval_{metric}"]))
+    return curves
+
+
+def print_runs(figures: dict[str, Any], shown: dict[str, str]) -> None:
+    """A line for each run; `shown`: column -> figure."""
+    lines = []
     for name, found in figures.items():
+        line = [name, str(found["steps"]), *(f"{found[figure]:.0f}" for figure in shown.values())]
         words = []
         for metric, curve in found["curves"].items():
             words.append(f"{metric} {curve[0][1]:.3f} -> {curve[-1][1]:.3f}")
-        print(
-            f"| {name} | {found['steps']} | {found['seconds']:.0f} | "
-            f"{found['tokens_per_second']:.0f} | {', '.join(words)} |"
-        )
+        lines.append([*line, ", ".join(words)])
+    print_table(["run", "steps", *shown, "metric: first evaluation -> last"], lines)
 
 
 PANELS = {  # title -> (run, metric) of each line
@@ -167,9 +168,6 @@ PANELS = {  # title -> (run, metric) of each line
         ("kto", "rejected_reward"),
     ),
 }
-
-
-Curve = list[tuple[int, float]]
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
@@ -202,28 +200,49 @@ def draw_curves(panels: dict[str, dict[str, Curve]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def main(argv: list[str] | None = None) -> int:
+def runs_parser(description: str, runs: Iterable[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="a new folder for models and runs")
-    parser.add_argument("--runs", default=",".join(RUNS), help="comma list [all]")
+    parser.add_argument("--runs", default=",".join(runs), help="comma list [all]")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run [60]")
     parser.add_argument("--picture", type=Path, help=".png, .svg or .pdf of the curves")
     parser.add_argument("--json", type=Path, help="the figures")
+    return parser
+
+
+def parse_runs(
+    parser: argparse.ArgumentParser, argv: list[str] | None, runs: Collection[str]
+) -> argparse.Namespace:
+    """The flags, `runs` as a list; makes the folder --work."""
     args = parser.parse_args(argv)
-    names = args.runs.split(",")
-    if unknown := [name for name in names if name not in RUNS]:
-        parser.error(f"--runs: wanted some of {', '.join(RUNS)}; got {unknown[0]!r}")
+    args.runs = args.runs.split(",")
+    if unknown := [name for name in args.runs if name not in runs]:
+        parser.error(f"--runs: wanted some of {', '.join(runs)}; got {unknown[0]!r}")
     args.work.mkdir(parents=True)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_runs(runs_parser(__doc__, RUNS), argv, RUNS)
     base = make_base(args.work)
-    figures = {name: train_run(name, base, args.work, args.steps) for name in names}
-    print_table(figures)
+    figures = {name: train_run(name, base, args.work, args.steps) for name in args.runs}
+    print_runs(figures, {"seconds": "seconds", "tokens/s": "tokens_per_second"})
+    write_figures(args, figures, draw)
+    return 0
+
+
+def write_figures(
+    args: argparse.Namespace,
+    figures: dict[str, Any],
+    draw_figures: Callable[[dict[str, Any], Path], None],
+) -> None:
+    """--json and --picture."""
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
     if args.picture:
-        draw(figures, args.picture)
-    return 0
+        draw_figures(figures, args.picture)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ rule (1 where the answer has a word of advice) and by the reward model. Rewards 
 prompts; --steps and --base_steps are for a run in miniature.
 """
 
-import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -26,11 +24,16 @@ from benchmarks.preferences import (
     LORA,
     ROWS,
     Curve,
+    curves_of,
     draw_curves,
     make_advice,
     make_base,
-    write_rows,
+    parse_runs,
+    print_runs,
+    runs_parser,
+    write_figures,
 )
+from benchmarks.rows import read_lines, write_rows
 
 SHARED = ["--max_len", 64, "--per_device_train_batch_size", 16, "--data_cache="]
 SHARED += ["--show_loss_step", 1000, "--save_model_step", 100_000]
@@ -95,25 +98,10 @@ def run_one(name: str, models: tuple[Path, Path], work: Path, steps: int) -> dic
     started = time.process_time()
     train(words)
     seconds = time.process_time() - started
-    curves: dict[str, list[tuple[int, float]]] = {}
-    rollouts = 0.0
-    for line in (folder / "out" / "metrics.jsonl").read_text().splitlines():
-        found = json.loads(line)
-        rollouts += found.get("rollout_seconds", 0.0)
-        for metric in METRICS:
-            if f"eval_{metric}" in found:
-                point = (found["step"], found[f"eval_{metric}"])
-                curves.setdefault(metric, []).append(point)
+    lines = read_lines(folder / "out" / "metrics.jsonl")
+    rollouts = sum(line.get("rollout_seconds", 0.0) for line in lines)
+    curves = curves_of(lines, METRICS)
     return {"steps": steps, "seconds": seconds, "rollout_seconds": rollouts, "curves": curves}
-
-
-def print_table(figures: dict[str, Any]) -> None:
-    print("| run | steps | CPU seconds | metric: first evaluation -> last |\n|---|---|---|---|")
-    for name, found in figures.items():
-        words = []
-        for metric, curve in found["curves"].items():
-            words.append(f"{metric} {curve[0][1]:.3f} -> {curve[-1][1]:.3f}")
-        print(f"| {name} | {found['steps']} | {found['seconds']:.0f} | {', '.join(words)} |")
 
 
 PANELS = {  # title -> (metric, ending of the runs that it shows)
@@ -136,27 +124,13 @@ def draw(figures: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, required=True, help="a new folder for models and runs")
-    parser.add_argument("--runs", default=",".join(RUNS), help="comma list [all]")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run [60]")
+    parser = runs_parser(__doc__, RUNS)
     parser.add_argument("--base_steps", type=int, default=120, help="of the models before [120]")
-    parser.add_argument("--picture", type=Path, help=".png, .svg or .pdf of the curves")
-    parser.add_argument("--json", type=Path, help="the figures")
-    args = parser.parse_args(argv)
-    names = args.runs.split(",")
-    if unknown := [name for name in names if name not in RUNS]:
-        parser.error(f"--runs: wanted some of {', '.join(RUNS)}; got {unknown[0]!r}")
-    args.work.mkdir(parents=True)
+    args = parse_runs(parser, argv, RUNS)
     models = make_models(args.work, args.base_steps)
-    figures = {name: run_one(name, models, args.work, args.steps) for name in names}
-    print_table(figures)
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
-    if args.picture:
-        draw(figures, args.picture)
+    figures = {name: run_one(name, models, args.work, args.steps) for name in args.runs}
+    print_runs(figures, {"CPU seconds": "seconds"})
+    write_figures(args, figures, draw)
     return 0
 
 

@@ -29,6 +29,7 @@ from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.cells import table_text  # noqa: E402
 from benchmarks.rows import write_rows  # noqa: E402
 from chatglm.commands import run_command  # noqa: E402
 from finetune.files import write_json  # noqa: E402
@@ -495,14 +496,14 @@ def table(sent: Counter) -> str:
     heads = ["sent", "bodies"]
     for status in statuses:
         heads.append(str(status) if status else "no reply")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     for kind in ("legal", *BODIES, "leaves", "oddities"):
         counts = [sent[kind, status] for status in statuses]
         cells = [kind, str(sum(counts))]
         for count in counts:
             cells.append(str(count) if count else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return table_text(heads, lines)
 
 
 def attack(flags: AttackFlags) -> int:

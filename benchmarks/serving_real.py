@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
+from benchmarks.cells import print_table
 from benchmarks.rows import read_lines
 from finetune.files import write_json
 from predictor.prediction import LengthPrediction
@@ -279,15 +280,15 @@ def compare(
 
 
 def print_rows(rate: float, rows: list[dict]) -> None:
-    print(
-        f"\n{rate:.1f} requests/s\n\n| policy | in time %, measured | simulated "
-        "| mean latency s, measured | simulated | off by | p99 s, measured | simulated | tokens/s |"
-    )
-    print("|---" * 9 + "|")
+    print(f"\n{rate:.1f} requests/s\n")
+    columns = ["policy", "in time %, measured", "simulated", "mean latency s, measured"]
+    columns += ["simulated", "off by", "p99 s, measured", "simulated", "tokens/s"]
+    lines = []
     for row in rows:
         measured = row["measured"]
         simulated = row["simulated"]
-        cells = [
+        line = [
+            row["policy"],
             shown(measured["attainment"], 100),
             shown(simulated["attainment"], 100),
             shown(measured["latency_mean_s"]),
@@ -297,7 +298,8 @@ def print_rows(rate: float, rows: list[dict]) -> None:
             shown(simulated["latency_p99_s"]),
             shown(measured["throughput_tps"]),
         ]
-        print(f"| {row['policy']} | " + " | ".join(cells) + " |")
+        lines.append(line)
+    print_table(columns, lines)
 
 
 def shown(values: list[float], by: float = 1) -> str:

@@ -19,7 +19,6 @@ stopped. Costs are fitted and requests simulated when the table is printed.
 """
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-from benchmarks.rows import read_lines
+from benchmarks.cells import Cell, KeptCells
 from benchmarks.steady import (
     SteadyTimer,
     TimedEngine,
@@ -154,10 +153,10 @@ class FidelityBench:
         return calibrate(self.engine, self.flags.requests, serve_arrivals)
 
     def run(self, cell: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
-        """A cell's line: the engine's latencies."""
+        """A cell's figures: the engine's latencies."""
         self.engine.cost = fitted_cost(made, self.engine.limits)
         requests = cell_requests(self.flags, cell, made["capacity"])
-        return cell | {"engine": latencies(self.serve(POLICIES[cell["policy"]], requests))}
+        return {"engine": latencies(self.serve(POLICIES[cell["policy"]], requests))}
 
 
 def cell_requests(flags: FidelityFlags, cell: dict[str, Any], capacity: float) -> list[Request]:
@@ -231,32 +230,19 @@ def run_cells(flags: FidelityFlags) -> tuple[dict[str, Any], list[dict[str, Any]
     settings = {"model": flags.model, "precision": flags.precision, "requests": flags.requests}
     settings |= {"max_batch": flags.max_batch, "longest": flags.longest}
     settings["answer_tokens"] = flags.answer_tokens
-    lines = read_lines(flags.cells) if flags.cells.exists() else []
-    if lines and lines[0]["settings"] != settings:
-        raise ValueError(f"--cells {flags.cells}: made with other settings; name another file")
-    done = {(line["policy"], line["load"]) for line in lines[1:]}
-    begin = time.perf_counter()
-    bench: FidelityBench | None = None
+    kept = KeptCells(flags.cells, settings, ["passes"])
+    cells: list[Cell] = []
     for load in map(float, flags.loads.split(",")):
         for policy in flags.policies.split(","):
-            over = time.perf_counter() - begin > 60 * flags.minutes
-            if (policy, load) in done or over:
-                continue
-            bench = bench or FidelityBench(flags)
-            if not lines:
-                lines.append({"settings": settings, **bench.calibrate()})
-                append(flags.cells, lines[0])
-            bench.engine.timer.usual_s = lines[0]["reference_s"]
-            lines.append(bench.run({"policy": policy, "load": load}, lines[0]))
-            append(flags.cells, lines[-1])
-    if not lines:
-        raise ValueError("--minutes: too few for a cell")
-    return lines[0], lines[1:]
-
-
-def append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+            cells.append({"policy": policy, "load": load})
+    if kept.missing(cells):
+        begin = time.perf_counter()
+        bench = FidelityBench(flags)
+        made = kept.note("passes", bench.calibrate)
+        bench.engine.timer.usual_s = made["reference_s"]
+        spent = (time.perf_counter() - begin) / 60
+        kept.run_missing(cells, lambda cell: bench.run(cell, made), flags.minutes - spent)
+    return kept.notes["passes"], kept.rows
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -28,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
@@ -39,7 +38,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.cells import Cell, KeptCells, changes, in_turns, print_table, shown_mean
+from benchmarks.cells import Cell, KeptCells, compared_lines, in_turns, print_table, split_by
 from benchmarks.client_env import environment_python
 from benchmarks.rows import read_lines
 from benchmarks.serving_load import TICK_S, cpu_seconds, quantile
@@ -319,22 +318,9 @@ def run_cells(flags: argparse.Namespace) -> list[dict]:
 def print_tables(rows: list[dict]) -> None:
     """One table for each load: means over repetitions, and pairs against vLLM's own order."""
     columns = ["system", "runs", *SHOWN, *(f"{name} against fcfs %" for name in AGAINST)]
-    for load in sorted({row["load"] for row in rows}):
+    for load, group in sorted(split_by(rows, "load").items()):
         print(f"\n{load} of capacity\n")
-        by_system: dict[str, dict[int, dict]] = defaultdict(dict)
-        for row in rows:
-            if row["load"] == load:
-                by_system[row["system"]][row["repetition"]] = row
-        lines = []
-        for system, runs in by_system.items():
-            line = [system, str(len(runs))]
-            for name, metric in SHOWN.items():
-                scale = 100 if "%" in name else 1
-                line.append(shown_mean([scale * run[metric] for run in runs.values()]))
-            for metric in AGAINST:
-                line.append(shown_mean(changes(runs, by_system.get("fcfs", {}), metric), "+.0f"))
-            lines.append(line)
-        print_table(columns, lines)
+        print_table(columns, compared_lines(group, "system", SHOWN, AGAINST))
 
 
 KEPT = (

@@ -110,9 +110,14 @@ class ChatGLMConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} is not supported: {who} {value}")
 
     @property
+    def head_dim(self) -> int:
+        """Width of a head, where the architecture has no field for it."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
     def num_key_value_heads(self) -> int:
-        """Heads of keys and values, by the architecture."""
-        raise NotImplementedError
+        """Heads of keys and values: as many as of queries, where they are not grouped."""
+        return self.num_attention_heads
 
     @property
     def prefix_version(self) -> str | None:
@@ -169,14 +174,6 @@ class ChatGLM1Config(ChatGLMConfig):
         self.validate_prefix()
         self.validate_quantization()
         super().__post_init__(**kwargs)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return self.num_attention_heads
 
 
 @strict
@@ -322,14 +319,6 @@ class PanguConfig(ChatGLMConfig):
         self.validate_quantization()
         super().__post_init__(**kwargs)
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return self.num_heads
-
 
 @strict
 class GLMBaseConfig(ChatGLMConfig):
@@ -385,14 +374,6 @@ class GLMBaseConfig(ChatGLMConfig):
         self.validate_prefix()
         self.validate_quantization()
         super().__post_init__(**kwargs)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return self.num_attention_heads
 
 
 def unclear_family_message(ratio: float) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .configuration import ChatGLMConfig
     from .lora_layouts import Update
-    from .modeling_base import ChatGLMCausalLM
+    from .modeling_head import ChatGLMCausalLM
 
 ENABLED = "enable_lora"  # of adapter_config.json: the parts of a layer that MergedLinear updates
 PLAIN_KEYS = ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters")

@@ -116,11 +116,7 @@ def turn_halves_(x: Tensor, turns: Tensor) -> None:
     """
     cos, sin = (t.unflatten(-1, (2, -1)) for t in (turns.real, turns.imag))
     a, b = x.unflatten(-1, (2, 2, -1)).unbind(-2)
-    wide = a.float() * cos
-    b_turned = b.float() * cos
-    b_turned.addcmul_(a.float(), sin)
-    a.copy_(wide.addcmul_(b.float(), sin, value=-1))
-    b.copy_(b_turned)
+    turn_(a, b, cos, sin)
 
 
 def turn_rotated_halves_(x: Tensor, turns: Tensor) -> None:
@@ -130,9 +126,12 @@ def turn_rotated_halves_(x: Tensor, turns: Tensor) -> None:
         x: (1, N, heads, D), turned in place.
         turns: (1, N, 1, D / 2) complex64.
     """
-    cos, sin = turns.real, turns.imag
     half = x.shape[-1] // 2
-    a, b = x[..., :half], x[..., half:]
+    turn_(x[..., :half], x[..., half:], turns.real, turns.imag)
+
+
+def turn_(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn the pairs of two tensors in place, in fp32."""
     wide = a.float() * cos
     b_turned = b.float() * cos
     b_turned.addcmul_(a.float(), sin)

@@ -37,10 +37,10 @@ from .folders import (
     reading,
 )
 from .hub import recover_folder, resolve_folder
-from .modeling_base import ChatGLMCausalLM
 from .modeling_glm import ChatGLM1ForConditionalGeneration
 from .modeling_glm2 import ChatGLM2ForConditionalGeneration
 from .modeling_glm_base import GLMForConditionalGeneration
+from .modeling_head import ChatGLMCausalLM
 from .modeling_pangu import PanguForCausalLM
 from .tokenization import ChatGLMTokenizer
 from .tokenization_causal import CausalTokenizer

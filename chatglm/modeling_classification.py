@@ -13,18 +13,19 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .layers import visible_keys
-from .modeling_base import ChatGLMBody, ChatGLMPreTrainedModel
+from .modeling_base import ChatGLMPreTrainedModel
+from .modeling_body import ChatGLMBody
 
 
 class ChatGLMClassifier(ChatGLMPreTrainedModel):
     """`score`, a linear layer without bias, of the last token's hidden state."""
 
-    transformer: ChatGLMBody
+    body_class: type[ChatGLMBody]
     new_parts = (*ChatGLMPreTrainedModel.new_parts, "score.")
 
-    def add_score(self) -> None:
-        """Make the head, after the body."""
-        config: Any = self.config  # its types leave open how many labels there are
+    def __init__(self, config: Any):  # transformers' types leave open how many labels there are
+        super().__init__(config)
+        self.transformer = self.body_class(config)
         self.num_labels = config.num_labels
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()

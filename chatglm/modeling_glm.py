@@ -200,12 +200,7 @@ class ChatGLM1ForSequenceClassification(ChatGLMClassifier, ChatGLM1PreTrainedMod
     """ChatGLM-6B's body with a score."""
 
     config: ChatGLM1Config
-    transformer: ChatGLM1Model
-
-    def __init__(self, config: ChatGLM1Config):
-        super().__init__(config)
-        self.transformer = ChatGLM1Model(config)
-        self.add_score()
+    body_class = ChatGLM1Model
 
 
 register_model(ChatGLM1ForConditionalGeneration)

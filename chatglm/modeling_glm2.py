@@ -8,31 +8,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin
+from transformers import Cache, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from .auto_classes import WITH_SCORE, register_model
 from .configuration import ChatGLM2Config
 from .kernels import OutputLayer, RMSNormFunction, RotateFunction, SwiGLUFunction, turn_pairs_
 from .layers import (
     AttentionMask,
-    Device,
     attend,
     inverse_frequencies,
     make_prefix_encoder,
     rotary_turns,
 )
-from .modeling_base import ChatGLMBody, ChatGLMCausalLM, ChatGLMPreTrainedModel
+from .modeling_base import ChatGLMPreTrainedModel
+from .modeling_body import ChatGLMBody
 from .modeling_classification import ChatGLMClassifier
-from .packing import (
-    Packing,
-    consecutive_positions,
-    find_sequences,
-    positions_end_to_end,
-)
+from .modeling_head import ChatGLMCausalLM
 
 
 class RMSNorm(nn.Module):
@@ -196,23 +188,6 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
     def final_norm(self) -> nn.Module:
         return self.encoder.final_layernorm
 
-    def read_packing(self, position_ids: Tensor) -> Packing:
-        """The sequences of one row of positions (1, S)."""
-        return Packing(*find_sequences(position_ids[0]))
-
-    def default_positions(
-        self, padding: Tensor | None, past: int, length: int, device: Device
-    ) -> Tensor:
-        """(B or 1, length) positions after `past` cached ones; padding is not counted."""
-        return consecutive_positions(padding, past, length, device)
-
-    def packed_positions(self, input_ids: Tensor, lengths: list[int], shared: list[int]) -> Tensor:
-        """(1, S) positions of sequences end to end in input_ids (1, S).
-
-        Those that share a trunk count on from it.
-        """
-        return positions_end_to_end(input_ids, lengths, shared)
-
     def rotary(self, position_ids: Tensor) -> Tensor:
         """Turns (B, S, kv_channels / 4) complex64.
 
@@ -226,57 +201,6 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
             )
         inv_freq = inverse_frequencies(rotary_dim, device, base=10000.0 * ratio)
         return rotary_turns(position_ids, inv_freq)
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        keep: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Hidden states after the final norm.
-
-        Args:
-            input_ids: (B, S) or inputs_embeds (B, S, hidden_size), never with P-Tuning's virtual
-                tokens.
-            attention_mask: (B, cached + S), 1 = real token, padded on either side; or
-                (B, 1, S, cached + S), as the originals or transformers build it
-                (see layers.visible_keys).
-            position_ids: (B, S); by default counted from the mask, or from 0. Without mask and
-                cache another sequence begins where those of a single row fall back, and the two
-                cannot see each other (see packing.py).
-            keep: (N,) ascending places of a single row: the last layer computes these alone, and
-                the result is (1, N, hidden_size).
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embedding.word_embeddings(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-
-        packing = self.find_packing(
-            position_ids, attention_mask, past_key_values, len(inputs_embeds), keep
-        )
-        hidden_states = self.run_layers(
-            self.encoder.layers,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            packing,
-            **kwargs,
-        )
-        hidden_states = self.encoder.final_layernorm(hidden_states)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values
-        )
 
 
 class ChatGLM2ForConditionalGeneration(ChatGLMCausalLM, ChatGLM2PreTrainedModel, GenerationMixin):
@@ -305,12 +229,7 @@ class ChatGLM2ForSequenceClassification(ChatGLMClassifier, ChatGLM2PreTrainedMod
     """The body of ChatGLM2-6B, ChatGLM3-6B or GLM-4-9B with a score."""
 
     config: ChatGLM2Config
-    transformer: ChatGLM2Model
-
-    def __init__(self, config: ChatGLM2Config):
-        super().__init__(config)
-        self.transformer = ChatGLM2Model(config)
-        self.add_score()
+    body_class = ChatGLM2Model
 
 
 register_model(ChatGLM2ForConditionalGeneration)

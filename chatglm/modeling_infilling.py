@@ -10,14 +10,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers import Cache
 from transformers.utils import ModelOutput
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from .layers import visible_keys
-from .modeling_base import ChatGLMBody, ChatGLMCausalLM
+from .modeling_body import ChatGLMBody
+from .modeling_head import ChatGLMCausalLM
 from .packing import Packing
 
 
@@ -111,63 +109,26 @@ class InfillingBody(ChatGLMBody):
         check_every_row(is_sop, f"<sop> (id {marks.sop})", self.title)
         check_every_row(is_mask, f"{marks.names} (id {ids})", self.title)
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
+    def token_positions(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        keep: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Hidden states after the final norm.
+        position_ids: Tensor | None,
+        input_ids: Tensor | None,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        """(B, 2, S): by default found from the mask token and <sop>, continued from the cache.
 
-        Args:
-            input_ids: (B, S) or inputs_embeds (B, S, hidden_size), never with P-Tuning's virtual
-                tokens.
-            attention_mask: (B, cached + S), 1 = real token, padded on either side; or
-                (B, 1, S, cached + S), as the originals or transformers build it
-                (see layers.visible_keys).
-            position_ids: (B, 2, S); by default found from the mask token and <sop>, continued
-                from the cache. Without mask and cache another sequence begins where both of a
-                single row's are 0, and the two cannot see each other (see packing.py). Of other
-                programs' (B, S) count only the places where they begin anew, as sequences do.
-            keep: (N,) ascending places of a single row: the last layer computes these alone, and
-                the result is (1, N, hidden_size).
+        Another sequence of a packed row begins where both of its are 0. Of other programs' (B, S)
+        count only the places where they begin anew, as sequences do.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        embeds = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None or position_ids.dim() != 3:
             ids = self.marks_of(embeds) if input_ids is None else input_ids
-            position_ids = self.find_positions(ids, attention_mask, past_key_values, position_ids)
-        packing = self.find_packing(
-            position_ids, attention_mask, past_key_values, len(embeds), keep
-        )
-        if past_key_values is not None:
-            last = last_positions(position_ids)
+            position_ids = self.find_positions(ids, attention_mask, cache, position_ids)
+        if cache is not None:
             # a field of ours, which find_positions reads
-            past_key_values.last_positions = last  # type: ignore[attr-defined]
-        self.check_length(embeds.shape[1], past_key_values, position_ids)
-        hidden_states = self.run_layers(
-            self.blocks,
-            embeds,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            packing,
-            **kwargs,
-        )
-        hidden_states = self.final_norm(hidden_states)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values
-        )
+            cache.last_positions = last_positions(position_ids)  # type: ignore[attr-defined]
+        return position_ids
 
     def marks_of(self, embeds: Tensor) -> Tensor:
         """(B, S) ids of the tokens that positions depend on, -1 for all others.

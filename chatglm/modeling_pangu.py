@@ -10,24 +10,17 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin
+from transformers import Cache, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from .auto_classes import WITH_SCORE, register_model
 from .configuration import PanguConfig
 from .kernels import OutputLayer
-from .layers import AttentionMask, Device, attend, make_prefix_encoder
-from .modeling_base import ChatGLMBody, ChatGLMCausalLM, ChatGLMPreTrainedModel
+from .layers import AttentionMask, attend, make_prefix_encoder
+from .modeling_base import ChatGLMPreTrainedModel
+from .modeling_body import ChatGLMBody
 from .modeling_classification import ChatGLMClassifier
-from .packing import (
-    Packing,
-    consecutive_positions,
-    find_sequences,
-    positions_end_to_end,
-)
+from .modeling_head import ChatGLMCausalLM
 
 
 class PanguAttention(nn.Module):
@@ -159,19 +152,14 @@ class PanguModel(ChatGLMBody, PanguPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.wte = value
 
-    def read_packing(self, position_ids: Tensor) -> Packing:
-        """The sequences of one row of positions (1, S)."""
-        return Packing(*find_sequences(position_ids[0]))
+    @property
+    def blocks(self) -> list[Callable[..., Tensor]]:
+        return [*self.h[:-1], self.query_layer]
 
-    def default_positions(
-        self, padding: Tensor | None, past: int, length: int, device: Device
-    ) -> Tensor:
-        """(B or 1, length) positions after `past` cached ones; padding is not counted."""
-        return consecutive_positions(padding, past, length, device)
-
-    def packed_positions(self, input_ids: Tensor, lengths: list[int], shared: list[int]) -> Tensor:
-        """(1, S) positions of sequences end to end in input_ids (1, S)."""
-        return positions_end_to_end(input_ids, lengths, shared)
+    @property
+    def final_norm(self) -> nn.Module:
+        """Nothing: ln_f stands before the query layer."""
+        return nn.Identity()
 
     def with_positions(self, embeds: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (B, S, hidden_size) and what the query layer asks, (B or 1, S, hidden_size).
@@ -185,58 +173,6 @@ class PanguModel(ChatGLMBody, PanguPreTrainedModel):
     def query_layer(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The last block, after the final norm."""
         return self.h[-1](self.ln_f(hidden_states), *args, **kwargs)
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        keep: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Hidden states of the query layer.
-
-        Args:
-            input_ids: (B, S) or inputs_embeds (B, S, hidden_size), never with P-Tuning's virtual
-                tokens.
-            attention_mask: (B, cached + S), 1 = real token, padded on either side; or
-                (B, 1, S, cached + S) (see layers.visible_keys).
-            position_ids: (B, S); by default counted from the mask, or from 0. Without mask and
-                cache another sequence begins where those of a single row fall back, and the two
-                cannot see each other (see packing.py).
-            keep: (N,) ascending places of a single row: the last layer computes these alone, and
-                the result is (1, N, hidden_size).
-        Raises:
-            ValueError: there are more positions than the model has.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.wte(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        self.check_length(inputs_embeds.shape[1], past_key_values, position_ids)
-        packing = self.find_packing(
-            position_ids, attention_mask, past_key_values, len(inputs_embeds), keep
-        )
-        layers: list[Callable[..., Tensor]] = [*self.h[:-1], self.query_layer]
-        hidden_states = self.run_layers(
-            layers,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            packing,
-            **kwargs,
-        )
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values
-        )
 
 
 class PanguForCausalLM(ChatGLMCausalLM, PanguPreTrainedModel, GenerationMixin):
@@ -258,12 +194,7 @@ class PanguForSequenceClassification(ChatGLMClassifier, PanguPreTrainedModel):
     """Pangu-alpha's body with a score."""
 
     config: PanguConfig
-    transformer: PanguModel
-
-    def __init__(self, config: PanguConfig):
-        super().__init__(config)
-        self.transformer = PanguModel(config)
-        self.add_score()
+    body_class = PanguModel
 
 
 register_model(PanguForCausalLM)

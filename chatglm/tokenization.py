@@ -22,7 +22,12 @@ from .folders import OWN_TYPES
 from .histories import ROLES
 from .prompts import glm2_build_prompt, glm_chat_prompt
 from .remote_code import holds_chatglm
-from .tokenization_base import ChatGLMTokenizer, RoleMessages, without_surrogates
+from .tokenization_base import (
+    ChatGLMTokenizer,
+    PiecesThenControls,
+    RoleMessages,
+    without_surrogates,
+)
 from .tokenization_glm4 import GLM4Tokenizer
 from .tokenization_glm_base import GLMBaseTokenizer
 from .tokenization_pangu import PanguTokenizer
@@ -289,7 +294,7 @@ def _without_masks(encoded: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in encoded.items() if key not in rebuilt}
 
 
-class GLM2Tokenizer(ChatGLMTokenizer):
+class GLM2Tokenizer(PiecesThenControls):
     """ChatGLM2-6B: `[gMASK] sop`, then text; a pair is `[gMASK] sop A B </s>`.
 
     A call returns attention_mask [B, S] (1 = real token) and position_ids [B, S] (0 on padding).
@@ -307,26 +312,9 @@ class GLM2Tokenizer(ChatGLMTokenizer):
         )
 
     def _control_ids(self) -> dict[str, int]:
-        first = self.sp_model.get_piece_size()
-        for name in self._controls:
-            # names go before pieces, so such a piece of text would turn into a control id
-            if self._has_piece(name):
-                raise ValueError(
-                    f"{self.vocab_file} has an ordinary piece {name!r}: "
-                    f"not {self.family}'s vocabulary"
-                )
-        ids = {name: first + i for i, name in enumerate(self._controls)}
         sp = self.sp_model
-        return ids | {"<unk>": sp.unk_id(), "<s>": sp.bos_id(), "</s>": sp.eos_id()}
-
-    @property
-    def vocab_size(self) -> int:
-        """SentencePiece pieces and the control tokens after them."""
-        return self.sp_model.get_piece_size() + len(self._controls)
-
-    def _name(self, index: int) -> str:
-        first = self.sp_model.get_piece_size()
-        return self.sp_model.id_to_piece(index) if index < first else self._controls[index - first]
+        bounds = {"<unk>": sp.unk_id(), "<s>": sp.bos_id(), "</s>": sp.eos_id()}
+        return super()._control_ids() | bounds
 
     def _convert_id_to_token(self, index: int) -> str:
         # Control tokens have no text; ids beyond the vocabulary come from a checkpoint's padding
@@ -339,11 +327,6 @@ class GLM2Tokenizer(ChatGLMTokenizer):
         """Pieces that are no text. Kept: a server decodes for every token."""
         pieces = self.sp_model
         return frozenset([pieces.unk_id(), pieces.bos_id(), pieces.eos_id()])
-
-    def _convert_token_to_id(self, token: str) -> int:
-        if token in self._commands:
-            return self._commands[token]
-        return self.sp_model.piece_to_id(token)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return super().convert_tokens_to_string([token for token in tokens if token])

@@ -537,3 +537,36 @@ class RoleMessages(ChatGLMTokenizer):
     def build_prompt(self, query: str, history: History | None = None) -> str:
         title = FAMILIES[self.family].title
         raise NotImplementedError(f"{title}'s roles have no text form: use build_chat_input")
+
+
+class PiecesThenControls(ChatGLMTokenizer):
+    """Vocabularies whose control tokens, `_controls`, follow the SentencePiece model's pieces."""
+
+    _controls: tuple[str, ...]
+
+    def _control_ids(self) -> dict[str, int]:
+        first = self.sp_model.get_piece_size()
+        for name in self._controls:
+            # names go before pieces, so such a piece of text would turn into a control id
+            if self._has_piece(name):
+                raise ValueError(
+                    f"{self.vocab_file} has an ordinary piece {name!r}: "
+                    f"not {FAMILIES[self.family].title}'s vocabulary"
+                )
+        return {name: first + i for i, name in enumerate(self._controls)}
+
+    @property
+    def vocab_size(self) -> int:
+        """SentencePiece pieces and the control tokens after them."""
+        return self.sp_model.get_piece_size() + len(self._controls)
+
+    def _name(self, index: int) -> str:
+        first = self.sp_model.get_piece_size()
+        if not 0 <= index < self.vocab_size:
+            return ""  # of a checkpoint's padding rows
+        return self.sp_model.id_to_piece(index) if index < first else self._controls[index - first]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        if token in self._commands:
+            return self._commands[token]
+        return self.sp_model.piece_to_id(token)

@@ -4,10 +4,10 @@ from typing import Any
 
 from .families import FAMILIES
 from .prompts import BLANKS, single_prompt, split_at
-from .tokenization_base import ChatGLMTokenizer
+from .tokenization_base import PiecesThenControls
 
 
-class GLMBaseTokenizer(ChatGLMTokenizer):
+class GLMBaseTokenizer(PiecesThenControls):
     """GLM-10B: `[CLS] A <|endoftext|>`; a pair is `[CLS] A [SEP] B <|endoftext|>`.
 
     In a prompt, the names [MASK], [sMASK] and [gMASK] are blanks (prompts.glm_base_layout); all
@@ -31,33 +31,8 @@ class GLMBaseTokenizer(ChatGLMTokenizer):
         kwargs.setdefault("truncation_side", "left")
         super().__init__(vocab_file, **kwargs)
 
-    def _control_ids(self) -> dict[str, int]:
-        first = self.sp_model.get_piece_size()
-        for name in self._controls:
-            # names go before pieces, so such a piece of text would turn into a control id
-            if self._has_piece(name):
-                raise ValueError(
-                    f"{self.vocab_file} has an ordinary piece {name!r}: not GLM-10B's vocabulary"
-                )
-        return {name: first + i for i, name in enumerate(self._controls)}
-
-    @property
-    def vocab_size(self) -> int:
-        """SentencePiece pieces and the control tokens after them."""
-        return self.sp_model.get_piece_size() + len(self._controls)
-
-    def _name(self, index: int) -> str:
-        first = self.sp_model.get_piece_size()
-        if not 0 <= index < self.vocab_size:
-            return ""  # of a checkpoint's padding rows
-        return self.sp_model.id_to_piece(index) if index < first else self._controls[index - first]
-
-    _convert_id_to_token = _name
-
-    def _convert_token_to_id(self, token: str) -> int:
-        if token in self._commands:
-            return self._commands[token]
-        return self.sp_model.piece_to_id(token)
+    def _convert_id_to_token(self, index: int) -> str:
+        return self._name(index)
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None

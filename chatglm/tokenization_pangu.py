@@ -45,7 +45,7 @@ class PanguTokenizer(ChatGLMTokenizer):
     vocab_files_names = {"vocab_file": FAMILIES["pangu"].tokenizer_file}
     _not_saved = ()
     _controls = ("<unk>", "<s>", "</s>", "<pad>", "<sep>", "<eot>")
-    _readable = ("<unk>", "<s>", "</s>", "<pad>", "<sep>", "<eot>")
+    _readable = _controls
 
     def __init__(self, vocab_file: str, **kwargs: Any):
         named = {"bos": "<s>", "eos": "<eot>", "sep": "<sep>", "pad": "<pad>", "unk": "<unk>"}

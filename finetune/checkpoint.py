@@ -233,6 +233,12 @@ def trained_values(parameter: nn.Parameter, is_adapter: bool) -> Tensor:
     return parameter.detach()
 
 
+def inner_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a network's tensors those of its `model`, by the model's own names."""
+    prefix = "model."
+    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+
+
 def export_model(
     model: Any,
     method: Method,

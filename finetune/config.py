@@ -203,12 +203,23 @@ class RowsConfig(RunConfig, RowFlags, WeightFlags):
 
     def check_quantization(self) -> None:
         """Raises ValueError for quantised weights where LoRA starts from whole ones."""
-        starts_from_weights = self.init_lora_weights.startswith(("pissa", "olora"))
-        if self.quantization_bit and self.train_type == "lora" and starts_from_weights:
+        if self.quantization_bit and self.starts_from_weights:
             raise ValueError(
                 f"--init_lora_weights {self.init_lora_weights} needs whole weights; "
                 f"leave --quantization_bit out"
             )
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether LoRA starts from the base's weights, which it changes."""
+        return self.train_type == "lora" and self.init_lora_weights.startswith(("pissa", "olora"))
+
+    @property
+    def switches_off(self) -> bool:
+        """Whether the model without what trains is what it was at first, as a reference is."""
+        if self.train_type == "ptuning":
+            return True
+        return self.train_type == "lora" and not self.adapter and not self.starts_from_weights
 
     @property
     def only_memory(self) -> bool:

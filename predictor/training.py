@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from chatglm.families import Family, family_of
 from chatglm.family_tokenizer import FamilyTokenizer
 from chatglm.loading import load_tokenizer, resolve_mode
-from finetune.checkpoint import export_model
+from finetune.checkpoint import export_model, inner_state
 from finetune.distributed import on_device, rank, say, world_size
 from finetune.epochs import EpochRows, StepBatches
 from finetune.files import sha256
@@ -268,9 +268,7 @@ class LengthTraining:
         """Write a folder that LengthPredictor loads: backbone, head and card."""
         if self.calibrated is None:
             raise RuntimeError("a predictor is calibrated before it is exported")
-        prefix = "model."
-        inner = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-        export_model(model.model, self.method, self.tokenizer, inner, folder)
+        export_model(model.model, self.method, self.tokenizer, inner_state(state), folder)
         save_head(state, self.rows.target_model, folder)
         decoder, metrics = self.calibrated
         backbone = {"name": self.config.backbone, **asdict(self.backbone)}

@@ -23,7 +23,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from finetune.config import parse_positive  # noqa: E402
 from finetune.evaluation.answering import (  # noqa: E402
     AnsweredBatches,
     Answerer,
+    batch_counts,
     measure_prompts,
     open_answerer,
     predict_lengths,
@@ -193,7 +194,7 @@ def write_answers(
         tokenizer: decodes the answers, which the lines then have; None leaves them out.
     """
     tokens = unfinished = 0
-    for batch, answers in with_progress(answered, len(questions)):
+    for batch, answers in with_progress(answered, len(questions), batch_counts):
         lines = []
         for i, (ids, ended) in zip(batch.numbers, answers):
             lines.append(answer_line(questions[i], ids, ended, row_end, tokenizer))
@@ -425,7 +426,7 @@ def write_states(
         file.truncate(whole)
         lines = LinesWithStates(file, folder, there)
         try:
-            for answer in answers_with_progress(answered, len(questions)):
+            for answer in with_progress(answered, len(questions), answer_counts):
                 line = line_of(questions[answer.number], answer.ids, answer.finished)
                 lines.add(line, answer)
                 tokens += len(answer.ids)
@@ -453,21 +454,9 @@ def question_sampling(
     return Sampling(flags.max_new_tokens, sampling["temperature"], sampling["top_p"], seed=own_seed)
 
 
-def answers_with_progress(
-    answered: Iterable[AnswerWithStates], rows: int
-) -> Iterator[AnswerWithStates]:
-    """The same, with `with_progress`'s bar."""
-    from tqdm import tqdm
-
-    tokens = 0
-    start_s = time.monotonic()
-    with tqdm(total=rows, desc="answering", unit="row") as bar:
-        for answer in answered:
-            tokens += len(answer.ids)
-            rate = tokens / max(time.monotonic() - start_s, 1e-9)
-            bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-            bar.update(1)
-            yield answer
+def answer_counts(answer: AnswerWithStates) -> tuple[int, int]:
+    """(rows, tokens) of an answer."""
+    return 1, len(answer.ids)
 
 
 def summary_line(

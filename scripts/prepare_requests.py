@@ -28,9 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chatglm.commands import Parser, number, run_command, whole  # noqa: E402
 from finetune.files import write_aside  # noqa: E402
 from finetune.rows.formats import BadRow  # noqa: E402
-from finetune.rows.sources import read_file_items  # noqa: E402
 from predictor.labels import Label, parse_prompt, read_examples  # noqa: E402
-from serving.run_requests.listed import listed_row  # noqa: E402
+from serving.run_requests.listed import listed_row, read_request_items  # noqa: E402
 from serving.simulate.uellm_published import dealt_objectives  # noqa: E402
 
 
@@ -70,21 +69,6 @@ def build_parser() -> argparse.ArgumentParser:
     key = 'with --lengths: the key to write; UELLM has the number in place of the "output" [length]'
     add("--length_key", choices=("length", "output"), default="length", help=key)
     return parser
-
-
-def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """(place, row) of every request. Raises BadRow for one that is none, or where there is none."""
-    rows = []
-    for place, item in read_file_items(path):
-        if isinstance(item, BadRow):
-            raise item
-        if not isinstance(item, dict):
-            raise BadRow(f"{place}: wanted an object with an instruction, got {item!r:.60}")
-        listed_row(item, place)
-        rows.append((place, item))
-    if not rows:
-        raise BadRow(f"{path}: no requests in it")
-    return rows
 
 
 def measured_lengths(path: str, served_model: str | None) -> dict[str, int]:
@@ -160,7 +144,9 @@ def list_text(rows: Sequence[dict[str, Any]], path: Path) -> str:
 
 def prepare(flags: PrepareFlags) -> None:
     """Everything after the flags. Raises ValueError, OSError in one line."""
-    placed = read_rows(flags.requests)
+    placed = read_request_items(flags.requests)
+    for place, item in placed:
+        listed_row(item, place)  # raises for what is no request
     rows = list(map(itemgetter(1), placed))
     if flags.lengths is not None:
         found = measured_lengths(flags.lengths, flags.served_model)

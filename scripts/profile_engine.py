@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.commands import Parser, run_command
-from finetune.evaluation.predict import add_loading_flags
+from finetune.evaluation.inference import LoadingFlags, add_loading_flags
 from finetune.files import write_aside
 from serving.cost_model.fit import Measurement
 from serving.engines import IN_PROCESS
@@ -29,7 +29,7 @@ from serving.request import Limits
 
 
 @dataclass(frozen=True)
-class ProfileFlags:
+class ProfileFlags(LoadingFlags):
     """The flags of this command."""
 
     model: str
@@ -40,11 +40,6 @@ class ProfileFlags:
     max_tokens: int
     kv_tokens: int
     repetitions: int
-    base_model: str | None
-    mode: str | None
-    prompt_style: str | None
-    device: str
-    precision: str
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -321,6 +321,20 @@ class CostEstimator(Protocol):
     def decode_s(self, batch: int, context_tokens: int, steps: int) -> float: ...
 
 
+class Moment(NamedTuple):
+    """What a policy may look at when it places a request in the queue.
+
+    Attributes:
+        pace_s: as View's.
+        cost, limits: the engine's.
+    """
+
+    now_s: float
+    pace_s: float
+    cost: CostEstimator
+    limits: Limits
+
+
 class Policy(Protocol):
     """A frozen dataclass that decides by its fields, the view and the cost model; writes nothing.
 
@@ -334,14 +348,7 @@ class Policy(Protocol):
     def length(self, request: Request) -> float:
         """Answer tokens to expect."""
 
-    def order(
-        self,
-        record: Record,
-        now_s: float,
-        pace_s: float,
-        cost: CostEstimator,
-        limits: Limits,
-    ) -> tuple[float, float]:
+    def order(self, record: Record, moment: Moment) -> tuple[float, float]:
         """(key, until_s): smaller keys are served first.
 
         Computed again once until_s has passed; the key may only have grown by then.

@@ -15,6 +15,7 @@ from serving.request import (
     Engine,
     Event,
     Limits,
+    Moment,
     Plan,
     Policy,
     Record,
@@ -282,7 +283,8 @@ class _Run:
 
     def _order(self, record: Record) -> tuple[float, float]:
         engine = self.engine
-        return self.policy.order(record, self.queue.now_s, self.pace_s, engine.cost, engine.limits)
+        moment = Moment(self.queue.now_s, self.pace_s, engine.cost, engine.limits)
+        return self.policy.order(record, moment)
 
     def events(self, turns: bool = False) -> Iterator[Event]:
         queue, running, arrivals, clock = self.queue, self.running, self.arrivals, self.clock

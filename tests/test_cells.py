@@ -2,7 +2,14 @@
 
 import pytest
 
-from benchmarks.cells import KeptCells, changes, in_turns, print_table, shown_mean
+from benchmarks.cells import (
+    KeptCells,
+    changes,
+    compared_lines,
+    in_turns,
+    print_table,
+    shown_mean,
+)
 
 CELLS = [{"name": name, "seed": seed} for seed in range(2) for name in "ab"]
 
@@ -53,3 +60,14 @@ def test_tables(capsys):
     assert [in_turns("abc", turn) for turn in (0, 1, 5)] == [list("abc"), list("bca"), list("cab")]
     print_table(["x", "y"], [["1", "2"]])
     assert capsys.readouterr().out == "| x | y |\n|---|---|\n| 1 | 2 |\n"
+
+
+def test_lines_of_what_takes_turns():
+    """Means over repetitions, in per cent where asked, and changes of the pairs there are."""
+    rows = []
+    for policy, repetition, seconds in (("fcfs", 0, 2.0), ("sjf", 0, 1.0), ("sjf", 1, 4.0)):
+        cell = {"policy": policy, "repetition": repetition}
+        rows.append(cell | {"mean_s": seconds, "in_time": 0.5})
+    shown = {"mean s": "mean_s", "in time %": "in_time"}
+    lines = compared_lines(rows, "policy", shown, ["mean_s"])
+    assert lines == [["fcfs", "1", "2", "50", "+0"], ["sjf", "2", "2.5", "50", "-50"]]

@@ -530,7 +530,7 @@ def test_simulator_fidelity(tmp_path):
     before = cells.read_text()
     done = run("benchmarks/simulator_fidelity.py", *words, "--policies", "fcfs,gittins")
     assert "2 cells: off by" in done.stdout and cells.read_text().startswith(before)
-    made, *lines = [json.loads(line) for line in cells.read_text().splitlines()]
+    _, made, *lines = [json.loads(line) for line in cells.read_text().splitlines()]
     spent = sum(one[-1] for one in made["passes"])
     assert made["capacity"] > 0 and 0 < spent < made["busy_s"] and made["plans"] > 6
     assert [line["policy"] for line in lines] == ["fcfs", "gittins"]

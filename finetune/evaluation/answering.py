@@ -5,11 +5,11 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from chatglm.hub import resolve_folder
 from finetune.evaluation.generation import (
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 PREDICTOR = "predictor.runtime"  # stands above this package, and is imported when asked for
 
 AnsweredBatches = Iterable[tuple[PromptBatch, list[Generated]]]
+AnsweredPart = TypeVar("AnsweredPart")
 
 
 class Answerer(Protocol):
@@ -191,19 +192,32 @@ def predict_lengths(folder: str, prompts: Sequence[str], tokenizer_folder: str) 
     return [expected[prompt] for prompt in prompts]
 
 
-def with_progress(answered: AnsweredBatches, rows: int) -> AnsweredBatches:
-    """The same, with a progress bar of rows and tokens per second on stderr."""
+def batch_counts(batch: tuple[PromptBatch, list[Generated]]) -> tuple[int, int]:
+    """(rows, tokens) of an answered batch."""
+    _, answers = batch
+    return len(answers), sum(len(ids) for ids, _ in answers)
+
+
+def with_progress(
+    answered: Iterable[AnsweredPart], rows: int, count: Callable[[AnsweredPart], tuple[int, int]]
+) -> Iterator[AnsweredPart]:
+    """The same parts, with a progress bar of rows and tokens per second on stderr.
+
+    Args:
+        count: (rows, tokens) of a part.
+    """
     from tqdm import tqdm
 
     tokens = 0
     start_s = time.monotonic()
     with tqdm(total=rows, desc="answering", unit="row") as bar:
-        for batch, answers in answered:
-            tokens += sum(len(ids) for ids, _ in answers)
+        for part in answered:
+            part_rows, part_tokens = count(part)
+            tokens += part_tokens
             rate = tokens / max(time.monotonic() - start_s, 1e-9)
             bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-            bar.update(len(answers))
-            yield batch, answers
+            bar.update(part_rows)
+            yield part
 
 
 class KeptAnswers(KeptLines):
@@ -288,7 +302,7 @@ def answer_prompts(
         with open_answerer(flags, setup, AnswerOptions(setup.options), work) as answerer:
             answerer.fingerprint()  # the clock starts when a model is loaded
             start_s = time.perf_counter()
-            for batch, answers in with_progress(answerer.answers(batches), len(left)):
+            for batch, answers in with_progress(answerer.answers(batches), len(left), batch_counts):
                 texts = {}
                 for i, (ids, _) in zip(batch.numbers, answers):
                     texts[i] = decoded_text(setup.tokenizer, ids)

@@ -21,15 +21,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class InferenceFlags(PlacementFlags):
-    """The flags of `add_model_flags`."""
+class LoadingFlags:
+    """The flags of `add_loading_flags`."""
 
-    model_path: str
     base_model: str | None
     mode: str | None
     prompt_style: str | None
     device: str
     precision: str
+
+
+@dataclass(frozen=True)
+class InferenceFlags(LoadingFlags, PlacementFlags):
+    """The flags of `add_model_flags`."""
+
+    model_path: str
     quantization_bit: int | None
     keep_quantized: bool
     verify: str

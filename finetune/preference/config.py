@@ -10,7 +10,6 @@ from finetune.flags import fixed_flag
 from finetune.preference.formats import PAIRINGS, PREFERENCE_COLUMNS, PREFERENCE_FORMATS
 
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "kto", "orpo")
-STARTS_FROM_WEIGHTS = ("pissa", "olora")  # --init_lora_weights that change the base's weights
 
 KTO = Effect("--loss_type kto; got {c.loss_type}", lambda c: c.loss_type == "kto")
 # When a flag has an effect, beside finetune.flag_effects.TRAINING.
@@ -128,14 +127,6 @@ class DpoConfig(PreferenceConfig):
     @property
     def pairing(self) -> str:
         return "labelled" if self.loss_type == "kto" else self.pairs
-
-    @property
-    def switches_off(self) -> bool:
-        """Whether the reference is this model without what trains: else it is computed at first."""
-        if self.train_type == "ptuning":
-            return True
-        changed = self.init_lora_weights.startswith(STARTS_FROM_WEIGHTS)
-        return self.train_type == "lora" and not self.adapter and not changed
 
     def check_task(self) -> None:
         """Raises ValueError for a number out of range, or where a reference cannot be."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.checkpoint import export_model
+from finetune.checkpoint import export_model, inner_state
 from finetune.files import write_json
 from finetune.loss import ragged_states
 from finetune.preference.config import RewardConfig
@@ -156,9 +156,7 @@ class RewardTraining(PreferenceTask[RewardConfig]):
         """Write a folder that finetune.preference.scorer loads: model, value head and card."""
         from safetensors.torch import save_file
 
-        prefix = "model."
-        inner = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-        export_model(model.model, self.method, self.tokenizer, inner, folder)
+        export_model(model.model, self.method, self.tokenizer, inner_state(state), folder)
         head = {"weight": state["value_head.weight"].float().contiguous()}
         save_file(head, folder / VALUE_HEAD, {"format": "pt"})
         config = self.config

@@ -20,7 +20,7 @@ from chatglm.commands import Parser, run_command
 from chatglm.conversations import Turn
 from chatglm.files import read_json
 from finetune.config import parse_positive
-from finetune.evaluation.inference import add_loading_flags, load_ready
+from finetune.evaluation.inference import LoadingFlags, add_loading_flags, load_ready
 from finetune.files import write_aside
 from finetune.preference.formats import (
     PREFERENCE_COLUMNS,
@@ -39,15 +39,10 @@ COLUMNS = tuple(dict.fromkeys((*PREFERENCE_COLUMNS, *COLUMN_NAMES)))  # that --c
 
 
 @dataclass(frozen=True)
-class ScoreFlags:
+class ScoreFlags(LoadingFlags):
     """The flags of `python -m finetune.score`."""
 
     model_path: str
-    base_model: str | None
-    mode: str | None
-    prompt_style: str | None
-    device: str
-    precision: str
     file: str
     output: str | None
     batch_size: int

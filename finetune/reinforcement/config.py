@@ -13,7 +13,6 @@ from finetune.reinforcement.rewards import MODEL, RewardKnobs, parse_rewards
 NORMS = ("sequence", "token", "constant")
 SCALES = ("group", "batch", "none")
 MIN_TEMPERATURE = 0.01  # lower ones leave fp32's range: all answers would be the likeliest
-STARTS_FROM_WEIGHTS = ("pissa", "olora")  # --init_lora_weights that change the base's weights
 
 
 def uses(*names: str) -> Effect:
@@ -103,14 +102,6 @@ class RolloutConfig(RowsConfig):
     @property
     def reward_knobs(self) -> RewardKnobs:
         return RewardKnobs(self.reward_length, self.reward_pattern)
-
-    @property
-    def switches_off(self) -> bool:
-        """Whether the reference is this model without what trains: else it is a frozen copy."""
-        if self.train_type == "ptuning":
-            return True
-        changed = self.init_lora_weights.startswith(STARTS_FROM_WEIGHTS)
-        return self.train_type == "lora" and not self.adapter and not changed
 
     @property
     def phase_steps(self) -> int:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from chatglm.loading import stop_ids
-from finetune.checkpoint import export_model
+from finetune.checkpoint import export_model, inner_state
 from finetune.distributed import on_device, rank, say, whole_weights, world_size
 from finetune.epochs import StepBatches
 from finetune.evaluation.generation import decoded_text
@@ -222,8 +222,7 @@ class RolloutTask(RowTask[Config, PromptRows]):
 
     def export(self, model: Any, state: dict[str, Tensor], folder: Path) -> None:
         """Write the policy, and beside it the rollout that a resumed run goes on with."""
-        prefix = "model."
-        inner = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        inner = inner_state(state)
         export_model(model.model, self.method, self.tokenizer, inner, folder)
         goes_on = self.done % self.config.phase_steps != 0
         current = self.experience if goes_on else None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from chatglm.commands import number, whole
-from finetune.evaluation.inference import add_loading_flags, add_packing_flag
+from finetune.evaluation.inference import LoadingFlags, add_loading_flags, add_packing_flag
 from finetune.flag_effects import Effect
 from finetune.placing import PlacementFlags, add_placing_flags
 from serving.endpoints.remote import RemoteServer, is_url
@@ -22,15 +22,10 @@ ENDPOINT_ENGINES = ("continuous", "vllm")
 
 
 @dataclass(frozen=True)
-class EndpointFlags(PlacementFlags):
+class EndpointFlags(LoadingFlags, PlacementFlags):
     """The flags of `add_endpoint_flags`, beside `model`, a folder or a URL."""
 
     model: str
-    base_model: str | None
-    mode: str | None
-    prompt_style: str | None
-    device: str
-    precision: str
     keep_quantized: bool
     predictor: str | None
     adapter: list[str]

@@ -218,6 +218,34 @@ class Answer:
                 return
 
 
+class AdmittedAnswer:
+    """An answer that a plan has admitted, and the KV tokens that it may take.
+
+    Attributes:
+        base: KV tokens at its admission: prompt, earlier answer and what pads them.
+        reserve: KV tokens reserved for it.
+        max_answer: answer tokens after which it is truncated.
+        tokens_at_admission: answer tokens that it had then.
+    """
+
+    def __init__(self, answer: Answer, base: int, reserve: int, most: int):
+        self.id = answer.id
+        self.answer = answer
+        self.base = base
+        self.reserve = reserve
+        self.max_answer = most
+        self.tokens_at_admission = len(answer.tokens)
+
+    @property
+    def new_tokens(self) -> int:
+        """Answer tokens since its admission."""
+        return len(self.answer.tokens) - self.tokens_at_admission
+
+    @property
+    def is_full(self) -> bool:
+        return self.base + self.new_tokens >= self.reserve
+
+
 class TextEngine:
     """Base class of the real engines: the answers by request id, and when an answer ends.
 

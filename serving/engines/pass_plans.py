@@ -11,17 +11,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from serving.engines.answers import Answer
+from serving.engines.answers import AdmittedAnswer, Answer
 from serving.engines.arena import Arena, Slab, placed_slab
 from serving.request import Record
 
 
-class Sequence:
+class Sequence(AdmittedAnswer):
     """A sequence in an engine: its place in the arena, and the positions of its tokens.
 
     Attributes:
         ids: the prompt and the answer's tokens at its admission.
-        tokens_at_admission: answer tokens at its admission.
         context: so many first tokens see each other both ways, and are computed in one piece
             (ChatGLM-6B; else 0).
         key: sequences of another key share no prefix with it.
@@ -33,8 +32,6 @@ class Sequence:
         prior: the prediction of its length at its arrival, where there was one.
         is_finite: it has made a token, and the model's output has been finite at each of them.
         copied: of a common prefix, tokens and the marks (StateSums) of what they came from.
-        base, reserve, max_answer: context at admission, KV tokens reserved, answer tokens after
-            which it is truncated.
     """
 
     def __init__(
@@ -47,14 +44,9 @@ class Sequence:
         positions: Tensor,
         context: int,
     ):
-        self.id = record.request.id
+        super().__init__(answer, base, reserve, most)
         self.prior = record.request.prediction
-        self.answer = answer
-        self.base = base
-        self.reserve = reserve
-        self.max_answer = most
         self.ids = answer.prompt + answer.tokens
-        self.tokens_at_admission = len(answer.tokens)
         self.positions: list[list[int]] = positions.tolist()
         self.context = context
         self.key: Hashable = None if answer.adapter is None else answer.adapter.number
@@ -69,15 +61,6 @@ class Sequence:
     def uncomputed(self) -> int:
         """Tokens of ids that are not computed yet."""
         return len(self.ids) - self.computed
-
-    @property
-    def new_tokens(self) -> int:
-        """Answer tokens since its admission."""
-        return len(self.answer.tokens) - self.tokens_at_admission
-
-    @property
-    def is_full(self) -> bool:
-        return self.base + self.new_tokens >= self.reserve
 
     def positions_of(self, start: int, end: int) -> list[list[int]]:
         """Positions of tokens start to end of prompt and answer.

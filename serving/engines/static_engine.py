@@ -19,41 +19,21 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 from serving.engines.adapters import AdapterSet
-from serving.engines.answers import Answer, TextEngine, choose_tokens, read_prompt
+from serving.engines.answers import AdmittedAnswer, Answer, TextEngine, choose_tokens, read_prompt
 from serving.request import FOREVER, CostEstimator, Limits, Plan, StepResult
 
 # A stop id outside every vocabulary. Without a stop id, generate takes the model's own.
 UNUSED_STOP_ID = 1 << 30
 
 
-class StaticSequence:
+class StaticSequence(AdmittedAnswer):
     """A sequence of the batch.
 
     Attributes:
-        reserve: KV tokens reserved for it.
-        base: KV tokens at its admission: prompt, earlier answer and the padding before them.
-        max_answer: answer tokens after which it is truncated.
-        tokens_at_admission: answer tokens that it had then.
         inactive: no more tokens are generated for it.
     """
 
-    def __init__(self, answer: Answer, reserve: int, base: int, most: int):
-        self.id = answer.id
-        self.answer = answer
-        self.reserve = reserve
-        self.base = base
-        self.max_answer = most
-        self.tokens_at_admission = len(answer.tokens)
-        self.inactive = False
-
-    @property
-    def new_tokens(self) -> int:
-        """Answer tokens since its admission."""
-        return len(self.answer.tokens) - self.tokens_at_admission
-
-    @property
-    def is_full(self) -> bool:
-        return self.base + self.new_tokens >= self.reserve
+    inactive = False
 
 
 class BatchGeneration:
@@ -292,7 +272,7 @@ class StaticEngine(TextEngine):
         for record in plan.admit:
             most = self.limits.max_answer_tokens(record.request, plan.stop_tokens)
             row = StaticSequence(
-                self.answer_of(record), plan.reserve_tokens[record.request.id], longest, most
+                self.answer_of(record), longest, plan.reserve_tokens[record.request.id], most
             )
             self.rows[row.id] = row
         waiting = [row for row in self.rows.values() if row.answer.reason is None]

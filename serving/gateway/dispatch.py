@@ -18,7 +18,7 @@ from serving.gateway.upstreams import (
     load_of,
 )
 from serving.policies.continuous import POLICIES
-from serving.request import Limits, Policy, Record
+from serving.request import Limits, Moment, Policy, Record
 from serving.scheduler import Queue
 
 # A policy's name -> whether its keys are tokens; the others' are seconds of the clock.
@@ -110,7 +110,7 @@ class Dispatcher:
     def order(self, record: Record) -> tuple[float, float]:
         """The policy's (key, until)."""
         cost = PaceCost(self.pace_s)
-        return self.policy.order(record, self.now_s(), self.pace_s, cost, QUEUE_LIMITS)
+        return self.policy.order(record, Moment(self.now_s(), self.pace_s, cost, QUEUE_LIMITS))
 
     async def acquire(self, passage: Passage, wait_s: float) -> Upstream:
         """The upstream of a request, which counts as its own until `release`.

@@ -23,6 +23,8 @@ from serving.server.page.snapshots import (
     AnswerTotals,
     Json,
     finite,
+    running_fields,
+    waiting_fields,
 )
 
 
@@ -154,34 +156,18 @@ def held_tokens(passage: Passage) -> int:
 
 
 def waiting_entry(passage: Passage, now_s: float) -> Json:
-    request, forecast = passage.record.request, forecast_of_passage(passage)
-    return {
-        "id": request.id,
-        "waited_s": finite(now_s - request.arrival_s),
-        "due_s": finite(request.deadline_s - now_s),
-        "prompt": request.prompt_tokens,
-        "median": finite(forecast.median, 1) if forecast else None,
-        "q90": finite(forecast.q90, 1) if forecast else None,
-        "priority": 0,
-        "adapter": None,
-    }
+    fields = waiting_fields(passage.record.request, forecast_of_passage(passage), now_s)
+    return fields | {"priority": 0, "adapter": None}
 
 
 def running_row(passage: Passage, upstreams: Sequence[Upstream], now_s: float) -> Json:
     """A request that one of the upstreams has."""
     assert passage.upstream is not None
-    request, forecast = passage.record.request, forecast_of_passage(passage)
-    return {
-        "id": request.id,
+    fields = running_fields(passage.record.request, forecast_of_passage(passage), now_s)
+    return fields | {
         "replica": upstreams.index(passage.upstream),
-        "prompt": request.prompt_tokens,
         "made": passage.made,
-        "median": finite(forecast.median, 1) if forecast else None,
-        "q10": finite(forecast.q10, 1) if forecast else None,
-        "q90": finite(forecast.q90, 1) if forecast else None,
         "reread": False,
-        "age_s": finite(now_s - request.arrival_s),
-        "due_s": finite(request.deadline_s - now_s),
         "reserved": round(passage.kv_tokens),
         "preemptions": 0,
         "overruns": 0,

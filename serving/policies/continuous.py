@@ -22,7 +22,17 @@ from serving.policies.lengths import (
 from serving.policies.published import Boost, Fcfs, Sjf, Srpt, Tie
 from serving.policies.static import BATCH_POLICIES, Static
 from serving.policies.vllm import Vllm
-from serving.request import FOREVER, CostEstimator, Limits, Plan, Policy, Record, Request, View
+from serving.request import (
+    FOREVER,
+    CostEstimator,
+    Limits,
+    Moment,
+    Plan,
+    Policy,
+    Record,
+    Request,
+    View,
+)
 
 
 @dataclass(frozen=True)
@@ -103,23 +113,16 @@ class Deadline:
             record.request.prompt_tokens + generated + math.ceil(remaining), limits.max_tokens
         )
 
-    def order(
-        self,
-        record: Record,
-        now_s: float,
-        pace_s: float,
-        cost: CostEstimator,
-        limits: Limits,
-    ) -> tuple[float, float]:
-        request, context = record.request, record.context_tokens
-        pace_s = pace_s or cost.decode_step_s(1, context)
+    def order(self, record: Record, moment: Moment) -> tuple[float, float]:
+        request, context, cost = record.request, record.context_tokens, moment.cost
+        pace_s = moment.pace_s or cost.decode_step_s(1, context)
         prefill = cost.prefill_s(context)
         shortest = pace_s * self.remaining(record, record.generated, self.hope_quantile)
         latest = request.arrival_s + request.slo_s - prefill - shortest
         key = request.arrival_s + self.slo_weight * request.slo_s
         if self.work_weight:
             key += self.work_weight * (prefill + pace_s * self.remaining(record, record.generated))
-        return (key, latest) if now_s <= latest else (key + self.late_s, FOREVER)
+        return (key, latest) if moment.now_s <= latest else (key + self.late_s, FOREVER)
 
     def __call__(self, view: View, cost: CostEstimator) -> Plan:
         draft, limits = PlanDraft(view), view.limits

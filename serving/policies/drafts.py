@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Iterable
 
-from serving.request import FOREVER, CostEstimator, Plan, Record, View
+from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, View
+
+BLOCK_TOKENS = 64  # an answer's reservation grows by so much at a time
+WATERMARK = 0.01  # share of the KV memory left free at admission
 
 
 class PlanDraft:
@@ -105,60 +108,57 @@ def prompts_left(view: View, pass_s: float) -> float:
     return max(left - passes * view.limits.prefill_tokens, 0.0)
 
 
+def with_block(tokens: int, limits: Limits) -> int:
+    """KV tokens of so many of a prompt and its answer, and of a block more."""
+    return min(tokens + BLOCK_TOKENS, limits.max_tokens)
+
+
 def plan_in_turn(
     view: View,
     cost: CostEstimator,
-    reserve: Callable[[Record, int], int],
     victims: Callable[[], list[Record]],
-    watermark: float,
     overdue: Callable[[], Record | None] | None = None,
 ) -> Plan:
-    """Make room for what overran; where that preempts none, admit in turn.
+    """Make room for what overran; where that preempts none, admit in turn. Memory is in blocks.
 
     Args:
-        reserve: (record, tokens generated) -> KV tokens to reserve for it.
         victims: as make_room takes them.
-        watermark: share of the KV memory left free at admission.
         overdue: the waiting record that must be the next one, if there is one; called where
             requests wait.
     """
     draft, limits = PlanDraft(view), view.limits
     if view.overran:
-        make_room(draft, lambda r: reserve(r, view.generated(r)), victims)
+        make_room(
+            draft,
+            lambda r: with_block(r.request.prompt_tokens + view.generated(r), limits),
+            victims,
+        )
     wake_s = FOREVER
     if not draft.preempt and len(view.waiting):
-        spare = int(watermark * limits.kv_tokens)
         first = overdue() if overdue is not None else None
         in_turn = view.waiting if first is None else (first,)
-        wake_s = admit_in_turn(draft, cost, lambda r: reserve(r, r.generated), spare, in_turn)
+        wake_s = admit_in_turn(draft, cost, in_turn)
         if first is not None and draft.admit:
             wake_s = view.now_s  # after the next pass, for the record that is the oldest then
     full = draft.rows >= limits.max_batch or wake_s < FOREVER
     return draft.plan(wake_s, wake_on_arrival=not full)
 
 
-def admit_in_turn(
-    draft: PlanDraft,
-    cost: CostEstimator,
-    tokens_of: Callable[[Record], int],
-    spare: int,
-    in_turn: Iterable[Record],
-) -> float:
+def admit_in_turn(draft: PlanDraft, cost: CostEstimator, in_turn: Iterable[Record]) -> float:
     """Admit in an order, no more prompts than the engine computes in its next pass.
 
     An engine computes prompts in the order of their admission, so what is admitted early can no
-    longer be overtaken. The token budget of a pass does the same in vLLM and SGLang.
+    longer be overtaken. The token budget of a pass does the same in vLLM and SGLang. A WATERMARK
+    of memory is left free, unless nothing runs.
 
     Args:
-        tokens_of: record -> KV tokens to reserve for it.
-        spare: KV tokens to leave free, unless nothing runs.
         in_turn: the waiting records, the first to admit first.
     Returns:
         When to plan again: once the admitted prompts are computed but for a pass; FOREVER where
         none waits for that.
     """
     view, limits = draft.view, draft.view.limits
-    budget = limits.prefill_tokens
+    budget, spare = limits.prefill_tokens, int(WATERMARK * limits.kv_tokens)
     pass_s = cost.chunk_s(budget, 0, draft.rows)
     if draft.rows:
         pass_s += cost.decode_step_s(draft.rows, limits.kv_tokens - view.kv_free_tokens)
@@ -166,7 +166,7 @@ def admit_in_turn(
     for record in in_turn:
         if left >= budget:
             return view.now_s + (left // budget) * pass_s
-        tokens = tokens_of(record)
+        tokens = with_block(record.context_tokens, limits)
         if (draft.free - tokens < spare and draft.rows) or not draft.try_admit(record, tokens):
             break
         left += record.context_tokens

@@ -16,8 +16,18 @@ from serving.policies.lengths import (
     quantile_remaining,
     token_s,
 )
-from serving.policies.published import BLOCK_TOKENS, WATERMARK, boost_s
-from serving.request import FOREVER, Backlog, CostEstimator, Limits, Plan, Record, Request, View
+from serving.policies.published import boost_s
+from serving.request import (
+    FOREVER,
+    Backlog,
+    CostEstimator,
+    Limits,
+    Moment,
+    Plan,
+    Record,
+    Request,
+    View,
+)
 
 if TYPE_CHECKING:
     from predictor.prediction import LengthPrediction
@@ -161,35 +171,20 @@ class Gittins:
         due = request.arrival_s + (request.slo_s if self.deadlines else 0.0)
         return due - pace_s * self.least_left(record, generated)
 
-    def order(
-        self,
-        record: Record,
-        now_s: float,
-        pace_s: float,
-        cost: CostEstimator,
-        limits: Limits,
-    ) -> tuple[float, float]:
-        context, generated = record.context_tokens, record.generated
+    def order(self, record: Record, moment: Moment) -> tuple[float, float]:
+        context, generated, cost = record.context_tokens, record.generated, moment.cost
         prefill = cost.prefill_s(context)
-        must_s = self.must_decode_s(record, generated, pace_s or cost.decode_step_s(1, context))
-        key = must_s - self.head_start_s(record, generated, prefill, cost, limits)
+        pace_s = moment.pace_s or cost.decode_step_s(1, context)
+        must_s = self.must_decode_s(record, generated, pace_s)
+        key = must_s - self.head_start_s(record, generated, prefill, cost, moment.limits)
         if not self.deadlines:
             return key, FOREVER
         latest = must_s - prefill
-        return (key, latest) if now_s <= latest else (key + LATE_S, FOREVER)
-
-    def reserve(self, record: Record, generated: int, limits: Limits) -> int:
-        """KV tokens of the prompt, the answer so far and a block."""
-        return min(record.request.prompt_tokens + generated + BLOCK_TOKENS, limits.max_tokens)
+        return (key, latest) if moment.now_s <= latest else (key + LATE_S, FOREVER)
 
     def __call__(self, view: View, cost: CostEstimator) -> Plan:
         return plan_in_turn(
-            view,
-            cost,
-            lambda r, generated: self.reserve(r, generated, view.limits),
-            lambda: self.victims(view, cost),
-            WATERMARK,
-            lambda: self.overdue(view, cost),
+            view, cost, lambda: self.victims(view, cost), lambda: self.overdue(view, cost)
         )
 
     def overdue(self, view: View, cost: CostEstimator) -> Record | None:

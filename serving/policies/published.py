@@ -4,7 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from serving.policies.drafts import PlanDraft, make_room, plan_in_turn
+from serving.policies.drafts import (
+    BLOCK_TOKENS,
+    WATERMARK,
+    PlanDraft,
+    make_room,
+    plan_in_turn,
+)
 from serving.policies.lengths import (
     COARSE,
     expected_remaining,
@@ -14,10 +20,7 @@ from serving.policies.lengths import (
     tail_remaining,
     token_s,
 )
-from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, Request, View
-
-BLOCK_TOKENS = 64  # an answer's reservation grows by so much at a time
-WATERMARK = 0.01  # share of the KV memory left free at admission
+from serving.request import FOREVER, CostEstimator, Limits, Moment, Plan, Record, Request, View
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,7 @@ class Fcfs:
     def length(self, request: Request) -> float:
         return self.block_tokens
 
-    def order(
-        self,
-        record: Record,
-        now_s: float,
-        pace_s: float,
-        cost: CostEstimator,
-        limits: Limits,
-    ) -> tuple[float, float]:
+    def order(self, record: Record, moment: Moment) -> tuple[float, float]:
         return record.request.arrival_s, FOREVER
 
     def __call__(self, view: View, cost: CostEstimator) -> Plan:
@@ -91,14 +87,7 @@ class Sjf:
     def length(self, request: Request) -> float:
         return quantile_tokens(request.prediction, self.reserve_quantile)
 
-    def order(
-        self,
-        record: Record,
-        now_s: float,
-        pace_s: float,
-        cost: CostEstimator,
-        limits: Limits,
-    ) -> tuple[float, float]:
+    def order(self, record: Record, moment: Moment) -> tuple[float, float]:
         return remaining_tokens(record, record.generated), FOREVER
 
     def reserve(self, record: Record, generated: int, limits: Limits) -> int:
@@ -195,17 +184,8 @@ def boost_s(work_s: float, rate: float) -> float:
 class InTurn(Sjf):
     """What Boost and Tie share: prompts admitted as passes have room, memory in blocks as Fcfs."""
 
-    def reserve(self, record: Record, generated: int, limits: Limits) -> int:
-        return min(record.request.prompt_tokens + generated + BLOCK_TOKENS, limits.max_tokens)
-
     def __call__(self, view: View, cost: CostEstimator) -> Plan:
-        return plan_in_turn(
-            view,
-            cost,
-            lambda r, generated: self.reserve(r, generated, view.limits),
-            lambda: self.victims(view),
-            WATERMARK,
-        )
+        return plan_in_turn(view, cost, lambda: self.victims(view))
 
     def victims(self, view: View) -> list[Record]:
         """Running records, the one that was last in the queue's order first."""
@@ -243,15 +223,8 @@ class Boost(InTurn):
             return super().length(request)
         return request.output_tokens if self.work == "true" else BLOCK_TOKENS
 
-    def order(
-        self,
-        record: Record,
-        now_s: float,
-        pace_s: float,
-        cost: CostEstimator,
-        limits: Limits,
-    ) -> tuple[float, float]:
-        work_s = self.work_s(record, cost, limits)
+    def order(self, record: Record, moment: Moment) -> tuple[float, float]:
+        work_s = self.work_s(record, moment.cost, moment.limits)
         return record.request.arrival_s - boost_s(work_s, self.rate), FOREVER
 
     def work_s(self, record: Record, cost: CostEstimator, limits: Limits) -> float:
@@ -283,14 +256,7 @@ class Tie(InTurn):
     inflation: float = 1.0
     level: float = 0.9
 
-    def order(
-        self,
-        record: Record,
-        now_s: float,
-        pace_s: float,
-        cost: CostEstimator,
-        limits: Limits,
-    ) -> tuple[float, float]:
+    def order(self, record: Record, moment: Moment) -> tuple[float, float]:
         generated = record.generated - record.generated % COARSE
         tail = tail_remaining(record.prediction, generated, self.level)
         return expected_remaining(record.prediction, generated) + self.inflation * tail, FOREVER

@@ -14,7 +14,17 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 from serving.policies.lengths import bucket_tokens, expected_tokens, quantile_tokens
-from serving.request import FOREVER, Batch, CostEstimator, Limits, Plan, Record, Request, View
+from serving.request import (
+    FOREVER,
+    Batch,
+    CostEstimator,
+    Limits,
+    Moment,
+    Plan,
+    Record,
+    Request,
+    View,
+)
 
 
 class BatchPolicy(Protocol):
@@ -530,14 +540,7 @@ class Static:
     def length(self, request: Request) -> float:
         return self.batching.length(request)
 
-    def order(
-        self,
-        record: Record,
-        now_s: float,
-        pace_s: float,
-        cost: CostEstimator,
-        limits: Limits,
-    ) -> tuple[float, float]:
+    def order(self, record: Record, moment: Moment) -> tuple[float, float]:
         return record.request.arrival_s, FOREVER
 
     def __call__(self, view: View, cost: CostEstimator) -> Plan:

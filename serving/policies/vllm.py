@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from serving.policies.drafts import PlanDraft
-from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, Request, View
+from serving.request import FOREVER, CostEstimator, Limits, Moment, Plan, Record, Request, View
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,7 @@ class Vllm:
     def length(self, request: Request) -> float:
         return self.block_tokens
 
-    def order(
-        self,
-        record: Record,
-        now_s: float,
-        pace_s: float,
-        cost: CostEstimator,
-        limits: Limits,
-    ) -> tuple[float, float]:
+    def order(self, record: Record, moment: Moment) -> tuple[float, float]:
         return record.request.arrival_s, FOREVER
 
     def reserve(self, tokens: int, limits: Limits) -> int:

@@ -21,7 +21,7 @@ from chatglm.commands import Parser, number, run_command, whole
 from chatglm.families import family_of
 from chatglm.hub import resolve_folder
 from chatglm.runs import check_not_run
-from finetune.evaluation.predict import add_loading_flags, add_packing_flag
+from finetune.evaluation.inference import LoadingFlags, add_loading_flags, add_packing_flag
 from finetune.files import write_json
 from finetune.out_of_memory import explained, memory_there
 from finetune.placing import PlacementFlags, add_placing_flags
@@ -73,7 +73,7 @@ ANY_LENGTH = 1 << 30  # tokens: prompts are not truncated, but refused where the
 
 
 @dataclass(frozen=True)
-class ListRunFlags(PlacementFlags):
+class ListRunFlags(LoadingFlags, PlacementFlags):
     """The flags of the command; `run_parser` has their meaning and defaults."""
 
     requests: str
@@ -97,11 +97,6 @@ class ListRunFlags(PlacementFlags):
     max_tokens: int
     json: Path | None
     picture: Path | None
-    base_model: str | None
-    mode: str | None
-    prompt_style: str | None
-    device: str
-    precision: str
     keep_quantized: bool
 
     def printable(self) -> dict[str, Any]:

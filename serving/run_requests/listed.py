@@ -40,11 +40,16 @@ class ListedRow:
 
 
 def read_request_list(path: str | Path) -> list[ListedRow]:
-    """The rows of a JSON list or of JSON lines (and whatever else fine-tuning reads).
+    """The requests of a file; raises as `read_request_items`."""
+    return [listed_row(item, place) for place, item in read_request_items(path)]
+
+
+def read_request_items(path: str | Path) -> list[tuple[str, dict]]:
+    """(place, row) of a JSON list or of JSON lines (and whatever else fine-tuning reads).
 
     Raises:
         FileNotFoundError, OSError: it cannot be read.
-        ValueError: it has no rows, or one that is not a request; the message has its place.
+        ValueError: it has no rows, or one that is no object; the message has its place.
     """
     rows = []
     for place, item in read_file_items(path):
@@ -52,7 +57,7 @@ def read_request_list(path: str | Path) -> list[ListedRow]:
             raise item
         if not isinstance(item, dict):
             raise BadRow(f"{place}: wanted an object with an instruction, got {shorten(item)}")
-        rows.append(listed_row(item, place))
+        rows.append((place, item))
     if not rows:
         raise ValueError(f"{path}: no requests in it")
     return rows

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 
 from chatglm.commands import Parser
-from finetune.evaluation.predict import add_loading_flags, add_packing_flag
+from finetune.evaluation.inference import LoadingFlags, add_loading_flags, add_packing_flag
 from finetune.placing import PlacementFlags, add_placing_flags
 from serving.engines import ENGINES
 from serving.policies.continuous import OBJECTIVE_HELP, POLICIES, POLICY_HELP
@@ -21,7 +21,7 @@ SERVED = [name for name in POLICIES if "oracle" not in name]  # an oracle needs 
 
 
 @dataclass(frozen=True)
-class ServerFlags(PlacementFlags):
+class ServerFlags(LoadingFlags, PlacementFlags):
     """The flags of the command; `server_parser` has their meaning and defaults."""
 
     model: str
@@ -41,11 +41,6 @@ class ServerFlags(PlacementFlags):
     slo_s: float
     log: str | None
     log_prompts: bool
-    base_model: str | None
-    mode: str | None
-    prompt_style: str | None
-    device: str
-    precision: str
     keep_quantized: bool
     served_model_name: str | None
     embedding_model: str | None

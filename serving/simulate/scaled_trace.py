@@ -1,7 +1,5 @@
 """A recorded trace, many times over itself: requests for many replicas at the recorded rhythm."""
 
-import gzip
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +25,14 @@ class ScaledTrace:
     Attributes:
         workload: the requests.
         row, copy: (n,) int, of each request: which row of the trace, of which copy.
-        blocks: of each row, the names of its prompt's blocks; empty where the trace has none.
+        blocks: of each row of the trace, the names of its prompt's blocks.
         shared: blocks below this name, such as a system's prompt, are the same in all copies.
     """
 
     workload: Workload
     row: np.ndarray
     copy: np.ndarray
-    blocks: tuple[tuple[int, ...], ...] = ()
+    blocks: tuple[tuple[int, ...], ...]
     shared: int = 1
     block_tokens: int = BLOCK_TOKENS
 
@@ -43,12 +41,12 @@ class ScaledTrace:
         predictions = self.workload.predictions
         expected = [expected_tokens(prediction) for prediction in predictions]
         q90 = [quantile_tokens(prediction, 0.9) for prediction in predictions]
-        names = 1 + max((max(blocks, default=0) for blocks in self.blocks), default=0)
+        names = 1 + max(max(blocks, default=0) for blocks in self.blocks)
         which = self.workload.prediction
         assert which is not None
         for request in self.workload.requests():
             k = int(which[request.id])
-            blocks = self._blocks(request.id, names) if self.blocks else ()
+            blocks = self._blocks(request.id, names)
             length = request.output_tokens
             yield request, Demand(request.prompt_tokens, expected[k], q90[k], length, blocks)
 
@@ -82,7 +80,7 @@ def scale_trace(
         FileNotFoundError, ValueError: as read_trace; or no request is so short.
     """
     rng = np.random.default_rng(seed)
-    times, prompts, outputs = read_trace(name, traces)
+    times, prompts, outputs, blocks = read_trace(name, traces)
     rows = np.flatnonzero(prompts + outputs < max_tokens)
     if not len(rows):
         raise ValueError(f"no request of {name} has less than {max_tokens} tokens")
@@ -96,22 +94,9 @@ def scale_trace(
     slo_s = slo(prompts, outputs, cost, rng)
     index, predictions = (predictor or PredictorModel.normal(0.8)).predict(outputs, rng)
     workload = Workload(arrivals[order], prompts, outputs, slo_s, index, predictions, predict_s)
-    return ScaledTrace(workload.at_rate(rate), row, copy, read_blocks(name, traces))
+    return ScaledTrace(workload.at_rate(rate), row, copy, blocks)
 
 
 def has_blocks(name: str) -> bool:
     """Whether a trace names the beginnings that its prompts share."""
     return TRACES[name].endswith(".jsonl.gz")
-
-
-def read_blocks(name: str, folder: str | Path) -> tuple[tuple[int, ...], ...]:
-    """Of each row of a trace, in read_trace's order, its prompt's blocks; () where it has none."""
-    if not has_blocks(name):
-        return ()
-    rows = []
-    with gzip.open(Path(folder) / TRACES[name], "rt", encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            key = (float(row["timestamp"]) / 1000, row["input_length"], row["output_length"])
-            rows.append((*key, tuple(row["hash_ids"])))
-    return tuple(row[3] for row in sorted(rows))

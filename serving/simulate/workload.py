@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -122,10 +123,23 @@ def lognormal_lengths(
     return np.clip(lengths, 1, most).astype(np.int64)
 
 
-def read_trace(name: str, folder: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(seconds from the first, prompt tokens, answer tokens) of a recorded trace, by arrival.
+class Trace(NamedTuple):
+    """The requests of a recorded trace, by arrival.
 
-    Empty answers count as one token.
+    Attributes:
+        times: (n,) seconds from the first.
+        prompts, outputs: (n,) tokens; empty ones count as one.
+        blocks: of each request, the names of its prompt's blocks; () where the trace has none.
+    """
+
+    times: np.ndarray
+    prompts: np.ndarray
+    outputs: np.ndarray
+    blocks: tuple[tuple[int, ...], ...]
+
+
+def read_trace(name: str, folder: str | Path) -> Trace:
+    """A recorded trace from its file in the folder.
 
     Raises:
         FileNotFoundError: the trace is not in the folder.
@@ -153,12 +167,15 @@ def read_trace(name: str, folder: str | Path) -> tuple[np.ndarray, np.ndarray, n
         raise ValueError(f"{path}: not a recorded trace: {cause}") from None
     if not rows:
         raise ValueError(f"{path}: no requests in it")
-    times, prompts, outputs = (np.array(column) for column in zip(*sorted(rows)))
-    return times - times[0], np.maximum(prompts, 1), np.maximum(outputs, 1)
+    *columns, blocks = zip(*sorted(rows))
+    times, prompts, outputs = map(np.array, columns)
+    return Trace(times - times[0], np.maximum(prompts, 1), np.maximum(outputs, 1), blocks)
 
 
-def parse_trace(file: Iterable[str], name: str) -> Iterator[tuple[float, int, int]]:
-    """(seconds, prompt tokens, answer tokens) of each row.
+def parse_trace(
+    file: Iterable[str], name: str
+) -> Iterator[tuple[float, int, int, tuple[int, ...]]]:
+    """(seconds, prompt tokens, answer tokens, the prompt's blocks) of each row.
 
     Raises what the parsers raise where a row is something else.
     """
@@ -166,10 +183,11 @@ def parse_trace(file: Iterable[str], name: str) -> Iterator[tuple[float, int, in
         lines = csv.reader(file)
         next(lines, None)  # the heading
         for time, prompt, output in lines:
-            yield datetime.fromisoformat(time[:26]).timestamp(), int(prompt), int(output)
+            yield datetime.fromisoformat(time[:26]).timestamp(), int(prompt), int(output), ()
         return
     for row in map(json.loads, file):
-        yield float(row["timestamp"]) / 1000, int(row["input_length"]), int(row["output_length"])
+        lengths = int(row["input_length"]), int(row["output_length"])
+        yield float(row["timestamp"]) / 1000, *lengths, tuple(row.get("hash_ids", ()))
 
 
 def repeat_trace(
@@ -364,7 +382,7 @@ def make_workload(
         )
     rng = np.random.default_rng(seed)
     if name in TRACES:
-        times, prompts, outputs = read_trace(name, traces)
+        times, prompts, outputs, _ = read_trace(name, traces)
         if max_tokens:
             fits = prompts + outputs < max_tokens
             if not fits.any():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from chatglm.commands import Parser, run_command, whole
-from finetune.evaluation.inference import add_loading_flags, add_packing_flag
+from finetune.evaluation.inference import LoadingFlags, add_loading_flags, add_packing_flag
 from finetune.files import write_json
 from finetune.flag_effects import Effect, check_given
 from finetune.memory.shapes import shape_source
@@ -42,7 +42,7 @@ EFFECTS = {
 
 
 @dataclass(frozen=True)
-class SweepFlags:
+class SweepFlags(LoadingFlags):
     """The flags of the command; `sweep_parser` has their meaning and defaults."""
 
     model: str
@@ -57,11 +57,6 @@ class SweepFlags:
     repetitions: int
     json: Path | None
     picture: Path | None
-    base_model: str | None
-    mode: str | None
-    prompt_style: str | None
-    device: str
-    precision: str
     keep_quantized: bool
 
     @property

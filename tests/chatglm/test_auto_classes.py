@@ -19,7 +19,7 @@ from transformers import (
 
 from chatglm.families import CHATGLM_FAMILIES, FAMILIES
 from chatglm.loading import load_model, load_tokenizer
-from chatglm.modeling_base import ChatGLMCausalLM
+from chatglm.modeling_head import ChatGLMCausalLM
 from chatglm.multi_gpu import auto_configure_device_map, load_model_on_gpus
 from tests.releases import publish
 

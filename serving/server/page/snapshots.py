@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.engines.runner import ReplicaState
-from serving.request import Record
-from serving.server.monitor import EndedAnswer, TrackedRequest
+from serving.request import Record, Request
+from serving.server.monitor import EndedAnswer, Forecast, TrackedRequest
 from serving.server.service import Service
 
 QUEUE_SHOWN, ROWS_SHOWN, ENDED_SHOWN = 48, 64, 64
@@ -185,8 +185,7 @@ def kv_used(tracked: TrackedRequest) -> int:
     return tracked.request.prompt_tokens + len(tracked.answer.tokens)
 
 
-def queue_entry(tracked: TrackedRequest, now_s: float) -> Json:
-    request, forecast = tracked.request, tracked.forecast
+def waiting_fields(request: Request, forecast: Forecast | None, now_s: float) -> Json:
     return {
         "id": request.id,
         "waited_s": finite(now_s - request.arrival_s),
@@ -194,25 +193,32 @@ def queue_entry(tracked: TrackedRequest, now_s: float) -> Json:
         "prompt": request.prompt_tokens,
         "median": finite(forecast.median, 1) if forecast else None,
         "q90": finite(forecast.q90, 1) if forecast else None,
-        "priority": request.priority,
-        "adapter": tracked.adapter,
     }
+
+
+def running_fields(request: Request, forecast: Forecast | None, now_s: float) -> Json:
+    return {
+        "id": request.id,
+        "prompt": request.prompt_tokens,
+        "median": finite(forecast.median, 1) if forecast else None,
+        "q10": finite(forecast.q10, 1) if forecast else None,
+        "q90": finite(forecast.q90, 1) if forecast else None,
+        "age_s": finite(now_s - request.arrival_s),
+        "due_s": finite(request.deadline_s - now_s),
+    }
+
+
+def queue_entry(tracked: TrackedRequest, now_s: float) -> Json:
+    more = {"priority": tracked.request.priority, "adapter": tracked.adapter}
+    return waiting_fields(tracked.request, tracked.forecast, now_s) | more
 
 
 def row_of(record: Record, tracked: TrackedRequest, now_s: float) -> Json:
     """A running request; its forecast is the newest, `reread` whether that is by its states."""
-    request, forecast = tracked.request, tracked.newest_forecast
-    return {
-        "id": request.id,
+    return running_fields(tracked.request, tracked.newest_forecast, now_s) | {
         "replica": tracked.answer.replica,
-        "prompt": request.prompt_tokens,
         "made": tracked.made,
-        "median": finite(forecast.median, 1) if forecast else None,
-        "q10": finite(forecast.q10, 1) if forecast else None,
-        "q90": finite(forecast.q90, 1) if forecast else None,
         "reread": tracked.reread is not None,
-        "age_s": finite(now_s - request.arrival_s),
-        "due_s": finite(request.deadline_s - now_s),
         "reserved": record.reserved_tokens,
         "preemptions": record.preemptions,
         "overruns": record.overruns,

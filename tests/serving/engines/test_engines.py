@@ -102,7 +102,7 @@ class Chaos:
     def length(self, request):
         return 1.0
 
-    def order(self, record, now_s, pace_s, cost, limits):
+    def order(self, record, moment):
         return record.request.arrival_s, FOREVER
 
     def __call__(self, view, cost):

@@ -13,7 +13,7 @@ from serving.policies.continuous import POLICIES, with_objective
 from serving.policies.gittins import OBJECTIVES, Gittins, log_index
 from serving.policies.lengths import expected_remaining, tail_remaining, token_s
 from serving.policies.published import Boost, boost_s
-from serving.request import Limits, Record, View
+from serving.request import Limits, Moment, Record, View
 from serving.scheduler import Queue, Replay, VirtualClock, run_scheduler
 from serving.simulate.engine import SimulatedEngine
 from serving.simulate.rereading import SyntheticRereads
@@ -26,7 +26,7 @@ def keys_of(policy, requests):
     keys = []
     for request in requests:
         keys.append(
-            policy.order(Record(request, policy.length(request)), 0.0, 0.01, COST, ROOMY)[0]
+            policy.order(Record(request, policy.length(request)), Moment(0.0, 0.01, COST, ROOMY))[0]
         )
     return keys
 
@@ -203,7 +203,7 @@ def test_the_key_of_the_tail():
     """arrival - pace x the 0.02 quantile - the boost of the prompt's seconds."""
     policy = OBJECTIVES["tail"]
     for request in some_requests(10):
-        key, _ = policy.order(Record(request), 0.0, 0.01, COST, ROOMY)
+        key, _ = policy.order(Record(request), Moment(0.0, 0.01, COST, ROOMY))
         beside = 0.01 * max(request.prediction.quantile(0.02), 1)
         wanted = request.arrival_s - beside
         wanted -= boost_s(COST.prefill_s(request.prompt_tokens), 1 / 4.0)
@@ -248,7 +248,7 @@ def test_rows_are_those_of_the_engine(name):
         keys = []
         for request in (talk, read):
             record = Record(request, policy.length(request))
-            keys.append(policy.order(record, 0.0, 0.01, COST, limits)[0])
+            keys.append(policy.order(record, Moment(0.0, 0.01, COST, limits))[0])
         ahead[rows] = keys[1] - keys[0]
     assert ahead[256] > ahead[4]
 
@@ -273,9 +273,9 @@ def test_keys_only_grow(name):
     policy = POLICIES[name]
     for request in some_requests():
         record = Record(request, policy.length(request))
-        key, until_s = policy.order(record, request.arrival_s, 0.01, COST, ROOMY)
+        key, until_s = policy.order(record, Moment(request.arrival_s, 0.01, COST, ROOMY))
         for wait in (0.1, 5.0, 60.0):
-            later, _ = policy.order(record, request.arrival_s + wait, 0.01, COST, ROOMY)
+            later, _ = policy.order(record, Moment(request.arrival_s + wait, 0.01, COST, ROOMY))
             assert later >= key - 1e-9
             if request.arrival_s + wait <= until_s:
                 assert later == pytest.approx(key)
@@ -346,7 +346,7 @@ def test_nobody_waits_five_times_as_long_as_by_arrival(objective):
 def test_an_overdue_request_goes_alone_and_first(waited_s, first):
     """A long prompt, and short ones behind it: by the index it is the last, overdue the first."""
     policy = OBJECTIVES["mean"]
-    queue = Queue(lambda record: policy.order(record, waited_s, 0.01, COST, ROOMY))
+    queue = Queue(lambda record: policy.order(record, Moment(waited_s, 0.01, COST, ROOMY)))
     for i in range(4):
         tokens = 1400 if i == 0 else 10
         request = ask(i, tokens, tokens // 4 + 1, arrival=0.0 if i == 0 else waited_s)
@@ -361,7 +361,7 @@ def test_an_overdue_request_goes_alone_and_first(waited_s, first):
 def test_an_overdue_request_that_lacks_memory_is_waited_for():
     """Rows are free and memory for a short prompt, not for the oldest: nothing is admitted."""
     policy = OBJECTIVES["mean"]
-    queue = Queue(lambda record: policy.order(record, 60.0, 0.01, COST, ROOMY))
+    queue = Queue(lambda record: policy.order(record, Moment(60.0, 0.01, COST, ROOMY)))
     for i, tokens in enumerate((1400, 10)):
         request = ask(i, tokens, 20, arrival=60.0 * i)
         queue.push(Record(request, policy.length(request)))
@@ -369,7 +369,7 @@ def test_an_overdue_request_that_lacks_memory_is_waited_for():
     view = View(60.0, queue, {9: runs}, (), 1000, ROOMY, lambda record: 1, lambda record: 1)
     plan = policy(view, COST)
     assert not plan.admit and not plan.preempt
-    young = Queue(lambda record: policy.order(record, 60.0, 0.01, COST, ROOMY))
+    young = Queue(lambda record: policy.order(record, Moment(60.0, 0.01, COST, ROOMY)))
     for i, tokens in enumerate((1400, 10)):
         request = ask(i, tokens, 20, arrival=60.0)
         young.push(Record(request, policy.length(request)))

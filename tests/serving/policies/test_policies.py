@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from serving.policies.continuous import SIMULATED, Deadline, Sjf
 from serving.policies.static import BATCH_POLICIES, SloOdbs, Static, decreasing_first_fit
-from serving.request import FOREVER, Limits, Record, Request, View
+from serving.request import FOREVER, Limits, Moment, Record, Request, View
 from serving.scheduler import Queue
 from serving.simulate.workload import PredictorModel
 from tests.serving.conftest import COST, ask, serve
@@ -213,7 +213,7 @@ def test_a_late_running_answer_gives_way_when_that_saves_a_deadline():
 
 
 def view_of(requests, policy, limits, now=0.0):
-    queue = Queue(lambda record: policy.order(record, now, 0.0, COST, limits))
+    queue = Queue(lambda record: policy.order(record, Moment(now, 0.0, COST, limits)))
     for request in requests:
         queue.push(Record(request, policy.length(request)))
     return View(now, queue, {}, (), limits.kv_tokens, limits, lambda record: 0, lambda record: 0)

@@ -232,7 +232,7 @@ def test_a_failing_engine_ends_the_run(model):
         def length(self, request):
             return 1.0
 
-        def order(self, record, now_s, pace_s, cost, limits):
+        def order(self, record, moment):
             return 0.0, float("inf")
 
         def __call__(self, view, cost):

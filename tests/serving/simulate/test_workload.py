@@ -41,7 +41,7 @@ def test_arrivals_have_their_rate_and_burstiness(arrivals, variation):
     ],
 )
 def test_traces(name, count, prompt, output):
-    times, prompts, outputs = read_trace(name, shared_file("data/traces"))
+    times, prompts, outputs, _ = read_trace(name, shared_file("data/traces"))
     assert len(times) == count and times[0] == 0 and np.all(np.diff(times) >= 0)
     assert prompts.mean() == pytest.approx(prompt, abs=1) and outputs.mean() == pytest.approx(
         output, abs=1
@@ -59,7 +59,7 @@ def test_small_traces_of_both_formats(tmp_path):
             "TIMESTAMP,ContextTokens,GeneratedTokens\n"
             "2023-11-16 18:15:50.9951690,396,0\n2023-11-16 18:15:46.4951600,374,44\n"
         )
-    times, prompts, outputs = read_trace("azure_code", tmp_path)
+    times, prompts, outputs, _ = read_trace("azure_code", tmp_path)
     assert (
         times.tolist() == pytest.approx([0, 4.500009], abs=1e-6)
         and prompts.tolist() == [374, 396]
@@ -67,10 +67,11 @@ def test_small_traces_of_both_formats(tmp_path):
     )
     with gzip.open(tmp_path / "mooncake_conversation_trace.jsonl.gz", "wt") as file:
         file.write(
-            json.dumps({"timestamp": 1500, "input_length": 7, "output_length": 3, "hash_ids": []})
+            json.dumps({"timestamp": 1500, "input_length": 7, "output_length": 3, "hash_ids": [5]})
             + "\n"
         )
-    assert [column.tolist() for column in read_trace("mooncake", tmp_path)] == [[0], [7], [3]]
+    *columns, blocks = read_trace("mooncake", tmp_path)
+    assert [column.tolist() for column in columns] == [[0], [7], [3]] and blocks == ((5,),)
 
 
 def test_repeating_goes_around_and_keeps_the_order():
