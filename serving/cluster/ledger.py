@@ -33,7 +33,8 @@ class Ledger:
     def close(self, number: int) -> None:
         """A request has ended, however."""
         with self._lock:
-            if (passage := self._passages.pop(number, None)) is not None:
+            passage = self._passages.pop(number, None)
+            if passage is not None:
                 passage.leave()
 
     def ranked(self, number: int, names: Sequence[str]) -> list[str]:
@@ -43,15 +44,17 @@ class Ledger:
         among those with KV memory for its q90. Replicas that are not named have gone.
         """
         with self._lock:
-            replicas = self._known(names)
+            replicas = self._set_replicas(names)
             passage = self._passages.get(number)
             if passage is None:  # its client has left
                 return list(names)
             passage.leave()
             ranked: list[str] = []
-            while (best := chosen_upstream(replicas, passage)) is not None:
+            best = chosen_upstream(replicas, passage)
+            while best is not None:
                 ranked.append(best.base)
                 replicas.remove(best)
+                best = chosen_upstream(replicas, passage)
             if ranked:
                 self._enter(passage, ranked[0])
             return ranked
@@ -63,13 +66,14 @@ class Ledger:
             if passage is None or (passage.upstream is not None and passage.upstream.base == name):
                 return
             passage.leave()
-            self._known([*self._replicas, name])
+            self._set_replicas([*self._replicas, name])
             self._enter(passage, name)
 
     def progress(self, number: int, tokens: int) -> None:
         """A request's answer has grown."""
         with self._lock:
-            if (passage := self._passages.get(number)) is not None:
+            passage = self._passages.get(number)
+            if passage is not None:
                 passage.progress(tokens)
 
     def fail(self, number: int) -> bool:
@@ -103,8 +107,8 @@ class Ledger:
                 rows.append(row)
         return rows
 
-    def _known(self, names: Sequence[str]) -> list[Upstream]:
-        """The replicas of these names; the others are forgotten."""
+    def _set_replicas(self, names: Sequence[str]) -> list[Upstream]:
+        """The replicas of these names, new ones among them; the others are forgotten."""
         for gone in self._replicas.keys() - set(names):
             del self._replicas[gone]
         for name in names:

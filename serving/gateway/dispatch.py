@@ -1,4 +1,6 @@
-"""Who is sent next, and where: the gateway's own queue under a policy of serving.policies.
+"""Which request is sent next, and where: the gateway's queue, ordered by a policy.
+
+Dispatcher.acquire gives a request its upstream, Dispatcher.release takes it back.
 
 Only a policy's order is used: what an engine has begun is its own, so that nothing is preempted
 here and no memory is reserved.
@@ -120,8 +122,10 @@ class Dispatcher:
         Raises:
             QueueIsFull, NoUpstream.
         """
-        if not self._queue and (upstream := self._enter(passage)) is not None:
-            return upstream
+        if not self._queue:
+            upstream = self._enter(passage)
+            if upstream is not None:
+                return upstream
         if len(self._queue) >= self.max_queue:
             raise QueueIsFull(f"{len(self._queue)} requests wait (--max_queue)")
         future: asyncio.Future[Upstream] = asyncio.get_running_loop().create_future()
@@ -132,8 +136,9 @@ class Dispatcher:
         try:
             return await self._wait(future, wait_s)
         except BaseException:
-            if future.done() and not future.cancelled():
-                self.release(passage)  # it was given a place in the same moment
+            was_given_upstream = future.done() and not future.cancelled()
+            if was_given_upstream:  # in the same moment
+                self.release(passage)
             raise
         finally:
             self._waiters.pop(record.request.id, None)

@@ -30,21 +30,19 @@ def passage_of(
         asked: what its body asks; None where that cannot be read.
         slo_s: where the body says none.
     """
-    most = asked.max_tokens if asked else None
+    max_tokens = asked.max_tokens if asked else None
     answers = asked.answers if asked else 1
-    if prediction is not None and most is not None:
-        prediction = cut_prediction(prediction, most)
-    tokens = q90 = min(NEUTRAL_TOKENS, most or NEUTRAL_TOKENS)
-    if prediction is not None:
-        tokens, q90 = prediction.expected_tokens, prediction.q90_tokens
-    request = Request(
-        next(request_numbers),
-        prompt_tokens,
-        arrival_s,
-        asked.slo_s if asked and asked.slo_s else slo_s,
-        prediction or unknown_length(most),
-    )
-    return Passage(Record(request), tokens * answers, q90 * answers, beginnings)
+    if asked and asked.slo_s:
+        slo_s = asked.slo_s
+    if prediction is None:
+        expected = q90 = min(NEUTRAL_TOKENS, max_tokens or NEUTRAL_TOKENS)
+        prediction = unknown_length(max_tokens)
+    else:
+        if max_tokens is not None:
+            prediction = cut_prediction(prediction, max_tokens)
+        expected, q90 = prediction.expected_tokens, prediction.q90_tokens
+    request = Request(next(request_numbers), prompt_tokens, arrival_s, slo_s, prediction)
+    return Passage(Record(request), expected * answers, q90 * answers, beginnings)
 
 
 def errand_of(arrival_s: float, slo_s: float) -> Passage:
@@ -53,7 +51,7 @@ def errand_of(arrival_s: float, slo_s: float) -> Passage:
     return Passage(Record(request), 0.0, 0.0)
 
 
-def unknown_length(most: int | None) -> "LengthPrediction":
-    """The place in the order of an answer of which nothing is known."""
-    longest = float(min(2 * NEUTRAL_TOKENS, most or 2 * NEUTRAL_TOKENS))
+def unknown_length(max_tokens: int | None) -> "LengthPrediction":
+    """What stands for the prediction of an answer of which nothing is known."""
+    longest = float(min(2 * NEUTRAL_TOKENS, max_tokens or 2 * NEUTRAL_TOKENS))
     return from_bins(np.ones(1), np.array([0.0, longest]))

@@ -1,11 +1,14 @@
-"""The gateway itself: from a client's request to an upstream's answer, byte for byte.
+"""The gateway's proxy: from a client's request to an upstream's answer, byte for byte.
 
-An answer is tried again elsewhere as long as nothing of it has been sent to the client.
+`Gateway.handle` is the handler of every request: it reads the body, predicts the answer's length
+(`_call_of`), waits for an upstream (`_forward`) and sends its answer on (`_relay`). A request is
+tried again at another upstream as long as nothing of its answer has been sent to the client.
 """
 
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +26,7 @@ from serving.gateway.kinds import LENGTH_HEADER, Added, Hints, Kind
 from serving.gateway.observed import AnswerTail, LengthDrift, PromptSizes
 from serving.gateway.passages import errand_of, passage_of
 from serving.gateway.predicting import MADE, GuardedPredictor, Predicted
-from serving.gateway.upstreams import Passage, Upstream
+from serving.gateway.upstreams import Passage, Upstream, any_up
 from serving.gateway.view import GatewayView
 from serving.server.access import (
     CLIENT_CLOSED_REQUEST,
@@ -182,21 +185,27 @@ class Gateway:
 
     async def _answer(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         headers = {name.lower(): value for name, value in request.raw_headers}
-        own = OWN_PATHS.get(request.path)
+        own_path = OWN_PATHS.get(request.path)
         page = self.page if self.page is not None and self.page.answers(request) else None
         # Paths that serving.server answers without a key, such as its page's, need one here.
-        is_own = own is not None or page is not None
+        is_own = own_path is not None or page is not None
         exchange.key = self.rules.check(request.path if is_own else "", headers)
         if not request.raw_path.startswith("/"):  # else it could name another host
             raise ApiError(400, "wanted a path that begins with a slash", "bad_path")
-        if own is not None and request.method in ("GET", "HEAD"):
-            own_response = own(self)
-            exchange.status, exchange.ended = own_response.status, True
-            return own_response
-        if page is not None:
-            shown = await page.answer(request)
-            exchange.status, exchange.ended = shown.status, True
-            return shown
+        response: web.StreamResponse | None = None
+        if own_path is not None and request.method in ("GET", "HEAD"):
+            response = own_path(self)
+        elif page is not None:
+            response = await page.answer(request)
+        if response is not None:
+            exchange.status, exchange.ended = response.status, True
+            return response
+        return await self._answer_by_upstream(request, exchange)
+
+    async def _answer_by_upstream(
+        self, request: web.BaseRequest, exchange: Exchange
+    ) -> web.StreamResponse:
+        """Raises ApiError, also where there is no room for another request."""
         if self.draining:
             raise ApiError(503, "the gateway is shutting down", "unavailable", retry_later())
         if self.open >= self.max_requests:
@@ -220,30 +229,32 @@ class Gateway:
         """A request with its prediction, and its place in the order."""
         arrival_s = self.dispatcher.now_s()
         is_answer = request.method == "POST" and request.path in self.kind.answer_paths
-        asked = asked_answer(body) if is_answer else None
-        predicted = Predicted("")
-        if is_answer:
-            began_s = time.perf_counter()
-            predicted = await self.guarded.predict(asked.prompt if asked else None)
-            if predicted.outcome == MADE:
-                self.figures.observe("predict_seconds", time.perf_counter() - began_s)
-            self.figures.count("predictions", predicted.outcome)
         if not is_answer:
             passage = errand_of(arrival_s, self.slo_s)
-        else:
-            beginnings: tuple[int, ...] = ()
-            if asked is not None and self.dispatcher.places is not None:
-                beginnings = prompt_beginnings(asked)
-            passage = passage_of(
-                asked,
-                predicted.prediction,
-                prompt_tokens=self.sizes.tokens(len(body)),
-                arrival_s=arrival_s,
-                slo_s=self.slo_s,
-                beginnings=beginnings,
-            )
+            return Call(request, body, exchange, False, None, Predicted(""), passage)
+        asked = asked_answer(body)
+        predicted = await self._predict(asked.prompt if asked else None)
+        beginnings: tuple[int, ...] = ()
+        if asked is not None and self.dispatcher.places is not None:
+            beginnings = prompt_beginnings(asked)
+        passage = passage_of(
+            asked,
+            predicted.prediction,
+            prompt_tokens=self.sizes.tokens(len(body)),
+            arrival_s=arrival_s,
+            slo_s=self.slo_s,
+            beginnings=beginnings,
+        )
         passage.is_predicted = predicted.outcome == MADE
-        return Call(request, body, exchange, is_answer, asked, predicted, passage)
+        return Call(request, body, exchange, True, asked, predicted, passage)
+
+    async def _predict(self, prompt: str | None) -> Predicted:
+        began_s = time.perf_counter()
+        predicted = await self.guarded.predict(prompt)
+        if predicted.outcome == MADE:
+            self.figures.observe("predict_seconds", time.perf_counter() - began_s)
+        self.figures.count("predictions", predicted.outcome)
+        return predicted
 
     async def _forward(self, call: Call) -> web.StreamResponse:
         """Try upstreams until one answers. Raises ApiError."""
@@ -277,9 +288,7 @@ class Gateway:
     async def _try(self, call: Call, upstream: Upstream) -> web.StreamResponse:
         """One attempt. Raises UpstreamFailed while the client has seen nothing."""
         added = self._added(call, upstream)
-        body, refused = call.body, self.kind.refused_field
-        if call.asked is not None and (added.fields or refused in call.asked.members):
-            body = call.asked.with_fields(added.fields, without=refused).encode()
+        body = self._body(call, added)
         request = call.request
         assert self.session is not None
         try:
@@ -333,6 +342,13 @@ class Gateway:
         )
         return self.kind.added(hints, upstream.facts)
 
+    def _body(self, call: Call, added: Added) -> bytes:
+        """The client's body, with what is added and without what the kind of engine refuses."""
+        refused = self.kind.refused_field
+        if call.asked is None or not (added.fields or refused in call.asked.members):
+            return call.body
+        return call.asked.with_fields(added.fields, without=refused).encode()
+
     def _headers(self, call: Call, added: Added) -> CIMultiDict[str]:
         """The client's headers, without those of its connection, and what is added."""
         headers = CIMultiDict(call.request.headers)
@@ -377,8 +393,8 @@ class Gateway:
     def _may_go_elsewhere(self, call: Call, upstream: Upstream) -> bool:
         if not call.is_answer or call.tries >= MOST_TRIES:
             return False
-        seen = {*call.passage.failed, upstream.base}
-        return any(other.up and other.base not in seen for other in self.dispatcher.upstreams)
+        tried = {*call.passage.failed, upstream.base}
+        return any(other.up and other.base not in tried for other in self.dispatcher.upstreams)
 
     async def _relay_whole(
         self,
@@ -445,7 +461,8 @@ class Gateway:
         figures.observe("latency_seconds", now_s - arrival_s)
         finished = tail.is_whole()
         passage.reason = "stop" if finished else "length"
-        if (prompt_tokens := tail.prompt_tokens()) is not None:
+        prompt_tokens = tail.prompt_tokens()
+        if prompt_tokens is not None:
             self.sizes.note(len(call.body), prompt_tokens)
         tokens = tail.output_tokens()
         if tokens is None:
@@ -494,9 +511,11 @@ class Gateway:
         }
 
     def ready_response(self) -> web.Response:
-        is_ready = not self.draining and any(u.up for u in self.dispatcher.upstreams)
-        text = "ok" if is_ready else "draining" if self.draining else "no upstream answers"
-        return json_response({"status": text}, 200 if is_ready else 503)
+        if self.draining:
+            return json_response({"status": "draining"}, 503)
+        if not any_up(self.dispatcher.upstreams):
+            return json_response({"status": "no upstream answers"}, 503)
+        return json_response({"status": "ok"})
 
 
 OWN_PATHS: Mapping[str, Callable[[Gateway], web.Response]] = {
@@ -569,8 +588,10 @@ def new_request_id() -> str:
 
 def drop_hop_headers(headers: CIMultiDict[str]) -> None:
     """Take out what is of one connection, and what the header Connection names."""
-    named = headers.get("connection", "").lower().split(",")
-    for name in [*HOP_HEADERS, *(name.strip() for name in named)]:
+    names = list(HOP_HEADERS)
+    for name in headers.get("connection", "").lower().split(","):
+        names.append(name.strip())
+    for name in names:
         if name and name in headers:
             headers.popall(name)
 
@@ -599,4 +620,4 @@ def scope_of(request: web.BaseRequest) -> dict[str, Any]:
 
 
 def number_or_none(value: float) -> float | None:
-    return None if value != value else round(value, 4)
+    return None if math.isnan(value) else round(value, 4)

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from serving.gateway.kinds import UNTOLD, Facts
 from serving.request import Record
 
-PROMPT_TOKEN_WEIGHT = (
-    0.1  # of a prompt's token among outstanding ones: many are computed in one pass
-)
+# Of a prompt's token among outstanding ones: many are computed in one pass.
+PROMPT_TOKEN_WEIGHT = 0.1
 MOST_PREFIXES = 65536
 
 
@@ -85,7 +84,8 @@ class Passage:
     def enter(self, upstream: Upstream) -> None:
         """Count it as the upstream's."""
         self.upstream = upstream
-        self.left = PROMPT_TOKEN_WEIGHT * self.record.request.prompt_tokens + max(self.tokens, 1.0)
+        prompt_work = PROMPT_TOKEN_WEIGHT * self.record.request.prompt_tokens
+        self.left = prompt_work + max(self.tokens, 1.0)
         upstream.running += 1
         upstream.outstanding_tokens += self.left
         upstream.kv_taken += self.kv_tokens
@@ -93,10 +93,10 @@ class Passage:
     def progress(self, tokens: int) -> None:
         """Note that its answer has grown."""
         self.made += tokens
-        made = min(float(tokens), self.left - 1.0)
-        if made > 0 and self.upstream is not None:
-            self.left -= made
-            self.upstream.outstanding_tokens -= made
+        done = min(float(tokens), self.left - 1.0)  # a running answer has a token left at least
+        if done > 0 and self.upstream is not None:
+            self.left -= done
+            self.upstream.outstanding_tokens -= done
 
     def leave(self) -> None:
         """Count it no longer."""
@@ -149,18 +149,18 @@ def chosen_upstream(
     only where no other is left.
     """
     free = [upstream for upstream in upstreams if upstream.has_place]
-    fresh = [upstream for upstream in free if upstream.base not in passage.failed]
-    free = fresh or free
-    roomy = [upstream for upstream in free if upstream.has_kv(passage.kv_tokens)]
-    chosen = min(roomy or free, key=load_of, default=None)
-    if chosen is None or places is None:
-        return chosen
-    known = places.place(passage)
-    for upstream in roomy:
-        if upstream.base == known:
-            behind = upstream.outstanding_tokens - chosen.outstanding_tokens
-            return upstream if behind <= places.slack_tokens else chosen
-    return chosen
+    not_failed = [upstream for upstream in free if upstream.base not in passage.failed]
+    candidates = not_failed or free
+    with_kv = [upstream for upstream in candidates if upstream.has_kv(passage.kv_tokens)]
+    least_loaded = min(with_kv or candidates, key=load_of, default=None)
+    if least_loaded is None or places is None:
+        return least_loaded
+    prefix_base = places.place(passage)
+    for upstream in with_kv:
+        if upstream.base == prefix_base:
+            extra_load = upstream.outstanding_tokens - least_loaded.outstanding_tokens
+            return upstream if extra_load <= places.slack_tokens else least_loaded
+    return least_loaded
 
 
 def load_of(upstream: Upstream) -> tuple[float, int]:
