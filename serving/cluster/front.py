@@ -24,14 +24,14 @@ from serving.cluster.messages import (
     RawHeaders,
     ResponseHead,
 )
-from serving.gateway.bodies import asked_answer
+from serving.gateway.bodies import parse_request_body
+from serving.gateway.in_flight import in_flight_answer, in_flight_other
 from serving.gateway.kinds import LENGTH_HEADER
 from serving.gateway.observed import AnswerTail, PromptSizes
-from serving.gateway.passages import errand_of, passage_of
 from serving.gateway.predicting import MADE, GuardedPredictor, Predicted
 from serving.gateway.proxy import BUSY_STATUSES, MOST_BODY_BYTES, MOST_TRIES, OUTCOME_HEADER
 from serving.gateway.starting import open_predictor
-from serving.gateway.upstreams import Passage
+from serving.gateway.upstreams import InFlightRequest
 from serving.server.access import (
     CLIENT_CLOSED_REQUEST,
     REQUEST_ID,
@@ -145,33 +145,33 @@ class Front:
             check_path(method, path)
         body = await read_request_body(http)
         if not is_answer:
-            passage = errand_of(time.monotonic(), self.options.slo_s)
-            return await self._respond(http, body, request_id, passage)
-        asked = asked_answer(body)
-        predicted = await self.guarded.predict(asked.prompt if asked else None)
-        passage = passage_of(
-            asked,
+            inflight = in_flight_other(time.monotonic(), self.options.slo_s)
+            return await self._respond(http, body, request_id, inflight)
+        parsed = parse_request_body(body)
+        predicted = await self.guarded.predict(parsed.prompt if parsed else None)
+        inflight = in_flight_answer(
+            parsed,
             predicted.prediction,
             prompt_tokens=self.sizes.tokens(len(body)),
             arrival_s=time.monotonic(),
             slo_s=self.options.slo_s,
         )
-        response = await self._respond(http, body, request_id, passage)
-        add_prediction(response, predicted, passage)
+        response = await self._respond(http, body, request_id, inflight)
+        add_prediction(response, predicted, inflight)
         return response
 
     async def _respond(
-        self, http: Request, body: bytes, request_id: str, passage: Passage
+        self, http: Request, body: bytes, request_id: str, inflight: InFlightRequest
     ) -> Response:
         """The response of a replica. Raises ApiError."""
         request = ForwardedRequest(
-            self.ledger.open(passage),
+            self.ledger.open(inflight),
             http.method,
             http.url.path,
             http.scope["query_string"],
             forwarded_headers(http.headers.raw, request_id),
             body,
-            passage.tokens,
+            inflight.tokens,
         )
         try:
             return await self._forward(request)
@@ -312,10 +312,10 @@ def with_headers(response: Response, head: ResponseHead) -> Response:
     return response
 
 
-def add_prediction(response: Response, predicted: Predicted, passage: Passage) -> None:
+def add_prediction(response: Response, predicted: Predicted, inflight: InFlightRequest) -> None:
     """Say what was predicted, as the gateway does."""
     response.headers[OUTCOME_HEADER] = predicted.outcome
-    prediction = passage.record.request.prediction
+    prediction = inflight.record.request.prediction
     if predicted.outcome == MADE and prediction is not None:
         response.headers[LENGTH_HEADER] = str(round(prediction.expected_tokens))
 

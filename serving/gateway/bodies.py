@@ -1,6 +1,6 @@
 """Bodies of requests: their fields, and fields added to them without touching the other bytes.
 
-`asked_answer` reads a body, `AskedAnswer.with_fields` writes the one that an upstream gets.
+`parse_request_body` reads a body, `RequestBody.with_fields` writes the one that an upstream gets.
 """
 
 import json
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 WHITESPACE = " \t\n\r"
-BEGINNING_CHARACTERS = 512  # from one beginning of a long message to the next
-MOST_BEGINNINGS = 256  # of a prompt
+PREFIX_CHARACTERS = 512  # from one prefix of a long message to the next
+MOST_PROMPT_PREFIXES = 256  # of a prompt
 _decoder = json.JSONDecoder()
 
 
@@ -35,8 +35,8 @@ class Member:
 
 
 @dataclass(frozen=True)
-class AskedAnswer:
-    """What a body asks for.
+class RequestBody:
+    """What the gateway reads of a request's body.
 
     Attributes:
         text: the JSON.
@@ -97,8 +97,8 @@ def merged(given: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]
     return whole
 
 
-def asked_answer(body: bytes) -> AskedAnswer | None:
-    """What a body asks; None where it is no JSON object, which the engine will say itself."""
+def parse_request_body(body: bytes) -> RequestBody | None:
+    """The fields of a body; None where it is no JSON object, which the engine will say itself."""
     try:
         text = body.decode()
         members = object_members(text)
@@ -113,7 +113,7 @@ def asked_answer(body: bytes) -> AskedAnswer | None:
     slo_s = None
     if isinstance(seconds, (int, float)) and seconds > 0:
         slo_s = float(seconds)
-    return AskedAnswer(
+    return RequestBody(
         text=text,
         members=members,
         prompt=text_to_predict(values),
@@ -199,12 +199,12 @@ def text_to_predict(values: Mapping[str, Any]) -> str | None:
     return prompt
 
 
-def prompt_beginnings(asked: AskedAnswer) -> tuple[int, ...]:
+def prompt_prefix_hashes(parsed: RequestBody) -> tuple[int, ...]:
     """Hashes of a prompt's prefixes, of growing length: prompts that share one begin alike.
 
-    One after each message, of any role, and within a message every BEGINNING_CHARACTERS.
+    One after each message, of any role, and within a message every PREFIX_CHARACTERS.
     """
-    values = {name: member.value for name, member in asked.members.items()}
+    values = {name: member.value for name, member in parsed.members.items()}
     texts = []
     for name in ("instructions", "system", "prompt"):
         if isinstance(values.get(name), str):
@@ -219,11 +219,11 @@ def prompt_beginnings(asked: AskedAnswer) -> tuple[int, ...]:
     hashes: list[int] = []
     previous = 0
     for text in texts:
-        for start in range(0, len(text), BEGINNING_CHARACTERS):
-            block = text[start : start + BEGINNING_CHARACTERS]
+        for start in range(0, len(text), PREFIX_CHARACTERS):
+            block = text[start : start + PREFIX_CHARACTERS]
             previous = hash((previous, block))
             hashes.append(previous)
-    return tuple(hashes[:MOST_BEGINNINGS])
+    return tuple(hashes[:MOST_PROMPT_PREFIXES])
 
 
 def chat_text(messages: Sequence[Any], instructions: Any = None) -> str | None:

@@ -67,7 +67,7 @@ class Facts:
     kv_tokens: int | None = None
 
 
-UNTOLD = Facts()
+UNKNOWN_FACTS = Facts()
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Kind:
 
     def read_facts(self, replies: Mapping[str, str]) -> Facts:
         """Facts of the bodies of fact_paths, by path; those that failed are missing."""
-        return UNTOLD
+        return UNKNOWN_FACTS
 
     def added(self, hints: Hints, facts: Facts) -> Added:
         return Added(headers=length_headers(hints))

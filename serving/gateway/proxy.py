@@ -19,14 +19,14 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
-from serving.gateway.bodies import AskedAnswer, asked_answer, prompt_beginnings
+from serving.gateway.bodies import RequestBody, parse_request_body, prompt_prefix_hashes
 from serving.gateway.dispatch import Dispatcher, NoUpstream, QueueIsFull
 from serving.gateway.figures import GatewayFigures
+from serving.gateway.in_flight import in_flight_answer, in_flight_other
 from serving.gateway.kinds import LENGTH_HEADER, Added, Hints, Kind
 from serving.gateway.observed import AnswerTail, LengthDrift, PromptSizes
-from serving.gateway.passages import errand_of, passage_of
 from serving.gateway.predicting import MADE, GuardedPredictor, Predicted
-from serving.gateway.upstreams import Passage, Upstream, any_up
+from serving.gateway.upstreams import InFlightRequest, Upstream, any_up
 from serving.gateway.view import GatewayView
 from serving.server.access import (
     CLIENT_CLOSED_REQUEST,
@@ -84,9 +84,9 @@ class Call:
 
     Attributes:
         body: as it came. path: with the query.
-        asked: what its body asks; None where it makes no answer.
+        parsed: its body's fields; None where they cannot be read, or it makes no answer.
         is_answer: its path makes answers.
-        predicted: its length; passage: its place in the queue and at an upstream.
+        predicted: its answer's length. inflight: it in the queue, and its load on an upstream.
         exchange: for the log.
     """
 
@@ -94,9 +94,9 @@ class Call:
     body: bytes
     exchange: Exchange
     is_answer: bool
-    asked: AskedAnswer | None
+    parsed: RequestBody | None
     predicted: Predicted
-    passage: Passage
+    inflight: InFlightRequest
     tries: int = 0
 
 
@@ -119,7 +119,7 @@ class Gateway:
         session: of HTTP to the upstreams; set while it serves.
         open: requests in it. draining: it takes no more.
         view: of what it does. page: what shows it; None without.
-        untold: answers whose upstream said no length.
+        unknown_lengths: answers whose upstream reported no usage.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Gateway:
         self.observe: Callable[[str, int, bool], None] = lambda prompt, tokens, finished: None
         self.log_file: LogFile | None = None
         self.session: aiohttp.ClientSession | None = None
-        self.open = self.untold = 0
+        self.open = self.unknown_lengths = 0
         self.draining = False
         self.view = GatewayView(dispatcher, self.drift)
         self.page: OwnPage | None = None
@@ -218,7 +218,7 @@ class Gateway:
             if not call.is_answer:
                 response = await self._forward(call)
             else:
-                with self.view.showing(call.passage):
+                with self.view.showing(call.inflight):
                     response = await self._forward(call)
             exchange.ended = True
             return response
@@ -230,23 +230,23 @@ class Gateway:
         arrival_s = self.dispatcher.now_s()
         is_answer = request.method == "POST" and request.path in self.kind.answer_paths
         if not is_answer:
-            passage = errand_of(arrival_s, self.slo_s)
-            return Call(request, body, exchange, False, None, Predicted(""), passage)
-        asked = asked_answer(body)
-        predicted = await self._predict(asked.prompt if asked else None)
-        beginnings: tuple[int, ...] = ()
-        if asked is not None and self.dispatcher.places is not None:
-            beginnings = prompt_beginnings(asked)
-        passage = passage_of(
-            asked,
+            inflight = in_flight_other(arrival_s, self.slo_s)
+            return Call(request, body, exchange, False, None, Predicted(""), inflight)
+        parsed = parse_request_body(body)
+        predicted = await self._predict(parsed.prompt if parsed else None)
+        prefix_hashes: tuple[int, ...] = ()
+        if parsed is not None and self.dispatcher.prefixes is not None:
+            prefix_hashes = prompt_prefix_hashes(parsed)
+        inflight = in_flight_answer(
+            parsed,
             predicted.prediction,
             prompt_tokens=self.sizes.tokens(len(body)),
             arrival_s=arrival_s,
             slo_s=self.slo_s,
-            beginnings=beginnings,
+            prefix_hashes=prefix_hashes,
         )
-        passage.is_predicted = predicted.outcome == MADE
-        return Call(request, body, exchange, True, asked, predicted, passage)
+        inflight.is_predicted = predicted.outcome == MADE
+        return Call(request, body, exchange, True, parsed, predicted, inflight)
 
     async def _predict(self, prompt: str | None) -> Predicted:
         began_s = time.perf_counter()
@@ -258,14 +258,14 @@ class Gateway:
 
     async def _forward(self, call: Call) -> web.StreamResponse:
         """Try upstreams until one answers. Raises ApiError."""
-        dispatcher, passage = self.dispatcher, call.passage
+        dispatcher, inflight = self.dispatcher, call.inflight
         why = ""
         while call.tries < MOST_TRIES:
             try:
                 if call.is_answer:
-                    upstream = await dispatcher.acquire(passage, self.wait_s)
+                    upstream = await dispatcher.acquire(inflight, self.wait_s)
                 else:  # a list of models does not wait for answers
-                    upstream = dispatcher.any_upstream(passage)
+                    upstream = dispatcher.any_upstream(inflight)
             except QueueIsFull as error:
                 raise ApiError(429, str(error), "queue_full", retry_later()) from None
             except NoUpstream as error:
@@ -273,16 +273,16 @@ class Gateway:
                 raise ApiError(503, text, "unavailable", retry_later()) from None
             call.tries += 1
             try:
-                queue_s = dispatcher.now_s() - passage.record.request.arrival_s
+                queue_s = dispatcher.now_s() - inflight.record.request.arrival_s
                 self.figures.observe("queue_seconds", queue_s)
                 return await self._try(call, upstream)
             except UpstreamFailed as failure:
                 why = f" (last: {failure})"
-                passage.failed.add(upstream.base)
+                inflight.failed.add(upstream.base)
                 self.figures.count("retries", upstream.base)
                 self.view.retried += 1
             finally:
-                dispatcher.release(passage)
+                dispatcher.release(inflight)
         raise ApiError(502, f"{call.tries} attempts failed{why}", "upstream_failed")
 
     async def _try(self, call: Call, upstream: Upstream) -> web.StreamResponse:
@@ -320,16 +320,16 @@ class Gateway:
 
     def _added(self, call: Call, upstream: Upstream) -> Added:
         """What this upstream gets beside the client's own request; nothing without a prediction."""
-        prediction = call.passage.record.request.prediction
+        prediction = call.inflight.record.request.prediction
         is_made = call.predicted.outcome == MADE
-        if call.asked is None or (self.dispatcher.policy.predicts and not is_made):
+        if call.parsed is None or (self.dispatcher.policy.predicts and not is_made):
             return Added()
         expected = q90 = None
         if is_made and prediction is not None:
             expected = round(prediction.expected_tokens)
             q90 = round(prediction.q90_tokens)
-        key, _ = self.dispatcher.order(call.passage.record)
-        arrival_s = call.passage.record.request.arrival_s
+        key, _ = self.dispatcher.order(call.inflight.record)
+        arrival_s = call.inflight.record.request.arrival_s
         hints = Hints(
             key,
             self.dispatcher.in_tokens,
@@ -345,9 +345,9 @@ class Gateway:
     def _body(self, call: Call, added: Added) -> bytes:
         """The client's body, with what is added and without what the kind of engine refuses."""
         refused = self.kind.refused_field
-        if call.asked is None or not (added.fields or refused in call.asked.members):
+        if call.parsed is None or not (added.fields or refused in call.parsed.members):
             return call.body
-        return call.asked.with_fields(added.fields, without=refused).encode()
+        return call.parsed.with_fields(added.fields, without=refused).encode()
 
     def _headers(self, call: Call, added: Added) -> CIMultiDict[str]:
         """The client's headers, without those of its connection, and what is added."""
@@ -376,7 +376,7 @@ class Gateway:
         headers[REQUEST_ID] = call.exchange.request_id
         if call.is_answer:
             headers[OUTCOME_HEADER] = call.predicted.outcome
-            prediction = call.passage.record.request.prediction
+            prediction = call.inflight.record.request.prediction
             if call.predicted.outcome == MADE and prediction is not None:
                 headers[LENGTH_HEADER] = str(round(prediction.expected_tokens))
         call.exchange.status = reply.status
@@ -393,7 +393,7 @@ class Gateway:
     def _may_go_elsewhere(self, call: Call, upstream: Upstream) -> bool:
         if not call.is_answer or call.tries >= MOST_TRIES:
             return False
-        tried = {*call.passage.failed, upstream.base}
+        tried = {*call.inflight.failed, upstream.base}
         return any(other.up and other.base not in tried for other in self.dispatcher.upstreams)
 
     async def _relay_whole(
@@ -404,7 +404,7 @@ class Gateway:
         tail: AnswerTail,
     ) -> web.StreamResponse:
         body = await reply.read()
-        call.passage.first_s = self.dispatcher.now_s()
+        call.inflight.first_s = self.dispatcher.now_s()
         tail.add(body)
         return web.Response(body=body, status=reply.status, reason=reply.reason, headers=headers)
 
@@ -419,14 +419,14 @@ class Gateway:
         """Send chunks on as they come, the first with the head."""
         content = reply.content
         chunk = await content.readany()
-        call.passage.first_s = self.dispatcher.now_s()
+        call.inflight.first_s = self.dispatcher.now_s()
         response = web.StreamResponse(status=reply.status, reason=reply.reason, headers=headers)
         if reply.content_length is not None:
             response.content_length = reply.content_length
         await deliver(response.prepare(call.request))
         try:
             while chunk:
-                call.passage.progress(tail.add(chunk))
+                call.inflight.progress(tail.add(chunk))
                 await deliver(response.write(chunk))
                 chunk = await self._next_chunk(content)
         except AnswerBroken as error:
@@ -451,34 +451,34 @@ class Gateway:
         self, call: Call, upstream: Upstream, reply: aiohttp.ClientResponse, tail: AnswerTail
     ) -> None:
         """Count an answer, and learn of its length."""
-        figures, passage, now_s = self.figures, call.passage, self.dispatcher.now_s()
+        figures, inflight, now_s = self.figures, call.inflight, self.dispatcher.now_s()
         figures.count("requests", upstream.base, str(reply.status))
-        passage.reason = "failed"
+        inflight.reason = "failed"
         if not call.is_answer or reply.status != 200 or call.exchange.disconnected:
             return
-        arrival_s = passage.record.request.arrival_s
-        figures.observe("first_byte_seconds", passage.first_s - arrival_s)
+        arrival_s = inflight.record.request.arrival_s
+        figures.observe("first_byte_seconds", inflight.first_s - arrival_s)
         figures.observe("latency_seconds", now_s - arrival_s)
         finished = tail.is_whole()
-        passage.reason = "stop" if finished else "length"
+        inflight.reason = "stop" if finished else "length"
         prompt_tokens = tail.prompt_tokens()
         if prompt_tokens is not None:
             self.sizes.note(len(call.body), prompt_tokens)
         tokens = tail.output_tokens()
         if tokens is None:
-            self.untold += 1
+            self.unknown_lengths += 1
             return
         figures.observe("answer_tokens", tokens)
-        passage.made = tokens
+        inflight.made = tokens
         if tail.is_stream:
-            self.dispatcher.note_pace(now_s - passage.first_s, tokens)
-        if call.asked is None or call.asked.answers != 1 or call.asked.prompt is None:
+            self.dispatcher.note_pace(now_s - inflight.first_s, tokens)
+        if call.parsed is None or call.parsed.answers != 1 or call.parsed.prompt is None:
             return
         if finished and call.predicted.prediction is not None:
             figures.observe("length_ratio", self.drift.add(call.predicted.prediction, tokens))
-        self.observe(call.asked.prompt, tokens, finished)
+        self.observe(call.parsed.prompt, tokens, finished)
         if self.log_file is not None:
-            self.log_file.write(answered_row(call.asked, tokens, finished))
+            self.log_file.write(answered_row(call.parsed, tokens, finished))
 
     # ---- itself
 
@@ -507,7 +507,7 @@ class Gateway:
             "prediction_failure": self.guarded.reason or None,
             "drift": number_or_none(self.drift.drift()),
             "q90_coverage": number_or_none(self.drift.coverage()),
-            "answers_without_length": self.untold,
+            "answers_without_length": self.unknown_lengths,
         }
 
     def ready_response(self) -> web.Response:
@@ -601,10 +601,10 @@ def is_streamed(reply: aiohttp.ClientResponse) -> bool:
     return reply.content_type in ("text/event-stream", "application/x-ndjson")
 
 
-def answered_row(asked: AskedAnswer, tokens: int, finished: bool) -> str:
+def answered_row(parsed: RequestBody, tokens: int, finished: bool) -> str:
     """A line that train.py --task predictor and predictor.update read."""
-    row: dict[str, Any] = {"prompt": asked.prompt, "output_tokens": tokens, "finished": finished}
-    model = asked.members.get("model")
+    row: dict[str, Any] = {"prompt": parsed.prompt, "output_tokens": tokens, "finished": finished}
+    model = parsed.members.get("model")
     if model is not None and isinstance(model.value, str):
         row["served_model"] = model.value
     return json.dumps(row)
