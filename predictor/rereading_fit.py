@@ -301,15 +301,22 @@ def fit_seed(
         if not len(validation_rows):
             best_epoch, best_state = epoch, model.state_dict()
             continue
-        model.eval()
-        with torch.no_grad():
-            loss = float(model.loss(data, validation_rows))
+        loss = validation_loss(model, data, validation_rows)
         if loss < best_loss:
             best_loss, best_epoch = loss, epoch
             best_state = {name: value.clone() for name, value in model.state_dict().items()}
         elif epoch - best_epoch >= PATIENCE:
             break
     return {name: value.numpy().copy() for name, value in best_state.items()}, best_epoch
+
+
+def validation_loss(model: "TorchNetwork", data: "ReadingTensors", rows: "Tensor") -> float:
+    """The loss summed over the readings `rows`, without dropout."""
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        return float(model.loss(data, rows))
 
 
 def train_epoch(
