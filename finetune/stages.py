@@ -33,11 +33,21 @@ def layer_bounds(sizes: Sequence[int], stages: int) -> list[int]:
         raise ValueError(f"--num_stages {stages}: this model has {len(blocks)} layers, one a stage")
     blocks[0] += sizes[0]
     blocks[-1] += sum(sizes[-2:])
+    bounds = [0]
+    for edge in best_edges(blocks, stages)[1:-1]:
+        bounds.append(edge + 1)  # the embedding comes before the blocks
+    return [*bounds, len(sizes)]
+
+
+def best_edges(blocks: Sequence[int], stages: int) -> list[int]:
+    """(stages + 1,) edges in a list of sizes, from 0 to its length; as layer_bounds chooses them.
+
+    Dynamic programming, a stage at a time.
+    """
     sums = [0]
     for size in blocks:
         sums.append(sums[-1] + size)
-    # Dynamic programming, a stage at a time. best[n] is the best way to cut the first n blocks into
-    # the stages so far: (size of its largest stage, its edges).
+    # best[n]: how to cut the first n blocks into the stages so far, (its largest stage, its edges).
     best: dict[int, tuple[int, list[int]]] = {0: (0, [0])}
     for _ in range(stages):
         with_one_more: dict[int, tuple[int, list[int]]] = {}
@@ -51,7 +61,4 @@ def layer_bounds(sizes: Sequence[int], stages: int) -> list[int]:
                     with_one_more[end] = cut
         best = with_one_more
     _, edges = best[len(blocks)]
-    bounds = [0]
-    for edge in edges[1:-1]:
-        bounds.append(edge + 1)  # the embedding comes before the blocks
-    return [*bounds, len(sizes)]
+    return edges
