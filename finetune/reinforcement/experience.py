@@ -99,7 +99,7 @@ def experience_arrays(experience: Experience) -> dict[str, np.ndarray]:
             lengths.append(len(sample.tokens))
             finished.append(sample.finished)
     samples = list(experience.samples())
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "places": np.array(places, np.int64),
         "lengths": np.array(lengths, np.int64),
         "finished": np.array(finished, np.uint8),

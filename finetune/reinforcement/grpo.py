@@ -102,13 +102,13 @@ class GrpoTraining(RolloutTask[GrpoConfig]):
     def algorithm(self) -> Grpo:
         config = self.config
         return Grpo(
-            config.kl_coef,
-            config.unbiased_kl,
-            config.clip_range,
-            config.clip_range_high,
-            config.advantage_scale,
-            config.loss_norm,
-            config.max_new_tokens,
+            kl_coef=config.kl_coef,
+            unbiased_kl=config.unbiased_kl,
+            clip_range=config.clip_range,
+            clip_range_high=config.clip_range_high,
+            advantage_scale=config.advantage_scale,
+            loss_norm=config.loss_norm,
+            max_new_tokens=config.max_new_tokens,
         )
 
 

@@ -132,14 +132,14 @@ class PpoTraining(RolloutTask[PpoConfig]):
     def algorithm(self) -> Ppo:
         config = self.config
         return Ppo(
-            config.kl_coef,
-            config.clip_range,
-            config.clip_range_high,
-            config.clip_range_value,
-            config.vf_coef,
-            config.gamma,
-            config.gae_lambda,
-            config.whiten_rewards,
+            kl_coef=config.kl_coef,
+            clip_range=config.clip_range,
+            clip_range_high=config.clip_range_high,
+            clip_range_value=config.clip_range_value,
+            vf_coef=config.vf_coef,
+            gamma=config.gamma,
+            gae_lambda=config.gae_lambda,
+            whiten_rewards=config.whiten_rewards,
         )
 
     # ---- PPO-ptx

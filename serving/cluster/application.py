@@ -89,15 +89,15 @@ def make_application(flags: ClusterFlags, place: ReplicaPlace, count: int) -> se
     server = flags.server
     options = ReplicaOptions(unplaced(server), place)
     front = FrontOptions(
-        server.predictor,
-        flags.predict_ms,
-        server.kv_tokens,
-        server.slo_s,
-        flags.wait_s,
-        server.host,
-        server.api_key or os.environ.get(KEY_VARIABLE),
-        server.api_keys,
-        server.allowed_hosts,
+        predictor=server.predictor,
+        predict_ms=flags.predict_ms,
+        kv_tokens=server.kv_tokens,
+        slo_s=server.slo_s,
+        wait_s=flags.wait_s,
+        host=server.host,
+        api_key=server.api_key or os.environ.get(KEY_VARIABLE),
+        api_keys=server.api_keys,
+        allowed_hosts=server.allowed_hosts,
     )
     replicas = serve.deployment(RayReplica, name=REPLICA).options(
         **replica_settings(flags, place, count)

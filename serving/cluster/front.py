@@ -56,7 +56,7 @@ ID_NAME = REQUEST_ID.lower().encode()  # Ray's proxy writes it to clients
 
 @dataclass(frozen=True)
 class FrontOptions:
-    """What the front is told; of serving.cluster.flags.
+    """The options of the front, from serving.cluster.flags.
 
     Attributes:
         kv_tokens: of each replica.
@@ -165,13 +165,13 @@ class Front:
     ) -> Response:
         """The response of a replica. Raises ApiError."""
         request = ForwardedRequest(
-            self.ledger.open(inflight),
-            http.method,
-            http.url.path,
-            http.scope["query_string"],
-            forwarded_headers(http.headers.raw, request_id),
-            body,
-            inflight.tokens,
+            number=self.ledger.open(inflight),
+            method=http.method,
+            path=http.url.path,
+            query=http.scope["query_string"],
+            headers=forwarded_headers(http.headers.raw, request_id),
+            body=body,
+            tokens=inflight.tokens,
         )
         try:
             return await self._forward(request)

@@ -1,4 +1,4 @@
-"""Predictions that a request can do without: none may fail, delay or change more than its hint."""
+"""Length predictions with a limit of time: a request goes on without one that fails or is late."""
 
 import asyncio
 import logging

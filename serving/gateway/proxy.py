@@ -329,16 +329,15 @@ class Gateway:
             expected = round(prediction.expected_tokens)
             q90 = round(prediction.q90_tokens)
         key, _ = self.dispatcher.order(call.inflight.record)
-        arrival_s = call.inflight.record.request.arrival_s
         hints = Hints(
-            key,
-            self.dispatcher.in_tokens,
-            arrival_s,
-            expected,
-            q90,
-            self.ttft_ms,
-            self.tpot_ms,
-            call.exchange.key,
+            key=key,
+            in_tokens=self.dispatcher.in_tokens,
+            arrival_s=call.inflight.record.request.arrival_s,
+            expected=expected,
+            q90=q90,
+            ttft_ms=self.ttft_ms,
+            tpot_ms=self.tpot_ms,
+            client=call.exchange.key,
         )
         return self.kind.added(hints, upstream.facts)
 

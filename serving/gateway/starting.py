@@ -1,4 +1,7 @@
-"""What a gateway is made of, from its flags: the predictor, the upstreams, what learns."""
+"""Builds a gateway from its flags: the predictor, the upstreams, recalibration.
+
+The main function is `load_gateway`.
+"""
 
 import logging
 import os
