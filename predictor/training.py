@@ -248,9 +248,9 @@ class LengthTraining:
         probabilities, ranks = decoder.decode(outputs[prompt])
         return {"loss": loss} | metrics_of(probabilities, decoder.edges, ranks, tokens, finished)
 
-    def step_batches(self, loss_module: nn.Module, made: StepBatches, step: int) -> StepBatches:
+    def step_batches(self, loss_module: nn.Module, collated: StepBatches, step: int) -> StepBatches:
         """The batches themselves: they need no weights."""
-        return made
+        return collated
 
     def load_state(self, folder: Path) -> None:
         """Nothing: a checkpoint's weights are all that a run goes on with."""

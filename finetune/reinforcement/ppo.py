@@ -155,27 +155,27 @@ class PpoTraining(RolloutTask[PpoConfig]):
         hashes = [super().data_hash(), self.pretrain_hash]
         return join_hashes([text for text in hashes if text])
 
-    def step_batches(self, loss_module: Any, made: StepBatches, step: int) -> StepBatches:
+    def step_batches(self, loss_module: Any, collated: StepBatches, step: int) -> StepBatches:
         """As RolloutTask's; each pass also has rows of --pretrain_path."""
-        made = super().step_batches(loss_module, made, step)
+        answered = super().step_batches(loss_module, collated, step)
         if self.pretraining is None:
-            return made
+            return answered
         pretraining = pretrain_batches(
             self.pretraining, step, self.step_rows, self.config, self.layout
         )
-        answer_tokens = sum(self.count_labels(batch) for batch in made.batches)
+        answer_tokens = sum(self.count_labels(batch) for batch in answered.batches)
         pretrain_tokens = sum(count_labels(rows) for rows in pretraining)
         answer_tokens, pretrain_tokens = sum_over_ranks(answer_tokens, pretrain_tokens)
         # The loop divides by the tokens of answers.
         scale = self.config.pretrain_coef * answer_tokens / pretrain_tokens
         batches: list[Mapping[str, Any]] = []
-        for batch, rows in zip(made.batches, pretraining):
+        for batch, rows in zip(answered.batches, pretraining):
             joined = dict(batch)
             for name, value in rows.items():
                 joined[PRETRAIN + name] = value
             joined[PRETRAIN + "scale"] = scale
             batches.append(joined)
-        return replace(made, batches=batches)
+        return replace(answered, batches=batches)
 
 
 def train_ppo(config: PpoConfig, make_rollouts: MakeRollouts) -> Path:

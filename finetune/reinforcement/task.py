@@ -257,7 +257,7 @@ class RolloutTask(RowTask[Config, PromptRows]):
 
     # ---- a rollout
 
-    def step_batches(self, loss_module: Any, made: StepBatches, step: int) -> StepBatches:
+    def step_batches(self, loss_module: Any, collated: StepBatches, step: int) -> StepBatches:
         """The batches of a step with answers; its phase's first step writes them."""
         phase, within = divmod(step, self.config.phase_steps)
         if self.average is not None:
@@ -269,10 +269,10 @@ class RolloutTask(RowTask[Config, PromptRows]):
             self.experience, metrics = self.roll_out(loss_module, phase)
         self.done = step + 1
         number = self.prompts_number(step)
-        data: Any = made.data
+        data: Any = collated.data
         batches: list[Mapping[str, Any]] = []
-        tokens = made.tokens
-        for prompts_only in made.batches:
+        tokens = collated.tokens
+        for prompts_only in collated.batches:
             rows = []
             groups = []
             for row in prompts_only["rows"]:
@@ -281,7 +281,7 @@ class RolloutTask(RowTask[Config, PromptRows]):
                 groups.append(samples)
                 tokens += sum(len(sample.tokens) for sample in samples)
             batches.append(self.batch(rows, groups))
-        return replace(made, batches=batches, tokens=tokens, metrics=metrics)
+        return replace(collated, batches=batches, tokens=tokens, metrics=metrics)
 
     def answers_of(self, number: int, row: int) -> list[Sample]:
         """The answers to a prompt in this phase; none to an empty place.
