@@ -118,7 +118,7 @@ class PreferenceFormat:
     optional: tuple[str, ...] = ()
 
 
-def last_question(turns: list[Turn]) -> Question:
+def conversation_question(turns: list[Turn]) -> Question:
     """The question that a conversation ends with; raises ValueError where it ends otherwise."""
     if not turns or turns[-1].role not in ("user", "observation"):
         last = turns[-1].role if turns else "nothing"
@@ -191,12 +191,14 @@ def read_pair(row: dict, better: str, worse: str) -> tuple[list[str], list[float
 
 
 def _conversations(row: dict) -> tuple[Question, list[str], list[float]]:
-    return last_question(turns_at(row, "conversations")), *read_pair(row, "chosen", "rejected")
+    return conversation_question(turns_at(row, "conversations")), *read_pair(
+        row, "chosen", "rejected"
+    )
 
 
 def _prompt_pair(row: dict) -> tuple[Question, list[str], list[float]]:
     if isinstance(row["prompt"], list):
-        question = last_question(turns_at(row, "prompt"))
+        question = conversation_question(turns_at(row, "prompt"))
     else:
         question = after_history(row, _text(row, "prompt"))
     return question, *read_pair(row, "chosen", "rejected")
@@ -222,7 +224,7 @@ def _whole_pair(row: dict) -> tuple[Question, list[str], list[float]]:
     if (chosen[-1].role, rejected[-1].role) != ("assistant", "assistant"):
         raise ValueError('"chosen" and "rejected" must end with an answer')
     last_answers = {"chosen": chosen[-1].content, "rejected": rejected[-1].content}
-    question = last_question(chosen[:-1])
+    question = conversation_question(chosen[:-1])
     return question, *read_pair(row | last_answers, "chosen", "rejected")
 
 
@@ -249,12 +251,12 @@ def _labelled_messages(row: dict) -> tuple[Question, list[str], list[float]]:
     *turns, last = turns_at(row, "messages")
     if last.role != "assistant":
         raise ValueError(f'"messages" must end with an answer, got {last.role}')
-    return last_question(turns), [last.content], [read_label(row)]
+    return conversation_question(turns), [last.content], [read_label(row)]
 
 
 def _labelled_completion(row: dict) -> tuple[Question, list[str], list[float]]:
     if isinstance(row["prompt"], list):
-        question = last_question(turns_at(row, "prompt"))
+        question = conversation_question(turns_at(row, "prompt"))
     else:
         question = after_history(row, _text(row, "prompt"))
     return question, [one_answer(row, "completion")], [read_label(row)]
