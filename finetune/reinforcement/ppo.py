@@ -163,9 +163,10 @@ class PpoTraining(RolloutTask[PpoConfig]):
         pretraining = pretrain_batches(
             self.pretraining, step, self.step_rows, self.config, self.layout
         )
-        answer_tokens = sum(self.count_labels(batch) for batch in answered.batches)
-        pretrain_tokens = sum(count_labels(rows) for rows in pretraining)
-        answer_tokens, pretrain_tokens = sum_over_ranks(answer_tokens, pretrain_tokens)
+        answer_tokens, pretrain_tokens = sum_over_ranks(
+            sum(self.count_labels(batch) for batch in answered.batches),
+            sum(count_labels(rows) for rows in pretraining),
+        )
         # The loop divides by the tokens of answers.
         scale = self.config.pretrain_coef * answer_tokens / pretrain_tokens
         batches: list[Mapping[str, Any]] = []
