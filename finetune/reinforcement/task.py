@@ -350,11 +350,12 @@ class RolloutTask(RowTask[Config, PromptRows]):
         requests = []
         for number, row in places:
             data = prompts[number]
+            ids, question, key = data.prompt(row), data.question(row).prompt, data.key(row)
             for sample in range(count):
                 request = RolloutRequest(
-                    prompt=data.prompt(row),
-                    question=data.question(row).prompt,
-                    group=data.key(row),
+                    prompt=ids,
+                    question=question,
+                    group=key,
                     seed=answer_seed(config.seed, number, data.content(row), sample),
                     max_new_tokens=config.max_new_tokens,
                 )
@@ -452,8 +453,8 @@ class RolloutTask(RowTask[Config, PromptRows]):
         masked: list[int] = []  # of each sequence, the prompt's tokens, which carry no loss
         all_samples: list[Sample] = []
         for (data, row), samples in zip(rows, groups):
-            prompt = data.prompt(row)
             for sample in samples:
+                prompt = data.prompt(row)
                 ids.append(np.concatenate([prompt, sample.tokens]))
                 masked.append(len(prompt))
                 all_samples.append(sample)
