@@ -1,15 +1,14 @@
 """Pipeline parallelism (--num_stages): each rank holds some of the layers of a ChatGLM.
 
-DeepSpeed's PipelineModule, and its schedule of one forward, one backward (arXiv 2104.04473 section
-2.2); a micro batch is a pass of --gradient_accumulation_steps. What a stage hands to the next is a
-tuple of tensors: the hidden states, then integers, which need no gradient: the positions, which
-also say where the sequences of a ragged row begin (chatglm.packing), and the labels. Each stage
-makes its masks anew of them: NCCL sends no bool tensors.
+StagedModel is DeepSpeed's PipelineModule, run by its schedule of one forward, one backward (arXiv
+2104.04473 section 2.2); a micro batch is a pass of --gradient_accumulation_steps. A stage sends the
+next one a tuple of tensors: the hidden states, then integers, which need no gradient: the
+positions, which also say where the sequences of a ragged row begin (chatglm.packing), and the
+labels. Each stage makes its masks anew of them: NCCL sends no bool tensors.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -62,16 +61,22 @@ class StagedModel(PipelineModule):
             )
         embedding, output_layer = inner.get_input_embeddings(), inner.get_output_embeddings()
         layers = [embedding, *body.blocks, body.final_norm, output_layer]
-        self.bounds = layer_bounds(list(map(layer_size, layers)), stages)
+        sizes = [layer_size(layer) for layer in layers]
+        self.bounds = layer_bounds(sizes, stages)
         self.owners = owners_of(model, layers, self.bounds)
         check_trained(model, self.owners, stages)
         super().__init__(with_ties(layers), num_stages=stages, dynamic_shape=True)
-        first, last = self.bounds[self.stage_id : self.stage_id + 2]
-        drop_weights(model, layers[first:last])
-        blocks = body.blocks[max(first, 1) - 1 : min(last, len(layers) - 2) - 1]
-        # Not submodules: their parameters are the layers'.
-        self.__dict__.update(model=model, body=body, blocks=blocks)
-        self.__dict__.update(embedding=embedding, output_layer=output_layer)
+        start, end = self.bounds[self.stage_id], self.bounds[self.stage_id + 1]
+        drop_weights(model, layers[start:end])
+        # The stage's blocks: layer 0 is the embedding, the last two are norm and output layer.
+        first_block = max(start, 1) - 1
+        end_block = min(end, len(layers) - 2) - 1
+        # By __dict__, as nn.Module would register submodules, whose parameters the layers have.
+        self.__dict__["model"] = model
+        self.__dict__["body"] = body
+        self.__dict__["blocks"] = body.blocks[first_block:end_block]
+        self.__dict__["embedding"] = embedding
+        self.__dict__["output_layer"] = output_layer
         self.smoothing = smoothing
         self.scale = 1.0
 
@@ -102,22 +107,24 @@ class StagedModel(PipelineModule):
             The same with this stage's hidden states; of the last stage the loss, a scalar.
         """
         states, positions, *labels = inputs
+        is_ragged = len(labels) == 2
         if self.stage_id == 0:
             states = self.embedding(states)
         packing = None
-        if len(labels) == 2:
+        if is_ragged:
             packing = self.body.read_packing(positions)
             packing = replace(packing, keep=labels[0] if self.is_last else None)
         states = self.body.run_layers(self.blocks, states, None, positions, None, packing)
         if not self.is_last:
             return (states, positions, *labels)
         states = self.body.final_norm(states)
-        if packing is None:
-            states, targets = labelled_states(states, labels[0])
-        else:
+        if is_ragged:
             states, targets = states[0], labels[1]
-        scale, smoothing = (self.scale, self.smoothing) if self.training else (1.0, 0.0)
-        return nll_of_states(self.output_layer, states, targets, scale, smoothing)
+        else:
+            states, targets = labelled_states(states, labels[0])
+        if not self.training:
+            return nll_of_states(self.output_layer, states, targets, 1.0, 0.0)
+        return nll_of_states(self.output_layer, states, targets, self.scale, self.smoothing)
 
     # ---- whole steps
 
@@ -130,13 +137,17 @@ class StagedModel(PipelineModule):
     def clip(self) -> None:
         """Clip the gradients; a tied weight counts once in their norm."""
         engine = self.engine
-        own: list[Tensor] = []
+        gradients: list[Tensor] = []
         for parameter in self.parameters():
-            if parameter.grad is not None and not vars(parameter)["ds_pipe_replicated"]:
-                own.append(parameter.grad)
-        total = torch.nn.utils.get_total_norm(pieces(own)).double().square().to(device())
-        dist.all_reduce(total, group=engine.grid.get_model_parallel_group())
-        norm = total.sqrt().float()
+            if parameter.grad is None:
+                continue
+            is_counted_elsewhere = vars(parameter)["ds_pipe_replicated"]
+            if not is_counted_elsewhere:
+                gradients.append(parameter.grad)
+        stage_norm = torch.nn.utils.get_total_norm(pieces(gradients))
+        squared = stage_norm.double().square().to(device())
+        dist.all_reduce(squared, group=engine.grid.get_model_parallel_group())
+        norm = squared.sqrt().float()
         torch.nn.utils.clip_grads_with_norm_(self.parameters(), engine.gradient_clipping(), norm)
         engine._global_grad_norm = norm
 
@@ -147,8 +158,10 @@ class StagedModel(PipelineModule):
             lengths = batch.get("lengths") or [ids.shape[1]]
             shared = batch.get("shared") or [0]
             positions = self.body.packed_positions(ids, lengths, shared)
-            labels = [batch["labels"]] if "labels" in batch else [batch["keep"], batch["targets"]]
-            yield (ids, positions, *labels), ()
+            if "labels" in batch:
+                yield (ids, positions, batch["labels"]), ()
+            else:
+                yield (ids, positions, batch["keep"], batch["targets"]), ()
 
     def train_step(self, batches: Sequence[Mapping[str, Any]], scale: float) -> float:
         """Run a whole optimizer step; returns the loss, averaged over passes and replicas.
@@ -163,46 +176,53 @@ class StagedModel(PipelineModule):
     def total_loss(self, batches: Iterable[Mapping[str, Any]]) -> float:
         """The loss without scale, summed over batches of this rank's replica."""
         total = torch.zeros(1, dtype=torch.float64, device=device())
-        rest = iter(batches)
-        while some := list(islice(rest, 8 * self.num_stages)):
-            losses = self.engine.eval_batch(
-                self.micro_batches(some),
-                reduce_output=None,
-                bcast_loss=False,
-                num_micro_batches=len(some),
-            )
-            if self.is_last:
-                total += torch.stack(losses).double().sum()
+        schedule: list[Mapping[str, Any]] = []  # batches that go through the pipeline together
+        for batch in batches:
+            schedule.append(batch)
+            if len(schedule) == 8 * self.num_stages:
+                total += self.schedule_loss(schedule)
+                schedule = []
+        if schedule:
+            total += self.schedule_loss(schedule)
         grid = self.engine.grid
         last = grid.stage_to_global(self.num_stages - 1)
         dist.broadcast(total, last, group=grid.get_pipe_parallel_group())
         return float(total)
 
+    def schedule_loss(self, batches: list[Mapping[str, Any]]) -> Tensor | float:
+        """The loss summed over batches; 0 in other stages than the last."""
+        losses = self.engine.eval_batch(
+            self.micro_batches(batches),
+            reduce_output=None,
+            bcast_loss=False,
+            num_micro_batches=len(batches),
+        )
+        return torch.stack(losses).double().sum() if self.is_last else 0.0
+
     def gathered_state(self, *, trainable_only: bool) -> dict[str, Tensor]:
-        """As checkpoint.gathered_state, of all stages."""
+        """As checkpoint.gathered_state, of all stages: rank 0 gets them from the others."""
         state: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             if trainable_only and not parameter.requires_grad:
                 continue
             owner = self.owners[name]
-            source = owner * self.replicas
+            source = owner * self.replicas  # the first rank of that stage
             values = torch.empty(0)
             if self.stage_id == owner:
                 values = trained_values(parameter, trainable_only)
-            elif rank() == 0:
-                values = torch.empty_like(parameter, device=device())
-            if source and rank() == source:
+            if rank() == source and source != 0:
                 dist.send(values.contiguous(), 0)
+            if rank() == 0 and source != 0:
+                values = torch.empty_like(parameter, device=device())
+                dist.recv(values, source)
             if rank() == 0:
-                if source:
-                    dist.recv(values, source)
                 state[name] = values.cpu()
         return state
 
 
 def layer_size(layer: nn.Module) -> int:
     """Elements of a layer's parameters."""
-    return sum(map(Tensor.numel, layer.parameters()))
+    return sum(parameter.numel() for parameter in layer.parameters())
 
 
 def with_ties(layers: list[nn.Module]) -> list[Any]:
@@ -217,8 +237,8 @@ def with_ties(layers: list[nn.Module]) -> list[Any]:
 def owners_of(model: nn.Module, layers: list[nn.Module], bounds: list[int]) -> dict[str, int]:
     """{name of a parameter of `model`: the first stage that has it}."""
     stages: dict[nn.Parameter, int] = {}
-    for stage, (first, last) in enumerate(zip(bounds, bounds[1:])):
-        for parameter in nn.ModuleList(layers[first:last]).parameters():
+    for stage, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        for parameter in nn.ModuleList(layers[start:end]).parameters():
             stages.setdefault(parameter, stage)
     owners: dict[str, int] = {}
     for name, parameter in model.named_parameters():
@@ -228,25 +248,25 @@ def owners_of(model: nn.Module, layers: list[nn.Module], bounds: list[int]) -> d
 
 def check_trained(model: nn.Module, owners: dict[str, int], stages: int) -> None:
     """Raises ValueError for a stage without trained weights, to which no gradient would come."""
-    trained: set[int] = set()
+    training_stages: set[int] = set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            trained.add(owners[name])
-    if len(trained) < stages:
+            training_stages.add(owners[name])
+    if len(training_stages) < stages:
         raise ValueError(
             f"--num_stages {stages}: wanted weights that train in each stage; "
-            f"only {len(trained)} of them have any (--lora_module_name)"
+            f"only {len(training_stages)} of them have any (--lora_module_name)"
         )
 
 
 def drop_weights(model: nn.Module, kept: list[nn.Module]) -> None:
     """Replace the parameters outside of the modules `kept` by ones without values; ties stay."""
-    dropped: dict[nn.Parameter, nn.Parameter] = {}
+    replacements: dict[nn.Parameter, nn.Parameter] = {}
     for parameter in nn.ModuleList(kept).parameters():
-        dropped[parameter] = parameter
+        replacements[parameter] = parameter
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter not in dropped:
+            if parameter not in replacements:
                 empty = parameter.detach().to("meta")
-                dropped[parameter] = nn.Parameter(empty, parameter.requires_grad)
-            setattr(module, name, dropped[parameter])
+                replacements[parameter] = nn.Parameter(empty, parameter.requires_grad)
+            setattr(module, name, replacements[parameter])

@@ -311,9 +311,9 @@ class RowTask(Generic[Config, Rows]):
             count += self.count_labels(batch)
         return sum_over_ranks(*sums, count)
 
-    def step_batches(self, loss_module: nn.Module, made: StepBatches, step: int) -> StepBatches:
+    def step_batches(self, loss_module: nn.Module, collated: StepBatches, step: int) -> StepBatches:
         """The batches themselves: they need no weights."""
-        return made
+        return collated
 
     def before_training(self, loss_module: nn.Module, output_dir: Path) -> None:
         """Nothing: a run needs only its weights."""

@@ -33,18 +33,32 @@ def layer_bounds(sizes: Sequence[int], stages: int) -> list[int]:
         raise ValueError(f"--num_stages {stages}: this model has {len(blocks)} layers, one a stage")
     blocks[0] += sizes[0]
     blocks[-1] += sum(sizes[-2:])
+    bounds = [0]
+    for edge in best_edges(blocks, stages)[1:-1]:
+        bounds.append(edge + 1)  # the embedding comes before the blocks
+    return [*bounds, len(sizes)]
+
+
+def best_edges(blocks: Sequence[int], stages: int) -> list[int]:
+    """(stages + 1,) edges in a list of sizes, from 0 to its length; as layer_bounds chooses them.
+
+    Dynamic programming, a stage at a time.
+    """
     sums = [0]
     for size in blocks:
         sums.append(sums[-1] + size)
-    # Number of blocks -> (largest stage, edges) of the best way to cut them into so many stages.
-    cuts: dict[int, tuple[int, list[int]]] = {0: (0, [0])}
+    # best[n]: how to cut the first n blocks into the stages so far, (its largest stage, its edges).
+    best: dict[int, tuple[int, list[int]]] = {0: (0, [0])}
     for _ in range(stages):
-        longer: dict[int, tuple[int, list[int]]] = {}
+        with_one_more: dict[int, tuple[int, list[int]]] = {}
         for end in range(1, len(sums)):
-            for start, (largest, edges) in cuts.items():
-                cut = max(largest, sums[end] - sums[start]), [*edges, end]
-                if start < end and (end not in longer or cut < longer[end]):
-                    longer[end] = cut
-        cuts = longer
-    inner = cuts[len(blocks)][1][1:-1]
-    return [0, *(edge + 1 for edge in inner), len(sizes)]
+            for start, (largest, edges) in best.items():
+                if start >= end:
+                    continue
+                new_stage = sums[end] - sums[start]
+                cut = (max(largest, new_stage), [*edges, end])
+                if end not in with_one_more or cut < with_one_more[end]:
+                    with_one_more[end] = cut
+        best = with_one_more
+    _, edges = best[len(blocks)]
+    return edges

@@ -64,9 +64,9 @@ class Task(SavedTask, Protocol):
     def loss_module(self, model: nn.Module) -> nn.Module:
         """The module whose forward returns the loss of a batch, summed and scaled."""
 
-    def step_batches(self, loss_module: nn.Module, made: StepBatches, step: int) -> StepBatches:
-        """What is trained on in step `step` (from 0), made of the batches of `collate` with the
-        weights as they are; every rank takes part.
+    def step_batches(self, loss_module: nn.Module, collated: StepBatches, step: int) -> StepBatches:
+        """What is trained on in step `step` (from 0): the batches of `collate`, which a task may
+        complete by the weights as they are; every rank takes part.
         """
 
     def before_training(self, loss_module: nn.Module, output_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Scores anybody's length predictor by the columns of LengthBench (benchmarks/length_bench.py).
+"""Scores any length predictor by the columns of LengthBench (benchmarks/length_bench.py).
 
     from predictor.bench import score_predictor
     figures = score_predictor(predict, rows)
@@ -82,7 +82,7 @@ def score_predictor(
     if cap is not None:
         estimates = estimates.capped(cap)
     figures = figures_of_estimates(estimates, tokens)
-    figures["ceiling"] = ceiling if ceiling is not None else ceiling_of_runs(runs)
+    figures["ceiling"] = ceiling_of_runs(runs) if ceiling is None else ceiling
     figures["share"] = share_of_ceiling(figures["tau"], figures["ceiling"])
     figures["p50_ms"] = figures["p99_ms"] = figures["tau_per_us"] = None
     if timed:
@@ -117,16 +117,13 @@ def estimate_all(predict: Predict, prompts: list[str]) -> LengthEstimates:
     for start in range(0, len(prompts), CHUNK):
         chunk = prompts[start : start + CHUNK]
         parts.append(read_estimates(predict(chunk), len(chunk)))
-    first = parts[0]
-    quantiles = {}
-    for level in first.quantiles:
-        quantiles[level] = np.concatenate([part.quantiles[level] for part in parts])
+    rank = np.concatenate([part.rank for part in parts])
     means = [part.mean for part in parts if part.mean is not None]
-    return LengthEstimates(
-        np.concatenate([part.rank for part in parts]),
-        np.concatenate(means) if len(means) == len(parts) else None,
-        quantiles,
-    )
+    mean = np.concatenate(means) if len(means) == len(parts) else None
+    quantiles = {}
+    for level in parts[0].quantiles:
+        quantiles[level] = np.concatenate([part.quantiles[level] for part in parts])
+    return LengthEstimates(rank, mean, quantiles)
 
 
 def read_estimates(answer: Any, count: int) -> LengthEstimates:
@@ -201,22 +198,21 @@ def figures_of_estimates(estimates: LengthEstimates, tokens: np.ndarray) -> dict
     for level in PINBALL_LEVELS:
         if level in quantiles:
             losses.append(pinball(quantiles[level], tokens, level))
-    complete = len(losses) == len(PINBALL_LEVELS)
+    has_all_levels = len(losses) == len(PINBALL_LEVELS)
     figures: dict[str, float | None] = {
         "tau": kendall_tau(estimates.rank, tokens),
         "mae": None if point is None else float(np.abs(point - tokens).mean()),
-        "pinball": float(np.mean(losses)) if complete else None,
+        "pinball": float(np.mean(losses)) if has_all_levels else None,
         "coverage_90": None,
     }
-    for name, reserved in (
-        ("mean", mean),
-        ("90", quantiles.get(0.9)),
-        ("975", quantiles.get(0.975)),
-    ):
-        figures[f"under_{name}"] = None if reserved is None else float((tokens > reserved).mean())
-        figures[f"reserved_{name}"] = None if reserved is None else float(reserved.mean())
     if 0.9 in quantiles:
         figures["coverage_90"] = float((tokens <= quantiles[0.9]).mean())
+    reservations = {"mean": mean, "90": quantiles.get(0.9), "975": quantiles.get(0.975)}
+    for name, reserved in reservations.items():
+        figures[f"under_{name}"] = figures[f"reserved_{name}"] = None
+        if reserved is not None:
+            figures[f"under_{name}"] = float((tokens > reserved).mean())
+            figures[f"reserved_{name}"] = float(reserved.mean())
     return figures
 
 
@@ -237,7 +233,9 @@ def ceiling_of_runs(runs: Sequence[Sequence[float]]) -> float | None:
 
 def share_of_ceiling(tau: float | None, ceiling: float | None) -> float | None:
     """tau as a share of a ceiling; None without one."""
-    return tau / ceiling if ceiling and tau is not None else None
+    if not ceiling or tau is None:
+        return None
+    return tau / ceiling
 
 
 def time_single_prompts(predict: Predict, prompts: Sequence[str]) -> np.ndarray:

@@ -33,15 +33,15 @@ class AnswerLines:
         Raises:
             BadRow: a line that is no row, or a file that is not JSON lines.
         """
-        number = {prompt: i for i, prompt in enumerate(prompts)}
+        prompt_numbers = {prompt: i for i, prompt in enumerate(prompts)}
         prompt: list[int] = []
         tokens: list[int] = []
         finished: list[bool] = []
         for place, item, source in read_label_items([path]):
-            line = int(place.rpartition(":")[2]) if place.rpartition(":")[2].isdigit() else 0
-            if not line:
+            line_number = place.rpartition(":")[2]
+            if not line_number.isdigit():
                 raise ValueError(f"{path}: states belong to lines of JSON, this is a list")
-            while len(prompt) < line - 1:  # blank lines count
+            while len(prompt) < int(line_number) - 1:  # blank lines count
                 prompt.append(-1)
                 tokens.append(0)
                 finished.append(False)
@@ -49,8 +49,10 @@ class AnswerLines:
                 raise item
             example = parse_example(item, place, default_model, None, source)
             label = example.labels[0]
-            is_known = label.served_model == served_model
-            prompt.append(number.get(example.prompt, -1) if is_known else -1)
+            if label.served_model == served_model:
+                prompt.append(prompt_numbers.get(example.prompt, -1))
+            else:
+                prompt.append(-1)
             tokens.append(label.tokens)
             finished.append(label.finished)
         return cls(np.array(prompt, np.int64), np.array(tokens, float), np.array(finished, bool))
@@ -105,19 +107,21 @@ def join_readings(
     Raises:
         ValueError: a reading of a place that its answer does not have, or an answer over the cap.
     """
-    chosen = lines.prompt[states.answer] >= 0
-    answer, at = states.answer[chosen], states.at[chosen].astype(np.int64)
+    is_of_model = lines.prompt[states.answer] >= 0
+    answer, at = states.answer[is_of_model], states.at[is_of_model].astype(np.int64)
     prompt = lines.prompt[answer]
     tokens, finished = lines.tokens[answer], lines.finished[answer]
-    wrong = ((at > 0) & (at >= tokens)) | (tokens > states.cap)
-    if wrong.any():
-        i = int(np.flatnonzero(wrong)[0])
+    is_after_end = (at > 0) & (at >= tokens)
+    wrong = np.flatnonzero(is_after_end | (tokens > states.cap))
+    if len(wrong):
+        i = int(wrong[0])
         raise ValueError(
             f"{file}:{answer[i] + 1}: an answer of {tokens[i]:.0f} tokens has states after "
             f"{at[i]} tokens and a cap of {states.cap}: lengths and states are of two collections"
         )
-    _, number, counts = np.unique(
-        prompt * (states.cap + 1) + at, return_inverse=True, return_counts=True
-    )
-    vectors = states.vectors(pooling, layers)[chosen]
-    return Readings(prompt, answer, at, tokens, finished, 1 / counts[number], vectors)
+    # The readings of a prompt at one place share the weight 1.
+    prompt_and_place = prompt * (states.cap + 1) + at
+    _, group, counts = np.unique(prompt_and_place, return_inverse=True, return_counts=True)
+    weights = 1 / counts[group]
+    vectors = states.vectors(pooling, layers)[is_of_model]
+    return Readings(prompt, answer, at, tokens, finished, weights, vectors)

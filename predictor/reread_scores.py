@@ -25,13 +25,16 @@ def levels_at(posteriors: Posteriors, tokens: np.ndarray) -> np.ndarray:
 
 def quantile_rows(posteriors: Posteriors, q: float) -> np.ndarray:
     """(N,): the q-quantile of each whole length."""
-    total = np.cumsum(posteriors.masses, axis=1)
-    k = np.minimum((total < q * total[:, -1:]).sum(axis=1), total.shape[1] - 1)
-    rows = np.arange(len(total))
-    before = np.where(k > 0, total[rows, k - 1], 0.0)
-    mass = np.maximum(posteriors.masses[rows, k], 1e-300)
-    low, high = posteriors.edges[rows, k], posteriors.edges[rows, k + 1]
-    return low + np.clip((q * total[:, -1] - before) / mass, 0, 1) * (high - low)
+    cdf = np.cumsum(posteriors.masses, axis=1)  # after each cell
+    target = q * cdf[:, -1]
+    cell = (cdf < target[:, None]).sum(axis=1)
+    cell = np.minimum(cell, cdf.shape[1] - 1)
+    rows = np.arange(len(cdf))
+    cdf_before = np.where(cell > 0, cdf[rows, cell - 1], 0.0)
+    mass = np.maximum(posteriors.masses[rows, cell], 1e-300)
+    share = np.clip((target - cdf_before) / mass, 0, 1)
+    low, high = posteriors.edges[rows, cell], posteriors.edges[rows, cell + 1]
+    return low + share * (high - low)
 
 
 def capped_crps(posteriors: Posteriors, tokens: np.ndarray, cap: float) -> np.ndarray:
@@ -39,18 +42,25 @@ def capped_crps(posteriors: Posteriors, tokens: np.ndarray, cap: float) -> np.nd
 
     The integral from `at` to the cap of (F(x) - 1[x >= length])^2 (Gneiting and Raftery 2007,
     equation 21), which the cut answers have too. The edges must include the cap.
+
+    In a cell F is linear, so that the integral of F^2 from x to y is
+    (y - x) (F(x)^2 + F(x) F(y) + F(y)^2) / 3; beyond the length 1 - F takes the place of F.
     """
     low, high = posteriors.edges[:, :-1], posteriors.edges[:, 1:]
-    total = np.cumsum(posteriors.masses, axis=1)
-    start = total - posteriors.masses
+    cdf_high = np.cumsum(posteriors.masses, axis=1)
+    cdf_low = cdf_high - posteriors.masses
+    # Where the length divides the cell: at `low` in the cells beyond it, at `high` in those before.
     length = np.clip(tokens[:, None], low, high)
     share = np.zeros(low.shape)
     np.divide(length - low, high - low, out=share, where=high > low)
-    middle = start + share * posteriors.masses
-    below = (length - low) * (start**2 + start * middle + middle**2)
-    start, total = 1 - middle, 1 - total
-    above = (high - length) * (start**2 + start * total + total**2)
-    return ((below + above) / 3 * (low < cap)).sum(axis=1)
+    cdf_length = cdf_low + share * posteriors.masses
+    below = (length - low) * (cdf_low**2 + cdf_low * cdf_length + cdf_length**2)
+    survival_length, survival_high = 1 - cdf_length, 1 - cdf_high
+    above = (high - length) * (
+        survival_length**2 + survival_length * survival_high + survival_high**2
+    )
+    is_below_cap = low < cap
+    return ((below + above) / 3 * is_below_cap).sum(axis=1)
 
 
 def rank_left(posteriors: Posteriors, at: np.ndarray) -> np.ndarray:
@@ -83,24 +93,25 @@ def score_readings(
     """
     left = tokens - at
     ranks = rank_left(posteriors, at)
-    errors = np.abs(np.minimum(quantile_rows(posteriors, 0.5), cap) - tokens)
-    least = np.where(finished, tokens, np.nextafter(tokens, np.inf))
-    within = least <= quantile_rows(posteriors, 0.9)
-    levels, share = kaplan_meier(
+    medians = np.minimum(quantile_rows(posteriors, 0.5), cap)
+    errors = np.abs(medians - tokens)
+    least = np.where(finished, tokens, np.nextafter(tokens, np.inf))  # a cut answer is longer
+    is_within_q90 = least <= quantile_rows(posteriors, 0.9)
+    levels, shares = kaplan_meier(
         levels_at(posteriors, tokens), finished, np.ones(len(tokens)), never=1e-9
     )
-    place = int(np.searchsorted(levels, 0.9, side="right"))
-    ended = bool(finished.any())
+    levels_to_90 = int(np.searchsorted(levels, 0.9, side="right"))
+    any_finished = bool(finished.any())
     return {
         "readings": len(tokens),
         "cut": int((~finished).sum()),
         "tau": kendall_tau(ranks, left),
         "tau_finished": kendall_tau(ranks[finished], left[finished]),
         "mae": float(errors.mean()),
-        "mae_finished": float(errors[finished].mean()) if ended else 0.0,
+        "mae_finished": float(errors[finished].mean()) if any_finished else 0.0,
         "crps": float(capped_crps(posteriors, tokens, cap).mean()),
-        "coverage_90": float(within.mean()),
-        "coverage_90_limit": float(share[place - 1]) if place else 0.0,
+        "coverage_90": float(is_within_q90.mean()),
+        "coverage_90_limit": float(shares[levels_to_90 - 1]) if levels_to_90 else 0.0,
     }
 
 
@@ -136,19 +147,20 @@ def score_places(
     Args:
         priors: the prompts' predictions conditioned on survival; None where there are none.
     """
-    found = {}
+    distributions = {"posterior": posteriors}
+    if priors is not None:
+        distributions["prior"] = priors
+    scores_of_places = {}
     for place in np.unique(at).tolist():
         rows = at == place
         if rows.sum() < LEAST_READINGS:
             continue
         scores = {}
-        for name, each in (("posterior", posteriors), ("prior", priors)):
-            if each is None:
-                continue
-            part = Posteriors(each.edges[rows], each.masses[rows])
+        for name, whole in distributions.items():
+            part = Posteriors(whole.edges[rows], whole.masses[rows])
             scores[name] = score_readings(part, at[rows], tokens[rows], finished[rows], cap)
-        found[str(place)] = scores
-    return found
+        scores_of_places[str(place)] = scores
+    return scores_of_places
 
 
 def reread_lines(places: dict[str, dict[str, dict[str, float]]]) -> list[str]:
@@ -167,10 +179,10 @@ def reread_lines(places: dict[str, dict[str, dict[str, float]]]) -> list[str]:
 
 def aligned(rows: Iterable[list[str]]) -> list[str]:
     """Lines of a table's rows of cells: the first column to the left, the others to the right."""
-    rows = list(rows)
-    text = [""] * len(rows)
-    for number, column in enumerate(zip(*rows)):
-        width = max(map(len, column))
+    table = list(rows)
+    lines = [""] * len(table)
+    for number, column in enumerate(zip(*table)):
+        width = max(len(cell) for cell in column)
         for i, cell in enumerate(column):
-            text[i] += f"  {cell:>{width}}" if number else cell.ljust(width)
-    return text
+            lines[i] += cell.ljust(width) if number == 0 else f"  {cell:>{width}}"
+    return lines

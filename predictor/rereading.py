@@ -1,7 +1,11 @@
-"""Reads an answer's length again while it is being written, from the served model's states.
+"""Predicts an answer's length again while it is generated, from the served model's hidden states.
 
-numpy only. `train.py --task predictor --backbone states` writes the folder; an engine calls
-`Rereader.read` once for the prompts and answers of a pass.
+The main class is `Rereader`, at the end: an engine calls `Rereader.read` once for the prompts and
+answers of a pass. It has two steps: a network turns hidden states into a distribution of the tokens
+that are left (StateNetwork), and a RereadDecoder turns that into a calibrated distribution of the
+whole length, pooled with the prompt's prediction, the prior.
+
+numpy only. `train.py --task predictor --backbone states` writes the folder.
 """
 
 from collections import defaultdict
@@ -113,23 +117,33 @@ class LeftGrid:
         Args:
             classes: (N, K); at: (N,) tokens written.
         """
-        room = np.maximum(self.cap - at, 0.0)[:, None]
-        total = np.zeros(classes.shape)
-        np.cumsum(classes[:, :-1], axis=1, out=total[:, 1:])
-        k = bins_of_lengths(self.edges, room)
-        share = np.clip((room - self.edges[k]) / (self.edges[k + 1] - self.edges[k]), 0, 1)
-        within = (1 - share) * take(total, k) + share * take(total, k + 1)
-        total = np.minimum(total, within)
-        edges = at[:, None] + np.minimum(self.edges, room)
+        left_below_cap = np.maximum(self.cap - at, 0.0)[:, None]
+        cdf = cumulative_masses(classes[:, :-1])  # of the tokens left, at `self.edges`
+        # The probability of an end within the cap, interpolated between two edges.
+        k = bins_of_lengths(self.edges, left_below_cap)
+        low, high = self.edges[k], self.edges[k + 1]
+        share = np.clip((left_below_cap - low) / (high - low), 0, 1)
+        cdf_at_cap = (1 - share) * take(cdf, k) + share * take(cdf, k + 1)
+        cdf = np.minimum(cdf, cdf_at_cap)
+        masses = cdf[:, 1:] - cdf[:, :-1]
+        edges = at[:, None] + np.minimum(self.edges, left_below_cap)
+        tail_edges, tail_masses = self.tail(at)
+        beyond_cap = (1 - cdf_at_cap) * tail_masses
+        edges = np.concatenate([edges, tail_edges[:, 1:]], axis=1)
+        return edges, np.concatenate([masses, beyond_cap], axis=1)
+
+    def tail(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(edges (N, TAIL_BINS + 1), masses (N, TAIL_BINS)) of lengths beyond cap and `at` (N,).
+
+        The edges are spaced evenly in the logarithm, the masses sum to 1; see TAIL_INDEX.
+        """
         start = np.maximum(self.cap, at)[:, None].astype(float)
-        top = np.maximum(self.limit, start + 1)
+        end = np.maximum(self.limit, start + 1)
         steps = np.arange(TAIL_BINS + 1) / TAIL_BINS
-        tail = start * (top / start) ** steps
-        survival = (tail / start) ** -TAIL_INDEX
+        edges = start * (end / start) ** steps
+        survival = (edges / start) ** -TAIL_INDEX
         survival[:, -1] = 0
-        beyond = (1 - within) * (survival[:, :-1] - survival[:, 1:])
-        masses = np.concatenate([total[:, 1:] - total[:, :-1], beyond], axis=1)
-        return np.concatenate([edges, tail[:, 1:]], axis=1), masses
+        return edges, survival[:, :-1] - survival[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -158,14 +172,22 @@ def rows_by_edges(
     priors: Sequence[LengthPrediction | None],
 ) -> list[tuple[list[int], Priors | None]]:
     """(rows, their priors) for each array of edges that priors have; None where there is none."""
-    groups: dict[bytes, list[int]] = defaultdict(list)
+    without_prior: list[int] = []
+    rows_of: dict[bytes, list[int]] = defaultdict(list)
+    priors_of: dict[bytes, list[LengthPrediction]] = defaultdict(list)
     for row, prior in enumerate(priors):
-        groups[prior.edges.tobytes() if prior else b""].append(row)
-    found: list[tuple[list[int], Priors | None]] = []
-    for rows in groups.values():
-        of_rows = list(filter(None, map(priors.__getitem__, rows)))
-        found.append((rows, Priors.of(of_rows) if of_rows else None))
-    return found
+        if prior is None:
+            without_prior.append(row)
+            continue
+        key = prior.edges.tobytes()
+        rows_of[key].append(row)
+        priors_of[key].append(prior)
+    groups: list[tuple[list[int], Priors | None]] = []
+    if without_prior:
+        groups.append((without_prior, None))
+    for key, rows in rows_of.items():
+        groups.append((rows, Priors.of(priors_of[key])))
+    return groups
 
 
 def pool_logarithms(
@@ -185,28 +207,37 @@ def pool_logarithms(
         edges, masses: (N, A + 1), (N, A), what `LeftGrid.whole` returns.
         priors: of N prompts; weight, at: (N,).
     """
-    states = density_of(edges, masses)
-    before = density_of(np.broadcast_to(priors.edges, (len(at), len(priors.edges))), priors.masses)
-    mine = np.maximum(priors.edges, at[:, None])
-    both = np.concatenate([edges, mine], axis=1)
-    order = both.argsort(axis=1, kind="stable")
-    both = take(both, order)
+    prior_edges = np.broadcast_to(priors.edges, (len(at), len(priors.edges)))
+    prior_density = density_of(prior_edges, priors.masses)
+    state_density = density_of(edges, masses)
+    # The edges of both, ascending; the prior's edges before `at` become `at`.
+    unsorted = np.concatenate([edges, np.maximum(prior_edges, at[:, None])], axis=1)
+    order = unsorted.argsort(axis=1, kind="stable")
+    merged = take(unsorted, order)
+    # In which cell of the states, and of the prior, each cell between two merged edges lies.
     is_prior = order >= edges.shape[1]
-    seen = np.cumsum(is_prior, axis=1)[:, :-1]
-    of_states = np.arange(seen.shape[1]) - seen  # index of the last edge of the states
-    of_prior = np.maximum(seen - 1, 0)
-    width = both[:, 1:] - both[:, :-1]
-    logs = weight[:, None] * np.log(take(states, of_states))
-    logs += (1 - weight[:, None]) * np.log(take(before, of_prior))
-    logs -= logs.max(axis=1, keepdims=True)
-    pooled = np.exp(logs) * width
-    return both, pooled / pooled.sum(axis=1, keepdims=True)
+    prior_edges_passed = np.cumsum(is_prior, axis=1)[:, :-1]
+    state_cell = np.arange(prior_edges_passed.shape[1]) - prior_edges_passed
+    prior_cell = np.maximum(prior_edges_passed - 1, 0)
+    log_density = weight[:, None] * np.log(take(state_density, state_cell))
+    log_density += (1 - weight[:, None]) * np.log(take(prior_density, prior_cell))
+    log_density -= log_density.max(axis=1, keepdims=True)
+    pooled = np.exp(log_density) * (merged[:, 1:] - merged[:, :-1])
+    return merged, pooled / pooled.sum(axis=1, keepdims=True)
 
 
 def take(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """(N, m): the values of rows (N, A) in columns (N, m)."""
     width = rows.shape[1]
     return rows.ravel().take(columns + width * np.arange(len(rows))[:, None])
+
+
+def cumulative_masses(masses: np.ndarray) -> np.ndarray:
+    """(N, C + 1): sums of the masses (N, C) before each edge, from 0."""
+    rows, cells = masses.shape
+    sums = np.zeros((rows, cells + 1))
+    np.cumsum(masses, axis=1, out=sums[:, 1:])
+    return sums
 
 
 def density_of(edges: np.ndarray, masses: np.ndarray) -> np.ndarray:
@@ -230,32 +261,33 @@ class Posteriors:
 
     def calibrated(self, bucket: np.ndarray, maps: Sequence[Conformal]) -> "Posteriors":
         """Each row through the map of its bucket (N,)."""
-        total = np.zeros(self.edges.shape)
-        np.cumsum(self.masses, axis=1, out=total[:, 1:])
-        total[:, -1] = 1
+        cdf = cumulative_masses(self.masses)
+        cdf[:, -1] = 1
         for number in np.unique(bucket).tolist():
             rows = bucket == number
-            total[rows] = np.interp(total[rows], *maps[number].knots)
-        return Posteriors(self.edges, total[:, 1:] - total[:, :-1])
+            raw, calibrated = maps[number].knots
+            cdf[rows] = np.interp(cdf[rows], raw, calibrated)
+        return Posteriors(self.edges, cdf[:, 1:] - cdf[:, :-1])
 
     def predictions(self) -> list[LengthPrediction]:
         """One for each row, without the cells of no width."""
         ranks = (self.masses * log_middles(self.edges.T).T).sum(axis=1).tolist()
+        # A first cell from 0 to `at`, and a mass for each edge; the last edge's is not read.
         zeros = np.zeros((len(self.edges), 1))
         edges = np.concatenate([zeros, self.edges], axis=1)
-        masses = np.concatenate([zeros, self.masses], axis=1)
+        masses = np.concatenate([zeros, self.masses, zeros], axis=1)
         keep = np.ones(edges.shape, bool)
         np.greater(edges[:, 1:], edges[:, :-1], out=keep[:, :-1])
+        # All rows end to end: one selection for the whole array, then a slice for each row.
+        kept_edges, kept_masses = edges[keep], masses[keep]
         ends = np.cumsum(keep.sum(axis=1)).tolist()
-        flat_edges = edges[keep]
-        flat_masses = np.concatenate([masses, zeros], axis=1)[keep]
-        found, start = [], 0
+        predictions = []
+        start = 0
         for end, rank in zip(ends, ranks):
-            found.append(
-                LengthPrediction(flat_masses[start : end - 1], flat_edges[start:end], rank)
-            )
+            row_edges, row_masses = kept_edges[start:end], kept_masses[start : end - 1]
+            predictions.append(LengthPrediction(row_masses, row_edges, rank))
             start = end
-        return found
+        return predictions
 
 
 def joined_posteriors(parts: Sequence[tuple[np.ndarray, Posteriors]]) -> Posteriors:
@@ -268,9 +300,10 @@ def joined_posteriors(parts: Sequence[tuple[np.ndarray, Posteriors]]) -> Posteri
     edges = np.zeros((count, width))
     masses = np.zeros((count, width - 1))
     for rows, part in parts:
-        own = part.edges.shape[1]
-        edges[rows, :own], edges[rows, own:] = part.edges, part.edges[:, -1:]
-        masses[rows, : own - 1] = part.masses
+        part_width = part.edges.shape[1]
+        edges[rows, :part_width] = part.edges
+        edges[rows, part_width:] = part.edges[:, -1:]
+        masses[rows, : part_width - 1] = part.masses
     return Posteriors(edges, masses)
 
 
@@ -295,11 +328,11 @@ class RereadDecoder:
         bucket = self.bucket_of(at)
         edges, masses = self.grid.whole(classes, at)
         if priors is None:
-            maps = [each.alone for each in self.buckets]
-        else:
-            weight = np.array([each.weight for each in self.buckets])[bucket]
-            edges, masses = pool_logarithms(edges, masses, priors, weight, at)
-            maps = [each.pooled for each in self.buckets]
+            maps = [b.alone for b in self.buckets]
+            return Posteriors(edges, masses).calibrated(bucket, maps)
+        weights = np.array([b.weight for b in self.buckets])
+        edges, masses = pool_logarithms(edges, masses, priors, weights[bucket], at)
+        maps = [b.pooled for b in self.buckets]
         return Posteriors(edges, masses).calibrated(bucket, maps)
 
     def later_priors(
@@ -313,14 +346,15 @@ class RereadDecoder:
             answer: (N,) ascending; at: (N,) ascending within an answer.
             priors: the prompts' predictions.
         """
-        source = np.searchsorted(answer, answer)  # the answer's first reading
-        read = at[source] == 0
+        first_reading = np.searchsorted(answer, answer)  # of the same answer
+        was_read_at_0 = at[first_reading] == 0
+        prompt_bucket = self.buckets[0]
         zeros = np.zeros(len(at))
-        edges, masses = self.grid.whole(classes[source], zeros)
-        weight = np.where(read, self.buckets[0].weight, 0.0)
+        edges, masses = self.grid.whole(classes[first_reading], zeros)
+        weight = np.where(was_read_at_0, prompt_bucket.weight, 0.0)
         edges, masses = pool_logarithms(edges, masses, priors, weight, zeros)
-        pooled = Posteriors(edges, masses).calibrated(zeros.astype(int), [self.buckets[0].pooled])
-        return Priors(edges[0], np.where(read[:, None], pooled.masses, masses))
+        pooled = Posteriors(edges, masses).calibrated(zeros.astype(int), [prompt_bucket.pooled])
+        return Priors(edges[0], np.where(was_read_at_0[:, None], pooled.masses, masses))
 
     def in_turn(
         self, answer: np.ndarray, at: np.ndarray, classes: np.ndarray, priors: Priors
@@ -329,11 +363,11 @@ class RereadDecoder:
 
         Args: as of `later_priors`.
         """
+        prompts, later = np.flatnonzero(at == 0), np.flatnonzero(at > 0)
         later_priors = self.later_priors(answer, at, classes, priors)
         parts = []
-        for is_part, before in ((at == 0, priors), (at > 0, later_priors)):
-            rows = np.flatnonzero(is_part)
-            part = self.posteriors(at[rows], classes[rows], before.take_rows(rows))
+        for rows, rows_priors in ((prompts, priors), (later, later_priors)):
+            part = self.posteriors(at[rows], classes[rows], rows_priors.take_rows(rows))
             parts.append((rows, part))
         return joined_posteriors(parts)
 
@@ -351,7 +385,8 @@ class RereadDecoder:
         """Raises KeyError, TypeError or ValueError for a dict that `to_dict` did not write."""
         edges = np.asarray(values["edges"], np.float64)
         grid = LeftGrid(edges, int(values["cap"]), int(values["limit"]))
-        if edges.ndim != 1 or not (np.diff(edges) > 0).all() or edges[0] or edges[-1] != grid.cap:
+        ascends = edges.ndim == 1 and (np.diff(edges) > 0).all()
+        if not ascends or edges[0] != 0 or edges[-1] != grid.cap:
             raise ValueError("the edges do not ascend from 0 to the cap")
         if grid.limit < grid.cap:
             raise ValueError(f"the limit {grid.limit} is below the cap {grid.cap}")
@@ -371,10 +406,12 @@ def read_bucket(values: dict) -> ElapsedBucket:
             raise ValueError(f"{name}: no ascending knots")
         if (knots[:, 0] != 0).any() or (knots[:, -1] != 1).any():
             raise ValueError(f"{name}: knots do not reach from 0 to 1")
-        maps.append(Conformal(*map(tuple, knots.tolist())))
+        raw, calibrated = knots.tolist()
+        maps.append(Conformal(tuple(raw), tuple(calibrated)))
     if not 0 <= values["weight"] <= 1:
         raise ValueError(f"weight {values['weight']} is outside 0 to 1")
-    return ElapsedBucket(int(values["start"]), float(values["weight"]), *maps)
+    pooled, alone = maps
+    return ElapsedBucket(int(values["start"]), float(values["weight"]), pooled, alone)
 
 
 class Rereader:
@@ -461,13 +498,14 @@ class Rereader:
             raise ValueError(f"wanted {len(at)} priors, got {len(priors)}")
         if not len(at):
             return []
-        classes = self.classes(at, pool_states(np.asarray(last), np.asarray(mean), self.pooling))
-        found: list = [None] * len(at)
-        for rows, of_rows in rows_by_edges(priors):
-            some = self.decoder.posteriors(at[rows], classes[rows], of_rows).predictions()
-            for row, prediction in zip(rows, some):
-                found[row] = prediction
-        return found
+        vectors = pool_states(np.asarray(last), np.asarray(mean), self.pooling)
+        classes = self.classes(at, vectors)
+        predictions: list = [None] * len(at)
+        for rows, rows_priors in rows_by_edges(priors):
+            posteriors = self.decoder.posteriors(at[rows], classes[rows], rows_priors)
+            for row, prediction in zip(rows, posteriors.predictions()):
+                predictions[row] = prediction
+        return predictions
 
     def classes(self, at: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         """(N, K) probabilities of what is left, of pooled states (N, D)."""
@@ -483,13 +521,13 @@ class Rereader:
 
     def check_shapes(self) -> None:
         """Raises ValueError where matrices, bins and buckets do not fit one another."""
-        width = self.hidden_size * len(self.layers) * (2 if self.pooling != "last" else 1)
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling {self.pooling!r}")
-        if self.pooling == "mean":
-            width //= 2
+        width = self.hidden_size * len(self.layers)
+        if self.pooling not in ("last", "mean"):  # the others join two vectors
+            width *= 2
         classes, units = len(self.decoder.grid.edges), len(self.networks["prompt"].bias)
-        wanted = {
+        shapes = {
             "center": (width,),
             "spread": (width,),
             "weight": (units, width),
@@ -499,19 +537,19 @@ class Rereader:
             "elapsed": (len(self.decoder.buckets), classes),
         }
         for kind, network in self.networks.items():
-            for name, shape in wanted.items():
-                found = getattr(network, name).shape
-                if found != shape:
-                    raise ValueError(f"{WEIGHTS_FILE}: {kind}.{name} is {found}, wanted {shape}")
+            for name, wanted in shapes.items():
+                shape = getattr(network, name).shape
+                if shape != wanted:
+                    raise ValueError(f"{WEIGHTS_FILE}: {kind}.{name} is {shape}, wanted {wanted}")
 
     def check_served(self, folder: Path, served_model: Path) -> None:
         """Raises ValueError where a served model cannot be the one whose states were learnt."""
         check_tokenizer(folder, self.card["served_model"], served_model)
         file = served_model / "config.json"
-        found = read_json(file).get("hidden_size") if file.is_file() else None
-        if found and found != self.hidden_size:
+        size = read_json(file).get("hidden_size") if file.is_file() else None
+        if size and size != self.hidden_size:
             raise ValueError(
-                f"{folder} reads states of {self.hidden_size} features, {served_model} has {found}"
+                f"{folder} reads states of {self.hidden_size} features, {served_model} has {size}"
             )
 
 

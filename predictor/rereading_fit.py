@@ -1,7 +1,8 @@
 """Fits a Rereader to readings: networks in torch, weights of the pool and conformal maps in numpy.
 
-Weights and maps are fitted to readings of prompts that the networks have not seen: FOLDS networks,
-each fitted to all folds of prompts but one.
+The main function is `fit_rereader`. Weights and maps are fitted to readings of prompts that the
+networks have not seen: FOLDS networks, each fitted to all folds of prompts but one. `kind` is one
+of rereading.NETWORKS, "prompt" or "answer".
 """
 
 from dataclasses import dataclass
@@ -126,11 +127,14 @@ class UnseenClasses:
         classes = np.zeros((len(readings), len(settings.grid.edges)))
         epochs: dict[str, list[int]] = {kind: [] for kind in NETWORKS}
         for k in np.unique(fold):
-            held = fold == k
-            networks, lasted = fit_networks(readings.take_rows(~held), starts, settings)
-            classes[held] = classes_of(networks, readings.take_rows(held), starts)
+            is_held_out = fold == k
+            networks, trained_epochs = fit_networks(
+                readings.take_rows(~is_held_out), starts, settings
+            )
+            held_out = readings.take_rows(is_held_out)
+            classes[is_held_out] = classes_of(networks, held_out, starts)
             for kind in NETWORKS:
-                epochs[kind].append(lasted[kind])
+                epochs[kind].append(trained_epochs[kind])
         return cls(classes, fold, starts, epochs, settings.grid)
 
     def posteriors(self, readings: Readings, priors: Priors, *, alone: bool = False) -> Posteriors:
@@ -142,20 +146,22 @@ class UnseenClasses:
         """
         parts = []
         for k in np.unique(self.fold):
-            rest, held = np.flatnonzero(self.fold != k), np.flatnonzero(self.fold == k)
+            others = np.flatnonzero(self.fold != k)
             decoder = fit_decoder(
-                readings.take_rows(rest),
-                self.classes[rest],
-                priors.take_rows(rest),
+                readings.take_rows(others),
+                self.classes[others],
+                priors.take_rows(others),
                 self.starts,
                 self.grid,
             )
-            answer, at, classes = readings.answer[held], readings.at[held], self.classes[held]
+            held_out = np.flatnonzero(self.fold == k)
+            at, classes = readings.at[held_out], self.classes[held_out]
             if alone:
                 part = decoder.posteriors(at, classes, None)
             else:
-                part = decoder.in_turn(answer, at, classes, priors.take_rows(held))
-            parts.append((held, part))
+                answer = readings.answer[held_out]
+                part = decoder.in_turn(answer, at, classes, priors.take_rows(held_out))
+            parts.append((held_out, part))
         return joined_posteriors(parts)
 
 
@@ -170,8 +176,8 @@ def fit_rereader(
     """
     unseen = UnseenClasses.fit(readings, fold, settings)
     epochs = {}
-    for kind, lasted in unseen.epochs.items():
-        epochs[kind] = max(1, round(float(np.median(lasted))))
+    for kind, epochs_of_folds in unseen.epochs.items():
+        epochs[kind] = max(1, round(float(np.median(epochs_of_folds))))
     networks, _ = fit_networks(readings, unseen.starts, settings, epochs)
     decoder = fit_decoder(readings, unseen.classes, priors, unseen.starts, settings.grid)
     return FittedRereader(networks, decoder, unseen)
@@ -180,15 +186,18 @@ def fit_rereader(
 def bucket_starts(at: np.ndarray) -> np.ndarray:
     """(B,): where buckets of at least MIN_BUCKET readings begin; the prompts' own is the first."""
     places, counts = np.unique(at, return_counts=True)
-    starts, filled = [0], MIN_BUCKET
+    starts = [0]
+    in_bucket = MIN_BUCKET  # readings of the last bucket; the prompts' takes no others
     for place, count in zip(places.tolist(), counts.tolist()):
         if place == 0:
             continue
-        after = int(counts[places >= place].sum())
-        if filled >= MIN_BUCKET and (after >= MIN_BUCKET or len(starts) == 1):
+        from_here = int(counts[places >= place].sum())
+        is_first_of_answers = len(starts) == 1
+        enough_left = from_here >= MIN_BUCKET or is_first_of_answers
+        if in_bucket >= MIN_BUCKET and enough_left:
             starts.append(place)
-            filled = 0
-        filled += count
+            in_bucket = 0
+        in_bucket += count
     return np.array(starts)
 
 
@@ -220,15 +229,16 @@ def fit_networks(
     Args:
         epochs: how long to train; None to stop where the loss on prompts held out is lowest.
     """
-    networks, lasted = {}, {}
+    networks, trained_epochs = {}, {}
     for kind in NETWORKS:
-        rows = np.flatnonzero((readings.at == 0) == (kind == "prompt"))
-        part = readings.take_rows(rows)
-        long = epochs[kind] if epochs else None
-        networks[kind], lasted[kind] = fit_network(
-            part, bucket_numbers(part.at, starts), len(starts), settings, long
+        is_of_kind = readings.at == 0 if kind == "prompt" else readings.at > 0
+        part = readings.take_rows(np.flatnonzero(is_of_kind))
+        bucket = bucket_numbers(part.at, starts)
+        wanted_epochs = epochs[kind] if epochs else None
+        networks[kind], trained_epochs[kind] = fit_network(
+            part, bucket, len(starts), settings, wanted_epochs
         )
-    return networks, lasted
+    return networks, trained_epochs
 
 
 def fit_network(
@@ -238,24 +248,29 @@ def fit_network(
     settings: FitSettings,
     epochs: int | None,
 ) -> tuple[StateNetwork, int]:
-    """(the mean of `state_seeds` networks' logits as one network, epochs of each)."""
+    """(the mean of `state_seeds` networks' logits as one network, the mean of their epochs).
+
+    The hidden units of all networks lie side by side in one; what is linear is averaged.
+    """
     center = readings.vectors.mean(axis=0)
     spread = np.maximum(readings.vectors.std(axis=0), LEAST_SPREAD)
     z = np.clip((readings.vectors - center) / spread, -CLIP, CLIP)
-    parts, lasted = [], []
-    for seed in range(settings.state_seeds):
-        one, count = fit_seed(z, readings, bucket, buckets, settings, settings.seed + seed, epochs)
-        parts.append(one)
-        lasted.append(count)
+    networks, trained_epochs = [], []
+    for number in range(settings.state_seeds):
+        seed = settings.seed + number
+        matrices, count = fit_seed(z, readings, bucket, buckets, settings, seed, epochs)
+        networks.append(matrices)
+        trained_epochs.append(count)
     merged = {"center": center, "spread": spread}
     for name in ("weight", "bias"):
-        merged[name] = np.concatenate([part[name] for part in parts])
-    merged["out"] = np.concatenate([part["out"] for part in parts], axis=1) / len(parts)
+        merged[name] = np.concatenate([network[name] for network in networks])
+    out = np.concatenate([network["out"] for network in networks], axis=1)
+    merged["out"] = out / len(networks)
     for name in ("skip", "elapsed"):
-        merged[name] = np.mean([part[name] for part in parts], axis=0)
+        merged[name] = np.mean([network[name] for network in networks], axis=0)
     for name, values in merged.items():
         merged[name] = values.astype(np.float32)
-    return StateNetwork(**merged), max(1, round(float(np.mean(lasted))))
+    return StateNetwork(**merged), max(1, round(float(np.mean(trained_epochs))))
 
 
 def fit_seed(
@@ -272,28 +287,36 @@ def fit_seed(
 
     from predictor.state_network import ReadingTensors, TorchNetwork
 
-    draw = np.random.default_rng(seed)
-    held = held_prompts(readings.prompt, 0.0 if epochs else settings.held_share, draw)
-    inside, outside = np.flatnonzero(~held), torch.from_numpy(np.flatnonzero(held))
+    rng = np.random.default_rng(seed)
+    is_held_out = held_prompts(readings.prompt, 0.0 if epochs else settings.held_share, rng)
+    training_rows = np.flatnonzero(~is_held_out)
+    validation_rows = torch.from_numpy(np.flatnonzero(is_held_out))
     data = ReadingTensors.of(z, readings, bucket)
     torch.manual_seed(seed)
     model = TorchNetwork(z.shape[1], buckets, settings, readings.tokens - readings.at)
     optimizer = torch.optim.AdamW(model.groups(settings.state_decay), lr=LEARNING_RATE)
-    best, best_epoch, kept = np.inf, 0, model.state_dict()
+    best_loss, best_epoch, best_state = np.inf, 0, model.state_dict()
     for epoch in range(1, (epochs or EPOCHS) + 1):
-        train_epoch(model, optimizer, data, torch.from_numpy(draw.permutation(inside)))
-        if not len(outside):
-            best_epoch, kept = epoch, model.state_dict()
+        train_epoch(model, optimizer, data, torch.from_numpy(rng.permutation(training_rows)))
+        if not len(validation_rows):
+            best_epoch, best_state = epoch, model.state_dict()
             continue
-        model.eval()
-        with torch.no_grad():
-            total = float(model.loss(data, outside))
-        if total < best:
-            best, best_epoch = total, epoch
-            kept = {name: value.clone() for name, value in model.state_dict().items()}
+        loss = validation_loss(model, data, validation_rows)
+        if loss < best_loss:
+            best_loss, best_epoch = loss, epoch
+            best_state = {name: value.clone() for name, value in model.state_dict().items()}
         elif epoch - best_epoch >= PATIENCE:
             break
-    return {name: value.numpy().copy() for name, value in kept.items()}, best_epoch
+    return {name: value.numpy().copy() for name, value in best_state.items()}, best_epoch
+
+
+def validation_loss(model: "TorchNetwork", data: "ReadingTensors", rows: "Tensor") -> float:
+    """The loss summed over the readings `rows`, without dropout."""
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        return float(model.loss(data, rows))
 
 
 def train_epoch(
@@ -308,12 +331,13 @@ def train_epoch(
         optimizer.step()
 
 
-def held_prompts(prompt: np.ndarray, share: float, draw: np.random.Generator) -> np.ndarray:
+def held_prompts(prompt: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
     """(R,) bool: the readings of a share of the prompts, at least one where share is above 0."""
     if not share:
         return np.zeros(len(prompt), bool)
-    prompts = draw.permutation(np.unique(prompt))
-    return np.isin(prompt, prompts[: max(1, round(len(prompts) * share))])
+    prompts = rng.permutation(np.unique(prompt))
+    count = max(1, round(len(prompts) * share))
+    return np.isin(prompt, prompts[:count])
 
 
 def fit_decoder(
@@ -328,15 +352,15 @@ def fit_decoder(
     Readings are as `RereadDecoder.later_priors` takes them.
     """
     bucket = bucket_numbers(readings.at, starts)
-    found: list[ElapsedBucket] = []
+    buckets: list[ElapsedBucket] = []
     for number, start in enumerate(starts.tolist()):
-        if number == 1:  # the first bucket is the prompts' own
-            decoder = RereadDecoder(grid, (found[0],))
-            priors = decoder.later_priors(readings.answer, readings.at, classes, priors)
+        if number == 1:  # the first bucket is the prompts' own; later ones go on from it
+            prompt_decoder = RereadDecoder(grid, (buckets[0],))
+            priors = prompt_decoder.later_priors(readings.answer, readings.at, classes, priors)
         rows = np.flatnonzero(bucket == number)
         part = readings.take_rows(rows)
-        found.append(fit_bucket(part, classes[rows], priors.take_rows(rows), start, grid))
-    return RereadDecoder(grid, tuple(found))
+        buckets.append(fit_bucket(part, classes[rows], priors.take_rows(rows), start, grid))
+    return RereadDecoder(grid, tuple(buckets))
 
 
 def fit_bucket(
@@ -346,12 +370,13 @@ def fit_bucket(
     at = readings.at.astype(float)
     edges, masses = grid.whole(classes, at)
     alone, _ = fit_map(Posteriors(edges, masses), readings, grid.cap)
-    best: tuple[float, float, Conformal] = (np.inf, 1.0, alone)
+    best_crps, best_weight, best_map = np.inf, 1.0, alone
     for weight in POOL_WEIGHTS:
         pooled = pool_logarithms(edges, masses, priors, np.full(len(at), weight), at)
-        conformal, score = fit_map(Posteriors(*pooled), readings, grid.cap)
-        best = min(best, (score, weight, conformal), key=lambda each: each[0])
-    return ElapsedBucket(start, best[1], best[2], alone)
+        conformal, crps = fit_map(Posteriors(*pooled), readings, grid.cap)
+        if crps < best_crps:
+            best_crps, best_weight, best_map = crps, weight, conformal
+    return ElapsedBucket(start, best_weight, best_map, alone)
 
 
 def fit_map(posteriors: Posteriors, readings: Readings, cap: int) -> tuple[Conformal, float]:

@@ -48,10 +48,7 @@ def train_states(config: PredictorConfig) -> Path:
     rows, states, readings = load_readings(with_local_model(config))
     config = rows.config
     say(rows.summary())
-    say(
-        f"{len(readings)} readings of {len(np.unique(readings.answer))} answers, every "
-        f"{states.every} tokens, of layers {', '.join(map(str, read_layers(config, states)))}"
-    )
+    say(readings_summary(readings, config, states))
     fold = fold_of(rows.groups)[readings.prompt]
     priors = prompt_priors(config, rows).take_rows(readings.prompt)
     fitted = fit_rereader(readings, priors, fold, fit_settings(config, states))
@@ -68,6 +65,16 @@ def train_states(config: PredictorConfig) -> Path:
     write_rereader(output, config, fitted, card)
     say(f"predictor: {output}")
     return output
+
+
+def readings_summary(readings: Readings, config: PredictorConfig, states: HiddenStates) -> str:
+    """How many readings there are, and of what, in one line."""
+    answers = len(np.unique(readings.answer))
+    layers = ", ".join(str(layer) for layer in read_layers(config, states))
+    return (
+        f"{len(readings)} readings of {answers} answers, every {states.every} tokens, "
+        f"of layers {layers}"
+    )
 
 
 def unseen_metrics(fitted: FittedRereader, readings: Readings, priors: Priors) -> dict:
@@ -120,11 +127,11 @@ def load_readings(config: PredictorConfig) -> tuple[LengthRows, HiddenStates, Re
 
 def check_enough(readings: Readings, config: PredictorConfig) -> None:
     """Raises ValueError where too few prompts have states, or too few of them while answered."""
-    for kind, some in (("prompts", readings.at == 0), ("answers", readings.at > 0)):
-        found = len(np.unique(readings.prompt[some]))
-        if found < 2 * FOLDS:
+    for kind, is_kind in (("prompts", readings.at == 0), ("answers", readings.at > 0)):
+        count = len(np.unique(readings.prompt[is_kind]))
+        if count < 2 * FOLDS:
             raise ValueError(
-                f"--states {config.states}: states of {found} {kind} of {config.served_model!r}; "
+                f"--states {config.states}: states of {count} {kind} of {config.served_model!r}; "
                 f"at least {2 * FOLDS} are needed"
             )
 
@@ -147,15 +154,15 @@ def states_backbone(config: PredictorConfig, states: HiddenStates) -> StatesBack
 
 def fit_settings(config: PredictorConfig, states: HiddenStates) -> FitSettings:
     """The flags of training as FitSettings has them."""
-    given: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "cap": states.cap,
         "limit": config.length_limit or states.cap,
         "held_share": config.calibration_share,
     }
     for field in fields(FitSettings):
-        if field.name not in given and hasattr(config, field.name):
-            given[field.name] = getattr(config, field.name)
-    return FitSettings(**given)
+        if field.name not in settings and hasattr(config, field.name):
+            settings[field.name] = getattr(config, field.name)
+    return FitSettings(**settings)
 
 
 def prompt_priors(config: PredictorConfig, rows: LengthRows) -> Priors:

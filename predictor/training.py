@@ -47,7 +47,7 @@ class EncodedPrompts:
     @cached_property
     def row_lengths(self) -> np.ndarray:
         """(prompts,) tokens of each."""
-        return np.array(list(map(len, self.input_ids)))
+        return np.array([len(ids) for ids in self.input_ids])
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -167,19 +167,22 @@ class LengthTraining:
         labels = data.lengths
         numbers = np.array(rows)
         is_row = numbers >= 0
-        chosen = np.where(is_row, numbers, data.row_lengths.argmin())
-        counts = np.diff(labels.starts)[chosen]
-        places = np.concatenate([np.arange(*labels.starts[i : i + 2]) for i in chosen])
-        weights = (labels.weights[places] * np.repeat(is_row, counts)).astype(np.float32)
-        ids = [data.input_ids[i] for i in chosen]
+        prompts = np.where(is_row, numbers, data.row_lengths.argmin())
+        # The labels of prompt i are those from starts[i] to starts[i + 1].
+        counts = np.diff(labels.starts)[prompts]
+        chosen = []
+        for i in prompts:
+            chosen.append(np.arange(labels.starts[i], labels.starts[i + 1]))
+        label = np.concatenate(chosen)
+        weights = labels.weights[label] * np.repeat(is_row, counts)
+        ids = [data.input_ids[i] for i in prompts]
         batch = self.backbone.collate(ids, self.tokenizer, multiple=row_multiple(self.dtype))
-        return batch | {
-            "tokens": torch.from_numpy(labels.tokens[places]),
-            "finished": torch.from_numpy(labels.finished[places]),
-            "weights": torch.from_numpy(weights),
-            "served": torch.from_numpy(labels.served[places]),
-            "prompt": torch.from_numpy(np.repeat(np.arange(len(chosen)), counts)),
-        }
+        batch["tokens"] = torch.from_numpy(labels.tokens[label])
+        batch["finished"] = torch.from_numpy(labels.finished[label])
+        batch["weights"] = torch.from_numpy(weights.astype(np.float32))
+        batch["served"] = torch.from_numpy(labels.served[label])
+        batch["prompt"] = torch.from_numpy(np.repeat(np.arange(len(prompts)), counts))
+        return batch
 
     @torch.no_grad()
     def outputs(self, network: LengthNetwork, data: EncodedPrompts) -> np.ndarray:
@@ -191,18 +194,15 @@ class LengthTraining:
         per_pass = size * world_size()
         device = network.head.weight.device
         for start in range(0, len(order), per_pass):
-            mine = order[start : start + per_pass][rank() :: world_size()]
-            # ZeRO-3: every rank runs every pass.
-            batch = self.backbone.collate(
-                [data.input_ids[i] for i in mine or order[:1]],
-                self.tokenizer,
-                multiple=row_multiple(self.dtype),
-            )
-            prompt = torch.arange(len(mine) or 1, device=device)
+            rank_rows = order[start : start + per_pass][rank() :: world_size()]
+            rows = rank_rows or order[:1]  # ZeRO-3: every rank runs every pass
+            ids = [data.input_ids[i] for i in rows]
+            batch = self.backbone.collate(ids, self.tokenizer, multiple=row_multiple(self.dtype))
+            prompt = torch.arange(len(rows), device=device)
             served = torch.full_like(prompt, self.rows.target_model)
-            rows = network(on_device(batch, device), prompt, served).double().cpu()
-            if mine:
-                outputs[mine] = rows
+            values = network(on_device(batch, device), prompt, served).double().cpu()
+            if rank_rows:
+                outputs[rank_rows] = values
         if world_size() > 1:
             total = outputs.to(device)
             torch.distributed.all_reduce(total)
@@ -217,11 +217,12 @@ class LengthTraining:
         Loss, tau, MAE and coverage; `predictions` is not written.
         """
         network = network_of(loss_module)
-        self.calibrated = decoder, metrics = self.calibrate(network)
-        if self.eval_data:
-            outputs = self.outputs(network, self.eval_data)
-            metrics = self.measure(decoder, outputs, self.eval_data.lengths)
-        return metrics
+        decoder, calibration_metrics = self.calibrate(network)
+        self.calibrated = decoder, calibration_metrics
+        if not self.eval_data:
+            return calibration_metrics
+        outputs = self.outputs(network, self.eval_data)
+        return self.measure(decoder, outputs, self.eval_data.lengths)
 
     def calibrate(self, network: LengthNetwork) -> tuple[Decoder, dict[str, float]]:
         """The decoder for the network as it is, and its metrics on the calibration rows."""
@@ -247,9 +248,9 @@ class LengthTraining:
         probabilities, ranks = decoder.decode(outputs[prompt])
         return {"loss": loss} | metrics_of(probabilities, decoder.edges, ranks, tokens, finished)
 
-    def step_batches(self, loss_module: nn.Module, made: StepBatches, step: int) -> StepBatches:
+    def step_batches(self, loss_module: nn.Module, collated: StepBatches, step: int) -> StepBatches:
         """The batches themselves: they need no weights."""
-        return made
+        return collated
 
     def load_state(self, folder: Path) -> None:
         """Nothing: a checkpoint's weights are all that a run goes on with."""

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +87,20 @@ def load_scorer(flags: BenchmarkFlags) -> "ChoiceScorer":
 
 def task_index(flags: BenchmarkFlags) -> TaskIndex:
     """The tasks of this project, and those below --include_path."""
-    folders = [CLUE, *map(Path, filter(None, flags.include_path.split(",")))]
+    folders = [CLUE]
+    for name in flags.include_path.split(","):
+        if name:
+            folders.append(Path(name))
     return TaskIndex.of_folders(folders)
+
+
+def task_names(flags: BenchmarkFlags) -> list[str]:
+    """The names of tasks and groups in --tasks."""
+    names = []
+    for name in flags.tasks.split(","):
+        if name.strip():
+            names.append(name.strip())
+    return names
 
 
 def questions_of(task: BenchmarkTask, shots: int, flags: BenchmarkFlags) -> TaskRun:
@@ -106,9 +117,13 @@ def run_key(run: TaskRun, scorer: "ChoiceScorer", model: str) -> str:
     """What a task's result depends on."""
     task = asdict(run.task)
     del task["file"]
-    questions = list(map(asdict, run.questions))
-    values = {"model": model, "task": task, "questions": questions}
-    return result_key(values | {"max_length": scorer.max_length})
+    values = {
+        "model": model,
+        "task": task,
+        "questions": [asdict(question) for question in run.questions],
+        "max_length": scorer.max_length,
+    }
+    return result_key(values)
 
 
 def score_run(run: TaskRun, scorer: "ChoiceScorer") -> TaskResult:
@@ -136,12 +151,13 @@ def run_tasks(flags: BenchmarkFlags) -> None:
     Raises:
         ValueError, FileNotFoundError: of the model, the tasks or their rows.
     """
-    names = list(filter(None, map(str.strip, flags.tasks.split(","))))
+    names = task_names(flags)
     index = task_index(flags)
-    tasks = list(map(index.load, index.expand(names)))
+    tasks = [index.load(name) for name in index.expand(names)]
     runs = []
-    for shots, task in product(flags.shots, tasks):
-        runs.append(questions_of(task, shots, flags))
+    for shots in flags.shots:
+        for task in tasks:
+            runs.append(questions_of(task, shots, flags))
     folder = Path(flags.output) if flags.output else None
     scorer = load_scorer(flags)
     model = model_fingerprint(scorer.model)
@@ -167,12 +183,13 @@ def write_results(
     folder: Path, flags: BenchmarkFlags, results: list[TaskResult], totals: list[list[str]]
 ) -> None:
     """results.json and scores.png of all tasks."""
-    kept = []
+    summaries = []
     for result in results:
-        values = asdict(result)
-        del values["likelihoods"], values["answers"]
-        kept.append(values)
-    write_json(folder / "results.json", {"flags": asdict(flags), "results": kept, "groups": totals})
+        summary = asdict(result)
+        del summary["likelihoods"], summary["answers"]
+        summaries.append(summary)
+    content = {"flags": asdict(flags), "results": summaries, "groups": totals}
+    write_json(folder / "results.json", content)
     write_aside(folder / "scores.png", scores_picture(results, Path(flags.model_path).name))
     print(f"{folder}: results.json, scores.png, and a file of each task's rows")
 
@@ -184,10 +201,9 @@ def write_submission(flags: BenchmarkFlags) -> None:
         ValueError: a task is none of C-Eval's, or a row has no id.
         FileNotFoundError: there are no rows of the split "test".
     """
-    names = list(filter(None, map(str.strip, flags.tasks.split(","))))
     index = task_index(flags)
     runs = []
-    for name in index.expand(names):
+    for name in index.expand(task_names(flags)):
         task = index.load(name)
         if task.dataset_path != CEVAL:
             raise ValueError(f"--submission is of tasks on {CEVAL}, such as ceval-valid: {name}")
@@ -195,14 +211,14 @@ def write_submission(flags: BenchmarkFlags) -> None:
     scorer = load_scorer(flags)
     letters: dict[str, dict[str, str]] = {}
     for run in runs:
-        result = scorer.scores(run.questions, lambda count: None)
-        chosen = {}
-        for question, scores in zip(run.questions, result):
+        scores_of_rows = scorer.scores(run.questions, lambda count: None)
+        answers = {}
+        for question, scores in zip(run.questions, scores_of_rows):
             if "id" not in question.doc:
                 raise ValueError(f"{run.task.name}: a row of the split test has no id")
-            chosen[str(question.doc["id"])] = question.choices[first_highest(scores)]
-        letters[run.task.dataset_name] = chosen
-        print(f"{run.task.dataset_name}: {len(chosen)} answers")
+            answers[str(question.doc["id"])] = question.choices[first_highest(scores)]
+        letters[run.task.dataset_name] = answers
+        print(f"{run.task.dataset_name}: {len(answers)} answers")
     write_json(str(flags.submission), letters)
 
 

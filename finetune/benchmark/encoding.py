@@ -1,4 +1,8 @@
-"""Questions -> token ids, and what their choices have in common. Free of torch."""
+"""Questions -> token ids. Free of torch.
+
+`PairEncoder.question` gives a Continuation for each choice; `rows_of_choices` lays a question's
+choices out as rows of a batch, those that share their context as one Tree.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Continuation:
-    """Token ids of a context and of what is scored after it; the latter begin at `start`."""
+    """Token ids of a context and of the continuation that is scored, from `ids[start]` on."""
 
     ids: list[int]
     start: int
@@ -36,13 +40,14 @@ class Continuation:
         Raises:
             ValueError: what is scored is longer by itself.
         """
-        extra = len(self) - longest
-        if extra <= 0:
+        excess = len(self) - longest
+        if excess <= 0:
             return self
-        if extra > self.start - front - back:
-            wanted = len(self.ids) - self.start + front + back - 1
-            raise ValueError(f"--max_length {longest}: an answer alone needs {wanted} tokens")
-        return Continuation(self.ids[:front] + self.ids[front + extra :], self.start - extra)
+        removable = self.start - front - back
+        if excess > removable:
+            needed = len(self) - removable
+            raise ValueError(f"--max_length {longest}: an answer alone needs {needed} tokens")
+        return Continuation(self.ids[:front] + self.ids[front + excess :], self.start - excess)
 
 
 class PairEncoder:
@@ -56,12 +61,11 @@ class PairEncoder:
         self.tokenizer = tokenizer
         self.longest = longest
         self.tokens = RAW_TOKENS.get(tokenizer.family)
-        start, after = raw_ids(self.tokens, tokenizer, [])
-        # Of another model's text only an empty one begins with a token of its own, as the
-        # harness cuts from the left whatever is there.
-        self.front = len(start) if self.tokens else 0
+        before, after = raw_ids(self.tokens, tokenizer, [])
+        # Another model's first token may be cut off too: the harness cuts from the left whatever
+        # is there.
+        self.front = len(before) if self.tokens else 0
         self.after = after
-        self.empty = start
 
     def context(self, text: str) -> list[int]:
         """Ids of a text to go on with, its end kept where it is too long."""
@@ -69,28 +73,40 @@ class PairEncoder:
         return ids + after
 
     def pair(self, context: str, continuation: str) -> Continuation:
-        """Spaces at a context's end belong to what is scored: words begin with them."""
-        encode = self.tokenizer.encode_text
-        if self.after:  # the answer is a text of its own, and SentencePiece writes a space first
-            source = self.context(context)
-            found = Continuation(
-                source + encode(continuation.lstrip(" ") or continuation), len(source)
-            )
+        """The ids of both, at most `longest` inputs.
+
+        Raises:
+            ValueError: there is nothing to score, or the continuation alone is too long.
+        """
+        if self.after:
+            encoded = self.separate_pair(context, continuation)
         elif not context and not self.tokens:
-            found = self.after_start(encode(continuation))
+            encoded = self.after_start(self.tokenizer.encode_text(continuation))
         else:
-            stripped = context.rstrip()
-            source = raw_ids(self.tokens, self.tokenizer, encode(stripped))[0]
-            whole = raw_ids(self.tokens, self.tokenizer, encode(context + continuation))[0]
-            # As the harness: a token across the two is read as the context alone has it.
-            found = Continuation(source + whole[len(source) :], len(source))
-        if found.start >= len(found.ids):
+            encoded = self.joint_pair(context, continuation)
+        if encoded.start >= len(encoded.ids):
             raise ValueError(f"nothing to score: {continuation!r:.60} after {context!r:.60}")
-        return found.cut(self.longest, self.front, len(self.after))
+        return encoded.cut(self.longest, self.front, len(self.after))
+
+    def separate_pair(self, context: str, continuation: str) -> Continuation:
+        """Both encoded alone, control tokens between them; SentencePiece writes a space first."""
+        context_ids = self.context(context)
+        text = continuation.lstrip(" ") or continuation
+        return Continuation(context_ids + self.tokenizer.encode_text(text), len(context_ids))
+
+    def joint_pair(self, context: str, continuation: str) -> Continuation:
+        """Both encoded as one text. Spaces at the context's end belong to what is scored."""
+        encode = self.tokenizer.encode_text
+        context_ids, _ = raw_ids(self.tokens, self.tokenizer, encode(context.rstrip()))
+        whole_ids, _ = raw_ids(self.tokens, self.tokenizer, encode(context + continuation))
+        # As the harness: a token across the two is read as the context alone has it.
+        continuation_ids = whole_ids[len(context_ids) :]
+        return Continuation(context_ids + continuation_ids, len(context_ids))
 
     def question(self, question: Question) -> list[Continuation]:
         """Its choices' ids; raises ValueError where one has nothing to score, or no room."""
-        return list(map(self.pair, question.contexts, question.continuations))
+        pairs = zip(question.contexts, question.continuations)
+        return [self.pair(context, continuation) for context, continuation in pairs]
 
     def after_start(self, ids: list[int]) -> Continuation:
         """A text without a context, scored after the model's first token."""
@@ -98,11 +114,14 @@ class PairEncoder:
         first = tokenizer.bos_token_id
         if first is None:
             first = tokenizer.eos_token_id
-        return Continuation(ids, 1) if ids[:1] == [first] else Continuation([first, *ids], 1)
+        if ids[:1] == [first]:
+            return Continuation(ids, 1)
+        return Continuation([first, *ids], 1)
 
 
 def shared_start(sequences: Sequence[list[int]]) -> int:
     """How many first items all sequences have in common."""
+    # In lexicographic order, all others lie between these two and begin as both do.
     first, last = min(sequences), max(sequences)
     for i, (a, b) in enumerate(zip(first, last)):
         if a != b:
@@ -137,22 +156,26 @@ class Tree:
 
     @classmethod
     def of_choices(cls, choices: Sequence[Continuation]) -> "Tree":
+        """The longest beginning that all choices have in common is the trunk."""
         trunk = shared_inputs(choices)
         ids = choices[0].ids[:trunk]
-        positions, branch = list(range(trunk)), [0] * trunk
+        positions = list(range(trunk))
+        branch = [0] * trunk
         places: list[int] = []
         targets: list[int] = []
-        counts = []
+        counts: list[int] = []
         for number, choice in enumerate(choices, 1):
-            own = choice.inputs[trunk:]
-            offset = len(ids) - trunk
-            for place in range(choice.start - 1, len(choice.ids) - 1):
-                places.append(place if place < trunk else place + offset)
-            targets += choice.ids[choice.start :]
-            counts.append(len(choice.ids) - choice.start)
-            ids = ids + own
-            positions += range(trunk, trunk + len(own))
-            branch += [number] * len(own)
+            offset = len(ids) - trunk  # of this branch's tokens in the row
+            for place in range(choice.start - 1, len(choice)):
+                is_in_trunk = place < trunk
+                places.append(place if is_in_trunk else place + offset)
+            scored = choice.ids[choice.start :]
+            targets += scored
+            counts.append(len(scored))
+            added = choice.inputs[trunk:]
+            ids += added
+            positions += range(trunk, trunk + len(added))
+            branch += [number] * len(added)
         return cls(ids, positions, branch, places, targets, counts)
 
     def __len__(self) -> int:
@@ -168,8 +191,11 @@ class Tree:
 def rows_of_choices(choices: Sequence[Continuation]) -> list[Tree]:
     """The choices as one tree, or one row each where they have little in common: a tree's
     attention is over all of its tokens, seen or not."""
-    trunk, count = shared_inputs(choices), len(choices)
-    own = sum(map(len, choices)) - trunk * count
-    if trunk * (count - 1) >= own:
+    trunk = shared_inputs(choices)
+    saved = trunk * (len(choices) - 1)  # tokens, by computing the trunk once
+    branches = 0
+    for choice in choices:
+        branches += len(choice) - trunk
+    if saved >= branches:
         return [Tree.of_choices(choices)]
-    return list(map(Tree.of_choices, zip(choices)))
+    return [Tree.of_choices([choice]) for choice in choices]

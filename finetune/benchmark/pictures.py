@@ -1,7 +1,6 @@
 """Results as bars: a row for each task, a bar for each number of shots, chance as a line."""
 
 from collections.abc import Sequence
-from operator import attrgetter
 
 from finetune.benchmark.results import TaskResult
 from finetune.report import small_png
@@ -20,24 +19,25 @@ def scores_picture(results: Sequence[TaskResult], title: str) -> bytes:
     for result in results:
         names[result.task] = f"{result.task} ({next(iter(result.metrics))})"
     tasks = list(names)
-    shots = sorted(set(map(attrgetter("shots"), results)))
+    shots = sorted({result.shots for result in results})
     size = (7.2, 1.3 + len(tasks) * (0.16 + 0.16 * len(shots)))
     figure = Figure(figsize=size, layout="constrained", dpi=110)
     canvas = FigureCanvasAgg(figure)  # no window, and the program's own backend stays as it is
     axes = figure.subplots()
-    thick = 0.8 / len(shots)
+    height = 0.8 / len(shots)
     for number, count in enumerate(shots):
         places, values, errors = [], [], []
         for result in results:
             if result.shots != count:
                 continue
             metric = next(iter(result.metrics))
-            places.append(tasks.index(result.task) + thick * (number - (len(shots) - 1) / 2))
+            offset = number - (len(shots) - 1) / 2
+            places.append(tasks.index(result.task) + height * offset)
             values.append(result.metrics[metric])
             errors.append(result.errors[metric])
         colour = COLOURS[number % len(COLOURS)]
         label = f"{count} shots" if count != 1 else "1 shot"
-        axes.barh(places, values, thick, xerr=errors, color=colour, label=label)
+        axes.barh(places, values, height, xerr=errors, color=colour, label=label)
     for result in results:
         if result.chance is not None:
             row = tasks.index(result.task)

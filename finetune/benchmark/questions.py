@@ -1,6 +1,8 @@
 """Rows of a task -> the texts that a model scores, as lm-evaluation-harness builds them. No torch.
 
-Templates are Jinja's, rendered in its sandbox; lists in their texts are read as literals.
+The main function is `build_questions`, at the end. Names are the harness's: a doc is a row, its
+target the right answer, shots are rows with answers before it. Templates are Jinja's, rendered in
+its sandbox; lists in their texts are read as literals.
 """
 
 import ast
@@ -76,9 +78,12 @@ class TaskTexts:
     def text(self, doc: Doc) -> str | int:
         """doc_to_text; an int says which choice is right where the choices are contexts."""
         text = self.render(self.task.doc_to_text, doc)
-        if isinstance(text, str) and text.isdigit() and self.task.doc_to_choice is not None:
-            return int(text)
-        return text if isinstance(text, int) else str(text)
+        if isinstance(text, int):
+            return text
+        if not isinstance(text, str):
+            return str(text)
+        has_choices = self.task.doc_to_choice is not None
+        return int(text) if has_choices and text.isdigit() else text
 
     def target(self, doc: Doc) -> str | int | list[Any]:
         """doc_to_target: a text, the number of a choice, or several of either."""
@@ -103,13 +108,15 @@ class TaskTexts:
         if isinstance(template, list):
             return template
         assert template is not None
-        found = self.render(template, doc)
-        try:
-            choices = ast.literal_eval(found) if isinstance(found, str) else found
-        except (SyntaxError, ValueError):
-            choices = None
+        rendered = self.render(template, doc)
+        choices = rendered
+        if isinstance(rendered, str):
+            try:
+                choices = ast.literal_eval(rendered)
+            except (SyntaxError, ValueError):
+                choices = None
         if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
-            got = shorten(found)
+            got = shorten(rendered)
             raise ValueError(f"{self.task.file}: doc_to_choice: wanted a list, got {got}")
         return choices
 
@@ -119,18 +126,21 @@ class TaskTexts:
     def shot(self, doc: Doc) -> str:
         """A row with its answer, as an example before a question."""
         task = self.task
-        text, target = self.text(doc), self.target(doc)
+        text, answer = self.text(doc), self.target(doc)
         choices = self.choices(doc) if task.doc_to_choice is not None else []
-        if isinstance(text, int):
-            question, answer = choices[text], target
+        if isinstance(text, int):  # the choices are contexts, and the target follows the right one
+            question = choices[text]
         else:
             question = text
-            answer = choices[target] if choices and isinstance(target, int) else target
-        answer = answer[0] if isinstance(answer, list) else answer
+            if choices and isinstance(answer, int):
+                answer = choices[answer]
+        if isinstance(answer, list):
+            answer = answer[0]
         if not isinstance(answer, str):
             raise ValueError(f"{task.file}: an example's answer is no text: {answer!r:.80}")
-        between = task.target_delimiter if answer else ""
-        return f"{question}{between}{answer}{task.fewshot_delimiter if answer else ''}"
+        if not answer:
+            return question
+        return f"{question}{task.target_delimiter}{answer}{task.fewshot_delimiter}"
 
     def question(self, doc: Doc, before: str, answered: bool = True) -> Question:
         """A row after the text `before`; not `answered` where it does not say what is right."""
@@ -139,26 +149,35 @@ class TaskTexts:
         if task.output_type != "multiple_choice":
             return Question(doc, (before + str(text),))
         choices = self.choices(doc)
-        if isinstance(text, int):
-            contexts = list(map(before.__add__, choices))
-            scored = [f"{task.target_delimiter}{self.target(doc)}"] * len(choices)
-            gold: Any = text
+        gold: Any = []
+        if isinstance(text, int):  # the choices are contexts, and the target follows each
+            contexts = [before + choice for choice in choices]
+            continuations = [f"{task.target_delimiter}{self.target(doc)}"] * len(choices)
+            gold = text
         else:
             contexts = [before + text] * len(choices)
-            scored = list(map(task.target_delimiter.__add__, choices))
-            gold = self.target(doc) if answered else []
-        right = []
+            continuations = [task.target_delimiter + choice for choice in choices]
+            if answered:
+                gold = self.target(doc)
+        right = self.right_choices(doc, gold, choices)
+        return Question(doc, tuple(contexts), tuple(continuations), tuple(choices), right)
+
+    def right_choices(self, doc: Doc, gold: Any, choices: list[str]) -> tuple[int, ...]:
+        """The numbers of the right choices, which `gold` names: a number, a text or a list."""
+        numbers = []
         for answer in gold if isinstance(gold, list) else [gold]:
+            number = answer
             if isinstance(answer, str):
-                answer = choices.index(answer) if answer in choices else -1
-            if not 0 <= answer < len(choices):
-                raise ValueError(f"{task.file}: no choice is right in the row {shorten(dict(doc))}")
-            right.append(int(answer))
-        return Question(doc, tuple(contexts), tuple(scored), tuple(choices), tuple(right))
+                number = choices.index(answer) if answer in choices else -1
+            if not 0 <= number < len(choices):
+                row = shorten(dict(doc))
+                raise ValueError(f"{self.task.file}: no choice is right in the row {row}")
+            numbers.append(int(number))
+        return tuple(numbers)
 
 
 def choose_shots(
-    task: BenchmarkTask, pool: Sequence[Doc], doc: Doc, count: int, drawn: random.Random
+    task: BenchmarkTask, pool: Sequence[Doc], doc: Doc, count: int, rng: random.Random
 ) -> list[Doc]:
     """The rows that are examples before `doc`, as the harness's samplers choose them.
 
@@ -174,9 +193,13 @@ def choose_shots(
     if task.sampler == "first_n":
         return others[:count]
     if not task.leaves_itself_out:
-        return drawn.sample(list(pool), count)
-    shots = [row for row in drawn.sample(list(pool), count + 1) if row != doc][:count]
-    return shots if len(shots) == count else drawn.sample(others, count)
+        return rng.sample(list(pool), count)
+    # The harness draws one more, in case `doc` is among them; equal rows may leave too few.
+    sampled = rng.sample(list(pool), count + 1)
+    shots = [row for row in sampled if row != doc][:count]
+    if len(shots) < count:
+        return rng.sample(others, count)
+    return shots
 
 
 def build_questions(
@@ -194,11 +217,12 @@ def build_questions(
     Raises:
         ValueError: a template does not fit a row, or there are too few shots.
     """
-    texts, drawn = TaskTexts(task), random.Random(SEED)
+    texts = TaskTexts(task)
+    rng = random.Random(SEED)
     questions = []
     for doc in docs:
-        parts = [texts.description(doc)]
-        for row in choose_shots(task, pool, doc, shots, drawn):
-            parts.append(texts.shot(row))
-        questions.append(texts.question(doc, "".join(parts), answered))
+        before = texts.description(doc)
+        for shot in choose_shots(task, pool, doc, shots, rng):
+            before += texts.shot(shot)
+        questions.append(texts.question(doc, before, answered))
     return questions

@@ -6,7 +6,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from operator import truediv
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -55,17 +54,20 @@ class TaskResult:
 
 def first_highest(values: Sequence[float]) -> int:
     """Number of the highest value; of equal ones the first."""
-    return max(range(len(values)), key=lambda number: (values[number], -number))
+    return list(values).index(max(values))
 
 
 def choice_metrics(question: Question, scores: Sequence[float]) -> dict[str, float]:
     """acc, acc_norm and acc_bytes of one row: whether the highest score is a right choice's, the
     scores as they are, or divided by the characters or UTF-8 bytes of each choice."""
-    found = {}
+    metrics = {}
     for name, size in SIZES.items():
-        values = list(map(truediv, scores, map(size, question.choices)))
-        found[name] = float(first_highest(values) in question.gold)
-    return found
+        normalised = []
+        for score, choice in zip(scores, question.choices):
+            normalised.append(score / size(choice))
+        is_right = first_highest(normalised) in question.gold
+        metrics[name] = float(is_right)
+    return metrics
 
 
 def written_metrics(task: BenchmarkTask, question: Question, answer: str) -> dict[str, float]:
@@ -87,17 +89,17 @@ def summarise(
     seconds: float,
 ) -> TaskResult:
     """A task's result, of the likelihoods of its choices or of its written answers."""
-    of_rows: list[dict[str, float]] = []
+    row_metrics: list[dict[str, float]] = []
     chances = []
     for i, question in enumerate(questions):
         if answers:
-            of_rows.append(written_metrics(task, question, answers[i]))
+            row_metrics.append(written_metrics(task, question, answers[i]))
         else:
-            of_rows.append(choice_metrics(question, likelihoods[i]))
+            row_metrics.append(choice_metrics(question, likelihoods[i]))
             chances.append(len(question.gold) / len(question.choices))
     metrics, errors = {}, {}
     for name in task.metrics:
-        values = [row[name] for row in of_rows]
+        values = [row[name] for row in row_metrics]
         metrics[name] = fmean(values)
         errors[name] = standard_error(values)
     return TaskResult(
@@ -153,15 +155,15 @@ def group_lines(
     """Lines of (group, shots, rows, metric, mean over all rows) of the groups' own metrics."""
     lines = []
     for group in groups:
-        inside = set(members(group))
-        rows: Counter[int] = Counter()
-        totals: defaultdict[tuple[int, str], float] = defaultdict(float)
+        tasks = set(members(group))
+        rows: Counter[int] = Counter()  # by shots
+        totals: defaultdict[tuple[int, str], float] = defaultdict(float)  # by (shots, metric)
         for result in results:
-            if result.task in inside:
-                rows[result.shots] += result.rows
-                for metric in group.metrics:
-                    right = result.metrics[metric] * result.rows
-                    totals[result.shots, metric] += right
+            if result.task not in tasks:
+                continue
+            rows[result.shots] += result.rows
+            for metric in group.metrics:
+                totals[result.shots, metric] += result.metrics[metric] * result.rows
         for (shots, metric), total in totals.items():
             mean = total / rows[shots]
             lines.append([group.name, str(shots), str(rows[shots]), metric, f"{mean:.4f}"])

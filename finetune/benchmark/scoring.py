@@ -1,8 +1,9 @@
-"""Log-likelihoods of choices, and greedy answers.
+"""Log-likelihoods of choices, and greedy answers, by one model: ChoiceScorer.
 
-A question's choices are one row, a tree: the context is computed once, and each choice sees it and
-itself. Rows of like lengths are a pass. What all rows of a task begin with (examples, mostly) is
-computed once for all of them, as keys and values.
+`ChoiceScorer.scores` is lm-evaluation-harness's `loglikelihood`, `ChoiceScorer.answers` its
+`generate_until`. Most models score a question's choices as one row, a tree: the context is computed
+once, and each choice attends to it and to itself (`score_trees`). Rows of like lengths are a pass.
+What all rows of a task begin with, the examples mostly, is computed once and kept as a KV cache.
 """
 
 import copy
@@ -32,14 +33,15 @@ if TYPE_CHECKING:
 SHARED_FROM = 16  # tokens that all rows begin with, for which a cache is worth while
 LOGITS_BYTES = 8 << 20  # of logits at a time: about a cache
 DEFAULT_LENGTH = 2048  # as the harness's, of a model that does not say
-Report = Callable[[int], object]  # told how many questions are done
+Report = Callable[[int], object]  # called with how many more questions are done
 
 
 def longest_input(model: "PreTrainedModel") -> int:
     """Tokens that a model may read, by its configuration."""
     config = model.config
     for name in ("seq_length", "max_sequence_length", "max_position_embeddings", "n_positions"):
-        if isinstance(value := getattr(config, name, None), int):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
             return value
     return DEFAULT_LENGTH
 
@@ -81,7 +83,7 @@ class ChoiceScorer:
 
         Raises ValueError where one has nothing to score, or no room in the model.
         """
-        encoded = list(map(self.encoder.question, questions))
+        encoded = [self.encoder.question(question) for question in questions]
         with torch.inference_mode():
             if self.grows_trees:
                 return self.score_trees(encoded, report)
@@ -93,29 +95,29 @@ class ChoiceScorer:
         self, encoded: Sequence[list[Continuation]], report: Report
     ) -> list[list[float]]:
         trees: list[Tree] = []
-        owners: list[int] = []  # of each tree, the question whose choices it holds
+        questions: list[int] = []  # of each tree, the number of the question whose choices it holds
         for number, choices in enumerate(encoded):
             rows = rows_of_choices(choices)
             trees += rows
-            owners += [number] * len(rows)
+            questions += [number] * len(rows)
         shared = self.common_beginning(trees)
-        cache = self.computed(trees[0].ids[:shared]) if shared else None
-        of_trees: dict[int, list[float]] = {}
-        left = Counter(owners)
-        for numbers in self.passes(list(map(len, trees)), -shared):
-            chosen = list(map(trees.__getitem__, numbers))
-            done = 0
-            for number, values in zip(numbers, self.pass_scores(chosen, shared, cache)):
-                of_trees[number] = values
-                left[owners[number]] -= 1
-                done += not left[owners[number]]
-            report(done)
-        found: list[list[float]] = []
-        for number, owner in enumerate(owners):
-            if owner == len(found):
-                found.append([])
-            found[-1] += of_trees[number]
-        return found
+        cache = self.cache_of(trees[0].ids[:shared]) if shared else None
+        tree_scores: list[list[float]] = [[] for _ in trees]
+        trees_left = Counter(questions)
+        for numbers in self.passes([len(tree) - shared for tree in trees]):
+            chosen = [trees[number] for number in numbers]
+            questions_done = 0
+            for number, scores in zip(numbers, self.pass_scores(chosen, shared, cache)):
+                tree_scores[number] = scores
+                question = questions[number]
+                trees_left[question] -= 1
+                if trees_left[question] == 0:
+                    questions_done += 1
+            report(questions_done)
+        question_scores: list[list[float]] = [[] for _ in encoded]
+        for question, scores in zip(questions, tree_scores):
+            question_scores[question] += scores
+        return question_scores
 
     def common_beginning(self, trees: Sequence[Tree]) -> int:
         """How many first tokens all trees have in common, or 0 where it is not worth while."""
@@ -126,14 +128,11 @@ class ChoiceScorer:
             shared = min(shared, tree.first_place)
         return shared if shared >= SHARED_FROM else 0
 
-    def passes(self, lengths: Sequence[int], more: int = 0) -> Iterator[list[int]]:
-        """Numbers of rows that are computed together, the longest first.
-
-        `more`: tokens that each takes beside its length.
-        """
+    def passes(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Numbers of rows that are computed together, by their lengths, the longest first."""
         numbers: list[int] = []
         for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            longest = lengths[numbers[0]] + more if numbers else 0
+            longest = lengths[numbers[0]] if numbers else 0
             if (len(numbers) + 1) * longest > self.batch_tokens:
                 yield numbers
                 numbers = []
@@ -141,7 +140,7 @@ class ChoiceScorer:
         if numbers:
             yield numbers
 
-    def computed(self, ids: list[int]) -> "DynamicCache":
+    def cache_of(self, ids: list[int]) -> "DynamicCache":
         """Keys and values of a beginning, of one row."""
         from transformers import DynamicCache
 
@@ -154,53 +153,66 @@ class ChoiceScorer:
         self, trees: Sequence[Tree], shared: int, cache: "DynamicCache | None"
     ) -> list[list[float]]:
         """The scores of each tree's choices; the first `shared` tokens are in the cache."""
-        device = self.inner.device
-        ids, positions, branch = padded_trees(trees, shared)
-        options: dict[str, Any] = {"use_cache": False}
-        if cache is not None:
-            own = copy.deepcopy(cache)
-            own.batch_repeat_interleave(len(trees))
-            options = {"past_key_values": own, "use_cache": True}
-        if cache is not None or (branch > 0).any():  # else each token sees all before it
-            mask = tree_mask(branch.to(device), shared, self.inner.dtype)
-            options |= {"attention_mask": mask, "position_ids": positions.to(device)}
-        states = self.inner.base_model(input_ids=ids.to(device), **options).last_hidden_state
+        states = self.tree_states(trees, shared, cache)
         rows: list[int] = []
         places: list[int] = []
         targets: list[int] = []
         for row, tree in enumerate(trees):
             rows += [row] * len(tree.places)
-            places += tree.places
+            places += [place - shared for place in tree.places]
             targets += tree.targets
-        where = torch.tensor([rows, places], device=device)
-        where[1] -= shared
-        found = self.log_probs(states, where, torch.tensor(targets, device=device)).tolist()
+        where = torch.tensor([rows, places], device=states.device)
+        log_probs = self.log_probs(states, where, torch.tensor(targets, device=states.device))
+        values = log_probs.tolist()
         scores = []
         start = 0
         for tree in trees:
-            of_choices = []
+            choice_scores = []
             for count in tree.counts:
-                of_choices.append(sum(found[start : start + count]))
+                choice_scores.append(sum(values[start : start + count]))
                 start += count
-            scores.append(of_choices)
+            scores.append(choice_scores)
         return scores
+
+    def tree_states(
+        self, trees: Sequence[Tree], shared: int, cache: "DynamicCache | None"
+    ) -> Tensor:
+        """(B, S, H) last hidden states of trees without their first `shared` tokens."""
+        device = self.inner.device
+        ids, positions, branch = padded_trees(trees, shared)
+        options: dict[str, Any] = {"use_cache": False}
+        if cache is not None:
+            batch_cache = copy.deepcopy(cache)  # the model adds to it
+            batch_cache.batch_repeat_interleave(len(trees))
+            options = {"past_key_values": batch_cache, "use_cache": True}
+        has_branches = bool((branch > 0).any())
+        if cache is not None or has_branches:  # else the model's own causal mask is right
+            options["attention_mask"] = tree_mask(branch.to(device), shared, self.inner.dtype)
+            options["position_ids"] = positions.to(device)
+        return self.inner.base_model(input_ids=ids.to(device), **options).last_hidden_state
 
     def log_probs(self, states: Tensor, where: Tensor, targets: Tensor) -> Tensor:
         """(N,) fp64 of targets (N,) predicted at `where` (2, N), rows and places of (B, S, H).
 
         Choices of one token are predicted at one place, whose logits are computed once.
         """
-        places, index = torch.unique(where[0] * states.shape[1] + where[1], return_inverse=True)
-        hidden = states.flatten(0, 1)[places]
-        head = self.inner.get_output_embeddings()
-        step = max(1, LOGITS_BYTES // (4 * head.weight.shape[0]))
-        found = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
-        for start in range(0, len(hidden), step):
-            logits = head(hidden[start : start + step]).float()
-            mine = ((index >= start) & (index < start + step)).nonzero().flatten()
-            of_targets = logits[index[mine] - start, targets[mine]]
-            found[mine] = (of_targets - logits.logsumexp(-1)[index[mine] - start]).double()
-        return found
+        row, place = where
+        flat_places = row * states.shape[1] + place
+        # hidden[index[n]] predicts target n.
+        unique_places, index = torch.unique(flat_places, return_inverse=True)
+        hidden = states.flatten(0, 1)[unique_places]
+        output_layer = self.inner.get_output_embeddings()
+        chunk = max(1, LOGITS_BYTES // (4 * output_layer.weight.shape[0]))
+        log_probs = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
+        for start in range(0, len(hidden), chunk):
+            logits = output_layer(hidden[start : start + chunk]).float()
+            is_in_chunk = (index >= start) & (index < start + chunk)
+            numbers = is_in_chunk.nonzero().flatten()
+            index_in_chunk = index[numbers] - start
+            target_logits = logits[index_in_chunk, targets[numbers]]
+            log_normalisers = logits.logsumexp(-1)[index_in_chunk]
+            log_probs[numbers] = (target_logits - log_normalisers).double()
+        return log_probs
 
     # ---- one choice after the other
 
@@ -208,18 +220,19 @@ class ChoiceScorer:
         self, encoded: Sequence[list[Continuation]], report: Report
     ) -> list[list[float]]:
         """As `score_trees`, for models whose choices share nothing: all end to end in a row."""
-        found: list[list[float]] = []
+        question_scores: list[list[float]] = []
         for choices in encoded:
             scores = [0.0] * len(choices)
-            for numbers in self.passes(list(map(len, choices))):
-                chosen = list(map(choices.__getitem__, numbers))
-                for number, value in zip(numbers, self.ragged_scores(chosen)):
-                    scores[number] = value
-            found.append(scores)
+            for numbers in self.passes([len(choice) for choice in choices]):
+                chosen = [choices[number] for number in numbers]
+                for number, score in zip(numbers, self.ragged_scores(chosen)):
+                    scores[number] = score
+            question_scores.append(scores)
             report(1)
-        return found
+        return question_scores
 
     def ragged_scores(self, choices: Sequence[Continuation]) -> list[float]:
+        """The score of each choice, all of them end to end in one row."""
         ids: list[int] = []
         keep: list[int] = []
         targets: list[int] = []
@@ -230,8 +243,8 @@ class ChoiceScorer:
             targets += choice.ids[choice.start :]
             ids += choice.inputs
         device = self.inner.device
-        lengths = list(map(len, choices))
-        found = token_log_probs(
+        lengths = [len(choice) for choice in choices]
+        log_probs = token_log_probs(
             self.model,
             torch.tensor([ids], device=device),
             lengths=lengths,
@@ -239,7 +252,10 @@ class ChoiceScorer:
             keep=torch.tensor(keep, device=device),
             targets=torch.tensor(targets, device=device),
         )
-        return list(map(float, map(torch.sum, found.double().split(counts))))
+        scores = []
+        for choice_log_probs in log_probs.double().split(counts):
+            scores.append(float(choice_log_probs.sum()))
+        return scores
 
     # ---- written answers
 
@@ -250,24 +266,27 @@ class ChoiceScorer:
 
         Raises ValueError where the model has no room for a context and an answer.
         """
-        room = self.max_length - max_new
-        if room < 1:
+        max_prompt = self.max_length - max_new
+        if max_prompt < 1:
             raise ValueError(f"--max_length {self.max_length} has no room for {max_new} new tokens")
         encoded = []
         for question in questions:
             ids = self.encoder.context(question.contexts[0])
-            front, extra = self.encoder.front, max(0, len(ids) - room)
-            encoded.append(ids[:front] + ids[front + extra :])
-        found = [""] * len(questions)
-        for numbers in self.passes(list(map(len, encoded)), max_new):
-            prompts = list(map(encoded.__getitem__, numbers))
-            stops = StopTexts(self.tokenizer, max(map(len, prompts)), until)
+            front = self.encoder.front  # control tokens, which stay
+            excess = max(0, len(ids) - max_prompt)
+            encoded.append(ids[:front] + ids[front + excess :])
+        answers = [""] * len(questions)
+        for numbers in self.passes([len(ids) + max_new for ids in encoded]):
+            prompts = [encoded[number] for number in numbers]
+            longest = max(len(prompt) for prompt in prompts)
+            stops = StopTexts(self.tokenizer, longest, until)
             options = {"max_new_tokens": max_new, "stopping_criteria": [stops]}
-            written = generate_batch(self.model, self.tokenizer, prompts, **options)
-            for number, (ids, _) in zip(numbers, written):
-                found[number] = cut_before(decoded_text(self.tokenizer, ids), until)
+            generated = generate_batch(self.model, self.tokenizer, prompts, **options)
+            for number, (ids, _) in zip(numbers, generated):
+                text = decoded_text(self.tokenizer, ids)
+                answers[number] = cut_before(text, until)
             report(len(numbers))
-        return found
+        return answers
 
 
 def padded_trees(trees: Sequence[Tree], shared: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,14 +294,16 @@ def padded_trees(trees: Sequence[Tree], shared: int) -> tuple[Tensor, Tensor, Te
 
     Padding is on the right, of branch -1.
     """
-    longest = max(map(len, trees)) - shared
-    parts = torch.zeros(3, len(trees), longest, dtype=torch.long)
-    parts[2] = -1
+    longest = max(len(tree) for tree in trees) - shared
+    ids = torch.zeros(len(trees), longest, dtype=torch.long)
+    positions = torch.zeros_like(ids)
+    branch = torch.full_like(ids, -1)
     for row, tree in enumerate(trees):
-        columns = (tree.ids, tree.positions, tree.branch)
-        for part, values in zip(parts, columns):
-            part[row, : len(values) - shared] = torch.tensor(values[shared:])
-    return parts[0], parts[1], parts[2]
+        length = len(tree) - shared
+        ids[row, :length] = torch.tensor(tree.ids[shared:])
+        positions[row, :length] = torch.tensor(tree.positions[shared:])
+        branch[row, :length] = torch.tensor(tree.branch[shared:])
+    return ids, positions, branch
 
 
 def tree_mask(branch: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
@@ -293,11 +314,12 @@ def tree_mask(branch: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
         shared: tokens in the cache, which all see.
     """
     length = branch.shape[1]
-    own = branch[:, None, :] == branch[:, :, None]
-    seen = (own | (branch == 0)[:, None, :]).tril()
-    hidden = torch.zeros(seen.shape, dtype=dtype, device=branch.device)
-    hidden.masked_fill_(~seen, torch.finfo(dtype).min)
-    mask = torch.nn.functional.pad(hidden, (shared, 0))
+    is_same_branch = branch[:, None, :] == branch[:, :, None]
+    is_trunk = (branch == 0)[:, None, :]
+    is_seen = (is_same_branch | is_trunk).tril()
+    mask = torch.zeros(is_seen.shape, dtype=dtype, device=branch.device)
+    mask.masked_fill_(~is_seen, torch.finfo(dtype).min)
+    mask = torch.nn.functional.pad(mask, (shared, 0))
     return mask.view(len(branch), 1, length, shared + length)
 
 
@@ -309,7 +331,7 @@ class StopTexts:
         self.prompt = prompt
         self.until = until
         # A token has a byte at least, so a text that has just ended is in so many tokens.
-        self.tail = max([0, *map(len, map(str.encode, until))])
+        self.tail = max((len(text.encode()) for text in until), default=0)
 
     def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
         """(B,) bool: which rows may end."""
@@ -324,5 +346,6 @@ class StopTexts:
 def cut_before(text: str, until: Sequence[str]) -> str:
     """The text before the first of the texts `until`."""
     for stop in until:
-        text = text.split(stop)[0] if stop else text
+        if stop:
+            text = text.split(stop)[0]
     return text

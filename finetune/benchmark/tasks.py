@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness: the part of its YAML files that is read here. Free of torch.
 
+A TaskIndex lists the tasks and groups of folders; `read_task` makes a BenchmarkTask of a file.
 The same files run in the harness: `lm_eval --include_path FOLDER`. A key or value that is not read
 is refused, so no task is scored otherwise than the harness would.
 """
@@ -103,8 +104,8 @@ class BenchmarkTask:
     def shots_split(self) -> str:
         """Where examples come from, by the harness's rule."""
         for name in ("fewshot", "training", "validation", "test"):
-            if split := self.splits.get(name):
-                return split
+            if self.splits.get(name):
+                return self.splits[name]
         raise ValueError(f"{self.file}: no split")
 
     @property
@@ -155,18 +156,23 @@ class TaskIndex:
         if "group" in values:
             group = read_group(file, values)
             self.groups[group.name] = group
-        elif isinstance(name := values.get("task"), str):
-            self.tasks[name] = file
-            tags = values.get("tag") or []
-            for tag in [tags] if isinstance(tags, str) else tags:
-                tagged.setdefault(tag, []).append(name)
+            return
+        name = values.get("task")
+        if not isinstance(name, str):
+            return
+        self.tasks[name] = file
+        tags = values.get("tag") or []
+        if isinstance(tags, str):
+            tags = [tags]
+        for tag in tags:
+            tagged.setdefault(tag, []).append(name)
 
     def expand(self, names: Sequence[str]) -> list[str]:
         """The tasks that names of tasks and groups mean, each once.
 
         Raises ValueError for a name that is neither.
         """
-        found: list[str] = []
+        tasks: list[str] = []
         for name in names:
             if name in self.groups:
                 members = self.expand(self.groups[name].members)
@@ -175,16 +181,19 @@ class TaskIndex:
             else:
                 known = ", ".join([*sorted(self.groups), *sorted(self.tasks)])
                 raise ValueError(f"--tasks: no task {name!r}; there are {known:.400}")
-            found += [member for member in members if member not in found]
-        return found
+            for member in members:
+                if member not in tasks:
+                    tasks.append(member)
+        return tasks
 
     def groups_of(self, names: Sequence[str]) -> list[TaskGroup]:
         """The groups that names mean, and those inside of them, the outer one first."""
-        found: list[TaskGroup] = []
+        groups: list[TaskGroup] = []
         for name in names:
-            if group := self.groups.get(name):
-                found += [group, *self.groups_of(group.members)]
-        return found
+            if name in self.groups:
+                group = self.groups[name]
+                groups += [group, *self.groups_of(group.members)]
+        return groups
 
     def load(self, name: str) -> BenchmarkTask:
         return read_task(self.tasks[name])
@@ -207,10 +216,13 @@ def read_yaml(file: Path) -> Files:
     if not isinstance(values, dict):
         raise ValueError(f"{file}: wanted keys and values, got {shorten(values)}")
     included = values.get("include") or []
+    if isinstance(included, str):
+        included = [included]
     merged: Files = {}
-    for name in [included] if isinstance(included, str) else included:
-        merged |= read_yaml(file.parent / name)
-    return merged | values
+    for name in included:
+        merged.update(read_yaml(file.parent / name))
+    merged.update(values)
+    return merged
 
 
 def read_group(file: Path, values: Files) -> TaskGroup:
@@ -246,9 +258,9 @@ def read_task(file: Path) -> BenchmarkTask:
         raise unread(file, f"dataset_kwargs: wanted data_files, got {shorten(dataset)}")
     splits = {}
     for name in ("training", "validation", "test", "fewshot"):
-        if split := values.get(f"{name}_split"):
-            splits[name] = split
-    if not {"test", "validation"} & set(splits):
+        if values.get(f"{name}_split"):
+            splits[name] = values[f"{name}_split"]
+    if "test" not in splits and "validation" not in splits:
         raise unread(file, "wanted test_split or validation_split")
     metrics = []
     for metric in values.get("metric_list") or []:
@@ -293,9 +305,8 @@ def check_keys(file: Path, values: Files) -> None:
         kind = KINDS.get(key)
         if kind is None:
             raise unread(file, f"the key {key} is not read")
-        if not isinstance(value, kind) or (
-            isinstance(value, FunctionName) and key != "process_results"
-        ):
+        is_misplaced_function = isinstance(value, FunctionName) and key != "process_results"
+        if is_misplaced_function or not isinstance(value, kind):
             raise unread(file, f"{key}: got {shorten(value)}")
 
 
@@ -315,13 +326,15 @@ def written_options(file: Path, values: Files) -> dict[str, Any]:
         return {}
     options = dict(values.get("generation_kwargs") or {})
     until = options.pop("until", [])
-    longest = options.pop("max_gen_toks", 256)
-    if options.pop("do_sample", False) or options:
+    if isinstance(until, str):
+        until = [until]
+    max_gen_toks = options.pop("max_gen_toks", 256)
+    is_sampled = options.pop("do_sample", False)
+    if is_sampled or options:
         raise unread(file, f"generation_kwargs: wanted greedy answers, got {shorten(options)}")
-    until = [until] if isinstance(until, str) else until
     results = values.get("process_results")
     name = results.rpartition(".")[2] if isinstance(results, FunctionName) else ""
-    return {"until": tuple(until), "max_gen_toks": longest, "results": name}
+    return {"until": tuple(until), "max_gen_toks": max_gen_toks, "results": name}
 
 
 def check_metrics(task: BenchmarkTask) -> None:

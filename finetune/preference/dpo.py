@@ -54,21 +54,25 @@ class PreferenceTraining(PreferenceTask[DpoConfig]):
         batch["counts"] = sequence_counts(batch["lengths"], batch["keep"], len(numbers))
         if self.loss.labelled:
             batch["liked"] = torch.tensor([data.data.score(number) for number in numbers])
-            batch |= self.mismatched(data, numbers, real)
-        found = self.references.get("eval" if data is self.eval_data else "train")
-        if found is not None:
-            batch["reference"] = torch.from_numpy(found[numbers])
+            for name, value in self.mismatched(data, numbers, real).items():
+                batch[DRIFT + name] = value
+        reference = self.references.get("eval" if data is self.eval_data else "train")
+        if reference is not None:
+            batch["reference"] = torch.from_numpy(reference[numbers])
         return batch
 
     def mismatched(self, data: RowGroups, numbers: list[int], real: Tensor) -> dict[str, Any]:
-        """Each question of a pass with the next one's answer, their names after DRIFT."""
+        """Each question of a pass with the next one's answer, as a batch of `log_probs`."""
         rows = data.data
-        chosen = [number for number, counts in zip(numbers, real.tolist()) if counts]
-        weight = float(len(chosen) > 1)  # a single answer has no other question
-        chosen = chosen if weight else numbers
+        chosen = [number for number, is_real in zip(numbers, real.tolist()) if is_real]
+        weight = 1.0
+        if len(chosen) < 2:  # a single answer has no other question: the pass runs, but counts 0
+            chosen = numbers
+            weight = 0.0
+        others = [*chosen[1:], chosen[0]]
         ids: list[np.ndarray] = []
         masked: list[int] = []
-        for number, other in zip(chosen, [*chosen[1:], chosen[0]]):
+        for number, other in zip(chosen, others):
             question = rows.ids(number)[: rows.n_masked(number)]
             answer = rows.ids(other)[rows.n_masked(other) :]
             ids.append(np.concatenate([question, answer]))
@@ -79,7 +83,7 @@ class PreferenceTraining(PreferenceTask[DpoConfig]):
         )
         batch["counts"] = sequence_counts(batch["lengths"], batch["keep"], len(ids))
         batch["real"] = torch.full((len(ids),), weight)
-        return {DRIFT + name: value for name, value in batch.items()}
+        return batch
 
     # ---- the reference that is computed at first
 
@@ -91,15 +95,17 @@ class PreferenceTraining(PreferenceTask[DpoConfig]):
         if self.eval_data is not None:
             parts["eval"] = self.eval_data
         key, path = self.key(list(parts.values())), output_dir / REFERENCE_FILE
-        found = load_reference(path, key)
-        if sum_over_ranks(float(found is None))[0]:
-            say("computing the reference's log-probabilities")
-            loss_module.eval()
-            found = {name: self.row_log_probs(loss_module, data) for name, data in parts.items()}
-            loss_module.train()
-            made = found
-            agree(lambda: save_reference(path, made, key))
-        self.references = found or {}
+        stored = load_reference(path, key)
+        [ranks_without] = sum_over_ranks(float(stored is None))
+        if stored is not None and not ranks_without:
+            self.references = stored
+            return
+        say("computing the reference's log-probabilities")
+        loss_module.eval()
+        computed = {name: self.row_log_probs(loss_module, data) for name, data in parts.items()}
+        loss_module.train()
+        agree(lambda: save_reference(path, computed, key))
+        self.references = computed
 
     def key(self, parts: list[RowGroups]) -> str:
         """What the reference's log-probabilities depend on."""
@@ -116,20 +122,23 @@ class PreferenceTraining(PreferenceTask[DpoConfig]):
         config = self.config
         size = config.per_device_eval_batch_size or config.per_device_train_batch_size
         device = next(loss_module.parameters()).device
-        found = torch.zeros(len(data.data), dtype=torch.float64)
+        log_probs = torch.zeros(len(data.data), dtype=torch.float64)
         order = data.row_lengths.argsort(kind="stable").tolist()
         per_pass = size * world_size()
         for start in range(0, len(order), per_pass):
-            mine = order[start : start + per_pass][rank() * size : (rank() + 1) * size]
-            batch = on_device(self.collate(data, mine or [-1]), device)
-            values = loss_module(found="log_probs", **batch).double().cpu()
-            if mine:
-                found[rows_of_groups(data, mine)[0]] = values
+            first = start + rank() * size
+            groups = order[first : first + size]
+            # A rank that has no group left runs the pass too.
+            batch = on_device(self.collate(data, groups or [-1]), device)
+            values = loss_module(output="log_probs", **batch).double().cpu()
+            if groups:
+                rows, _ = rows_of_groups(data, groups)
+                log_probs[rows] = values
         if world_size() > 1:
-            total = found.to(device)
+            total = log_probs.to(device)
             dist.all_reduce(total)
-            found = total.cpu()
-        return found.float().numpy()
+            log_probs = total.cpu()
+        return log_probs.float().numpy()
 
     # ---- metrics
 
@@ -140,18 +149,19 @@ class PreferenceTraining(PreferenceTask[DpoConfig]):
         if self.eval_data is None:
             raise RuntimeError("the evaluation rows are not loaded")
         sums = self.evaluation_sums(
-            loss_module, lambda batch: loss_module(found="sums", **batch), self.eval_data
+            loss_module, lambda batch: loss_module(output="sums", **batch), self.eval_data
         )
-        loss, chosen, better, rejected, worse, ordered, count = sums
-        chosen, rejected = chosen / max(better, 1), rejected / max(worse, 1)
-        found = {
+        loss, chosen_sum, chosen_count, rejected_sum, rejected_count, ordered, count = sums
+        chosen_reward = chosen_sum / max(chosen_count, 1)
+        rejected_reward = rejected_sum / max(rejected_count, 1)
+        metrics = {
             "loss": loss / count,
-            "margin": chosen - rejected,
-            "chosen_reward": chosen,
-            "rejected_reward": rejected,
+            "margin": chosen_reward - rejected_reward,
+            "chosen_reward": chosen_reward,
+            "rejected_reward": rejected_reward,
             "accuracy": ordered / count,
         }
-        return {name: found[name] for name in self.config.evaluated}
+        return {name: metrics[name] for name in self.config.evaluated}
 
 
 def train_dpo(config: DpoConfig) -> Path:

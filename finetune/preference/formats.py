@@ -1,6 +1,7 @@
 """PREFERENCE_FORMATS: the layouts of rows of answers that are compared.
 
-Free of torch. docs/preferences.md shows a row of each.
+`PreferenceReader.row` makes a Preference of a JSON value. Free of torch. docs/preferences.md shows
+a row of each layout.
 """
 
 from collections.abc import Callable
@@ -64,14 +65,23 @@ class Preference(Row):
             pairing: "all" that differ in score, or only those "adjacent" in the order of scores.
         """
         order = sorted(range(len(self.answers)), key=lambda number: -self.scores[number])
-        found = []
+        pairs = []
         for place, better in enumerate(order):
-            rest = order[place + 1 :] if pairing == "all" else order[place + 1 : place + 2]
-            for worse in rest:
-                texts = self.answers[better], self.answers[worse]
-                if self.scores[better] > self.scores[worse] and all(texts) and len(set(texts)) == 2:
-                    found.append((better, worse))
-        return found
+            later = order[place + 1 :]
+            if pairing == "adjacent":
+                later = later[:1]
+            for worse in later:
+                if self.can_compare(better, worse):
+                    pairs.append((better, worse))
+        return pairs
+
+    def can_compare(self, better: int, worse: int) -> bool:
+        """Whether two answers differ in score and text, and neither is empty."""
+        if not self.answers[better] or not self.answers[worse]:
+            return False
+        if self.answers[better] == self.answers[worse]:
+            return False
+        return self.scores[better] > self.scores[worse]
 
     def labelled(self) -> list[tuple[int, float]]:
         """(number, LIKED or DISLIKED) of the answers of the highest and of the lowest score.
@@ -79,15 +89,17 @@ class Preference(Row):
         An answer without another to compare is LIKED where its score is above 0.
         """
         best, worst = max(self.scores), min(self.scores)
-        found = []
+        labels = []
         for number, score in enumerate(self.scores):
             if not self.answers[number]:
                 continue
             if best == worst:
-                found.append((number, LIKED if score > 0 else DISLIKED))
-            elif score in (best, worst):
-                found.append((number, LIKED if score == best else DISLIKED))
-        return found
+                labels.append((number, LIKED if score > 0 else DISLIKED))
+            elif score == best:
+                labels.append((number, LIKED))
+            elif score == worst:
+                labels.append((number, DISLIKED))
+        return labels
 
 
 Question = tuple[str, tuple[Turn, ...]]  # a prompt; of a conversation also its turns
@@ -106,7 +118,7 @@ class PreferenceFormat:
     optional: tuple[str, ...] = ()
 
 
-def asked(turns: list[Turn]) -> Question:
+def conversation_question(turns: list[Turn]) -> Question:
     """The question that a conversation ends with; raises ValueError where it ends otherwise."""
     if not turns or turns[-1].role not in ("user", "observation"):
         last = turns[-1].role if turns else "nothing"
@@ -179,20 +191,23 @@ def read_pair(row: dict, better: str, worse: str) -> tuple[list[str], list[float
 
 
 def _conversations(row: dict) -> tuple[Question, list[str], list[float]]:
-    return asked(turns_at(row, "conversations")), *read_pair(row, "chosen", "rejected")
+    return conversation_question(turns_at(row, "conversations")), *read_pair(
+        row, "chosen", "rejected"
+    )
 
 
 def _prompt_pair(row: dict) -> tuple[Question, list[str], list[float]]:
     if isinstance(row["prompt"], list):
-        question = asked(turns_at(row, "prompt"))
+        question = conversation_question(turns_at(row, "prompt"))
     else:
         question = after_history(row, _text(row, "prompt"))
     return question, *read_pair(row, "chosen", "rejected")
 
 
 def _instruction_pair(row: dict) -> tuple[Question, list[str], list[float]]:
-    texts = (_text(row, "instruction"), _text(row, "input", ""))
-    question = after_history(row, "\n".join(filter(None, texts)))
+    instruction, given = _text(row, "instruction"), _text(row, "input", "")
+    prompt = f"{instruction}\n{given}" if instruction and given else instruction or given
+    question = after_history(row, prompt)
     return question, *read_pair(row, "chosen", "rejected")
 
 
@@ -208,8 +223,9 @@ def _whole_pair(row: dict) -> tuple[Question, list[str], list[float]]:
         raise ValueError('"chosen" and "rejected" must differ in their last answer alone')
     if (chosen[-1].role, rejected[-1].role) != ("assistant", "assistant"):
         raise ValueError('"chosen" and "rejected" must end with an answer')
-    last = {"chosen": chosen[-1].content, "rejected": rejected[-1].content}
-    return asked(chosen[:-1]), *read_pair(row | last, "chosen", "rejected")
+    last_answers = {"chosen": chosen[-1].content, "rejected": rejected[-1].content}
+    question = conversation_question(chosen[:-1])
+    return question, *read_pair(row | last_answers, "chosen", "rejected")
 
 
 def _scored_answers(row: dict) -> tuple[Question, list[str], list[float]]:
@@ -235,18 +251,20 @@ def _labelled_messages(row: dict) -> tuple[Question, list[str], list[float]]:
     *turns, last = turns_at(row, "messages")
     if last.role != "assistant":
         raise ValueError(f'"messages" must end with an answer, got {last.role}')
-    return asked(turns), [last.content], [read_label(row)]
+    return conversation_question(turns), [last.content], [read_label(row)]
 
 
 def _labelled_completion(row: dict) -> tuple[Question, list[str], list[float]]:
     if isinstance(row["prompt"], list):
-        question = asked(turns_at(row, "prompt"))
+        question = conversation_question(turns_at(row, "prompt"))
     else:
         question = after_history(row, _text(row, "prompt"))
     return question, [one_answer(row, "completion")], [read_label(row)]
 
 
-_TURNS, _SCORES = ("system", "history"), ("score_chosen", "score_rejected")
+# Optional keys of several formats.
+_TURNS = ("system", "history")
+_SCORES = ("score_chosen", "score_rejected")
 # A row has the first format that fits its keys.
 PREFERENCE_FORMATS: dict[str, PreferenceFormat] = {
     "conversations": PreferenceFormat(
@@ -284,8 +302,11 @@ def preference_format(row: dict, remedy: str = "") -> str:
     for name, form in PREFERENCE_FORMATS.items():
         if row.keys() >= set(form.keys):
             return name
-    wanted = " or ".join('"' + '", "'.join(f.keys) + '"' for f in PREFERENCE_FORMATS.values())
-    keys = ", ".join(map(str, row))[:200] or "none"
+    key_lists = []
+    for form in PREFERENCE_FORMATS.values():
+        key_lists.append(", ".join(f'"{key}"' for key in form.keys))
+    wanted = " or ".join(key_lists)
+    keys = ", ".join(str(key) for key in row)[:200] or "none"
     raise ValueError(f"no format has these keys: {keys}; wanted {wanted}{remedy}")
 
 
@@ -311,7 +332,8 @@ class PreferenceReader(RowReader):
             raise BadRow(f"{place}: half a surrogate pair in the text: {half!a}") from None
         except (ValueError, RecursionError) as error:
             raise BadRow(f"{place}: {error}") from None
-        if self.family and (refusal := refused_by(row.with_answer(0), self.family)):
+        refusal = refused_by(row.with_answer(0), self.family) if self.family else None
+        if refusal:
             raise BadRow(refusal)
         return row
 
@@ -319,18 +341,17 @@ class PreferenceReader(RowReader):
         """The row of a JSON value, without its place; raises ValueError."""
         if not isinstance(item, dict):
             raise ValueError(f"wanted an object, got {type(item).__name__}")
-        given = rename(item, self.columns) if self.columns else item
-        values = without_missing(given)
-        remedy = COLUMNS_REMEDY if self.columns == {} else ""
+        renamed = rename(item, self.columns) if self.columns else item
+        values = without_missing(renamed)
         name = self.data_format
         if name == "auto":
+            remedy = COLUMNS_REMEDY if self.columns == {} else ""
             name = preference_format(values, remedy)
         form = PREFERENCE_FORMATS[name]
-        if missing := [key for key in form.keys if key not in values]:
-            check_present(given, missing[0])
-            raise ValueError(
-                f'no key "{missing[0]}"; --data_format {name} has {", ".join(form.keys)}'
-            )
+        for key in form.keys:
+            if key not in values:
+                check_present(renamed, key)
+                raise ValueError(f'no key "{key}"; --data_format {name} has {", ".join(form.keys)}')
         (prompt, turns), answers, scores = form.read(values)
         row = Preference(prompt, tuple(answers), "", turns, tuple(scores))
         self.check(row)

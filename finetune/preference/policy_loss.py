@@ -25,10 +25,11 @@ class PreferenceLoss(nn.Module):
 
     def log_probs(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """((sequences,) log-probabilities of the answers, (sequences,) tokens of each)."""
-        found = token_log_probs(self.model, **{name: batch[name] for name in RAGGED})
-        sums = [part.sum() for part in found.split(batch["counts"])]
-        learnt = (batch["targets"] != IGNORED).split(batch["counts"])
-        return torch.stack(sums), torch.stack([part.sum() for part in learnt])
+        token_values = token_log_probs(self.model, **{name: batch[name] for name in RAGGED})
+        is_answer = batch["targets"] != IGNORED
+        sums = [values.sum() for values in token_values.split(batch["counts"])]
+        tokens = [part.sum() for part in is_answer.split(batch["counts"])]
+        return torch.stack(sums), torch.stack(tokens)
 
     @torch.no_grad()
     def reference(self, batch: Mapping[str, Any]) -> Tensor:
@@ -42,35 +43,42 @@ class PreferenceLoss(nn.Module):
 
         A pass is its own estimate, on each rank.
         """
-        other = {n.removeprefix(DRIFT): value for n, value in batch.items() if n.startswith(DRIFT)}
-        ratio = self.log_probs(other)[0] - self.reference(other)
-        return (ratio * other["real"]).sum().div(other["real"].sum().clamp(min=1)).clamp(min=0)
+        mismatched = {}
+        for name, value in batch.items():
+            if name.startswith(DRIFT):
+                mismatched[name.removeprefix(DRIFT)] = value
+        log_probs, _ = self.log_probs(mismatched)
+        log_ratio = log_probs - self.reference(mismatched)
+        real = mismatched["real"]
+        mean = (log_ratio * real).sum() / real.sum().clamp(min=1)
+        return mean.clamp(min=0)
 
     def answers(self, batch: Mapping[str, Any]) -> Answers:
         """The answers of a batch of PreferenceTraining.collate."""
-        groups = len(batch["real"])
-        labelled = self.preference.labelled
+        drift = liked = None
+        if self.preference.labelled:
+            drift = self.drift(batch)
+            liked = batch["liked"]
         reference = batch.get("reference")
-        drift = self.drift(batch) if labelled else None
         if reference is None and self.preference.has_reference:
             reference = self.reference(batch)
         policy, tokens = self.log_probs(batch)
         if reference is None:
             reference = torch.zeros_like(policy)
-        shape = (groups, -1)
-        liked = batch["liked"] if labelled else None
+        shape = (len(batch["real"]), -1)  # (groups, answers of a group)
         return Answers(policy.view(shape), reference.view(shape), tokens.view(shape), liked, drift)
 
-    def forward(self, scale: float = 1.0, *, found: str = "loss", **batch: Any) -> Tensor:
-        """`scale` times the loss; or what `found` names, "sums" or "log_probs".
+    def forward(self, scale: float = 1.0, *, output: str = "loss", **batch: Any) -> Tensor:
+        """`scale` times the loss; or what `output` names, "sums" or "log_probs".
 
         All go through the module's call, at whose ends ZeRO-3 gives its gathered weights back.
         """
-        if found == "sums":
+        if output == "sums":
             return self.sums(batch)
-        if found == "log_probs":
+        if output == "log_probs":
             return self.log_probs(batch)[0]
-        return scale * torch.sum(self.preference.losses(self.answers(batch)) * batch["real"])
+        losses = self.preference.losses(self.answers(batch))
+        return scale * torch.sum(losses * batch["real"])
 
     def sums(self, batch: Mapping[str, Any]) -> Tensor:
         """(6,): loss; rewards and number of better answers; of the others; pairs in order."""
@@ -82,6 +90,12 @@ class PreferenceLoss(nn.Module):
         else:
             better, worse = real * answers.liked, real * (1 - answers.liked)
             ordered = torch.zeros_like(real)
-        columns = [self.preference.losses(answers) * real, rewards[:, 0] * better, better]
-        columns += [rewards[:, -1] * worse, worse, ordered]
+        columns = [
+            self.preference.losses(answers) * real,
+            rewards[:, 0] * better,
+            better,
+            rewards[:, -1] * worse,
+            worse,
+            ordered,
+        ]
         return torch.stack(columns).sum(1)

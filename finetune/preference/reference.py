@@ -53,14 +53,14 @@ def reference_key(parts: list[RowGroups], settings: list[Any]) -> str:
     return digest.hexdigest()
 
 
-def save_reference(path: Path, found: dict[str, np.ndarray], key: str) -> None:
+def save_reference(path: Path, log_probs: dict[str, np.ndarray], key: str) -> None:
     """Write log-probabilities of rows, {name: (rows,) fp32}, in one step."""
     from safetensors.numpy import save
 
     from finetune.files import written_whole
 
     with written_whole(path) as file:
-        file.write(save(found, {"key": key}))
+        file.write(save(log_probs, {"key": key}))
 
 
 def load_reference(path: Path, key: str) -> dict[str, np.ndarray] | None:

@@ -60,8 +60,11 @@ def answer_ends(ids: list[Any], *, share: bool, multiple: int) -> dict[str, Any]
     More places may follow those of the sequences, which make up a `multiple`.
     """
     # As rows whose last token predicts one more, which is never read.
-    sequences = [[*row, 0] for row in ids]
-    packed = lay_end_to_end(sequences, [len(row) for row in ids], share, multiple)
+    sequences, masked = [], []
+    for row in ids:
+        sequences.append([*row, 0])
+        masked.append(len(row))
+    packed = lay_end_to_end(sequences, masked, share, multiple)
     return {
         "input_ids": packed["input_ids"],
         "lengths": packed["lengths"],
@@ -92,14 +95,16 @@ class RewardLoss(nn.Module):
         """(B,) of scores (B, 2) and margins (B,)."""
         difference = scores[:, 0] - scores[:, 1] - margins
         losses = -F.logsigmoid(difference)
-        return losses + self.center * scores.sum(1) ** 2 if self.center else losses
+        if self.center:
+            losses = losses + self.center * scores.sum(1) ** 2
+        return losses
 
-    def forward(self, scale: float = 1.0, *, found: str = "loss", **batch: Any) -> Tensor:
-        """`scale` times the loss, or where `found` is "sums", those.
+    def forward(self, scale: float = 1.0, *, output: str = "loss", **batch: Any) -> Tensor:
+        """`scale` times the loss, or where `output` is "sums", those.
 
         Both go through the module's call, at whose ends ZeRO-3 gives its gathered weights back.
         """
-        if found == "sums":
+        if output == "sums":
             return self.sums(batch)
         losses = self.losses(self.scores(batch), batch["margins"])
         return scale * torch.sum(losses * batch["real"])
@@ -147,10 +152,10 @@ class RewardTraining(PreferenceTask[RewardConfig]):
         """Loss, share of pairs in the right order, and mean difference of scores."""
         if self.eval_data is None:
             raise RuntimeError("the evaluation rows are not loaded")
-        *sums, count = self.evaluation_sums(
-            loss_module, lambda batch: loss_module(found="sums", **batch), self.eval_data
+        loss, ordered, margin, count = self.evaluation_sums(
+            loss_module, lambda batch: loss_module(output="sums", **batch), self.eval_data
         )
-        return dict(zip(self.config.evaluated, [total / count for total in sums]))
+        return {"loss": loss / count, "accuracy": ordered / count, "margin": margin / count}
 
     def export(self, model: Any, state: dict[str, Tensor], folder: Path) -> None:
         """Write a folder that finetune.preference.scorer loads: model, value head and card."""

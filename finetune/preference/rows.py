@@ -39,15 +39,16 @@ class PreferenceEncoder(RowEncoder):
             raise TypeError(f"wanted a Preference, got {type(row).__name__}")
         if self.pairing == "labelled":
             return [self.answer(row, number, score) for number, score in row.labelled()]
-        made = []
-        for pair in row.pairs(self.pairing):
-            made += [self.answer(row, number, row.scores[number]) for number in pair]
-        return made
+        encoded = []
+        for better, worse in row.pairs(self.pairing):
+            encoded.append(self.answer(row, better, row.scores[better]))
+            encoded.append(self.answer(row, worse, row.scores[worse]))
+        return encoded
 
     def answer(self, row: Preference, number: int, score: float) -> EncodedRow:
         """One answer after its question, all of which carries no loss."""
-        made = super().encode(row.with_answer(number))[-1]
-        return made._replace(score=score)
+        encoded = super().encode(row.with_answer(number))[-1]
+        return encoded._replace(score=score)
 
     def settings(self) -> list[Any]:
         """As RowEncoder's."""
@@ -62,18 +63,18 @@ def group_rows(rows: RowArrays, size: int, is_skip: bool, max_len: int) -> RowGr
     Raises:
         ValueError: none is left.
     """
-    counts = rows.columns["n_masked"] < rows.lengths
-    cut = rows.truncated
+    is_usable = rows.columns["n_masked"] < rows.lengths
+    is_cut = rows.truncated
     if is_skip:
-        counts &= ~cut
-    groups = np.logical_and.reduce(counts.reshape(-1, size), axis=1)
-    chosen = np.flatnonzero(np.repeat(groups, size)).astype(np.int32)
+        is_usable &= ~is_cut
+    is_group_usable = is_usable.reshape(-1, size).all(axis=1)
+    chosen = np.flatnonzero(np.repeat(is_group_usable, size)).astype(np.int32)
     if not len(chosen):
         raise ValueError(
             f"the answers of all {rows.facts['good']} rows are longer than --max_len {max_len}"
         )
-    skipped = int(len(groups) - groups.sum())
-    data = Dataset((rows,), (chosen,), int(cut.sum()), skipped)
+    skipped = int((~is_group_usable).sum())
+    data = Dataset((rows,), (chosen,), int(is_cut.sum()), skipped)
     return RowGroups(data, size_starts(len(chosen), size))
 
 
@@ -149,9 +150,11 @@ def rows_of_groups(data: RowGroups, groups: list[int]) -> tuple[list[int], Tenso
     """
     filler = int(data.row_lengths.argmin()) if -1 in groups else -1
     rows: list[int] = []
+    is_real: list[float] = []
     for group in groups:
-        rows += data.rows(filler if group < 0 else group)
-    return rows, torch.tensor([float(group >= 0) for group in groups])
+        rows += data.rows(filler if group == -1 else group)
+        is_real.append(float(group != -1))
+    return rows, torch.tensor(is_real)
 
 
 def sequence_counts(lengths: list[int], keep: Tensor, sequences: int) -> list[int]:
@@ -160,5 +163,5 @@ def sequence_counts(lengths: list[int], keep: Tensor, sequences: int) -> list[in
     The first of `lengths` may be a beginning that all share.
     """
     edges = np.cumsum([0, *lengths])[-sequences - 1 :]
-    places = np.searchsorted(keep.numpy(), edges)
-    return np.diff(places).tolist()
+    kept_before = np.searchsorted(keep.numpy(), edges)
+    return np.diff(kept_before).tolist()

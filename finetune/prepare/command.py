@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,16 +153,18 @@ def add_fetch_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_jsonl_outputs(args: argparse.Namespace, sources: list[Source]) -> None:
     """Raises ValueError where an output is an input, or there are flags without effect."""
-    outputs = [args.output] + ([args.held_out] if args.held_out else [])
-    read: set[Path] = set()
+    outputs = [args.output]
+    if args.held_out:
+        outputs.append(args.held_out)
+    inputs: set[Path] = set()
     for source in sources:
-        read.update(path.resolve() for path in source.files)
+        inputs.update(path.resolve() for path in source.files)
     for path in outputs:
-        if path.resolve() in read:
+        if path.resolve() in inputs:
             raise ValueError(f"{path} is read: name another file to write")
         if path.suffix != ".jsonl":
             raise ValueError(f"wanted a name that ends in .jsonl, got {path}")
-    if len({path.resolve() for path in outputs}) < len(outputs):
+    if args.held_out and args.held_out.resolve() == args.output.resolve():
         raise ValueError("--output and --held_out name the same file")
     if args.held_out_share != 0.02 and not args.held_out:
         raise ValueError("--held_out_share needs --held_out: it has no effect otherwise")
@@ -180,13 +181,16 @@ def run_merge(args: argparse.Namespace) -> None:
     columns = parse_columns(args.columns, COLUMN_NAMES)
     reader = RowReader(args.prompt_text, args.data_format, columns)
     selection = Selection(
-        args.duplicates,
-        args.compare,
-        args.threshold,
-        args.held_out_share if args.held_out else 0.0,
-        args.seed,
+        duplicates=args.duplicates,
+        compare=args.compare,
+        threshold=args.threshold,
+        share=args.held_out_share if args.held_out else 0.0,
+        seed=args.seed,
     )
-    read = partial(read_all, sources, reader, args.on_bad_row)
+
+    def read(title: str) -> Iterator[ReadRow | BadRow]:
+        return read_all(sources, reader, args.on_bad_row, title)
+
     print(rewrite(read, args.to, selection, args.output, args.held_out).text)
 
 
@@ -201,19 +205,21 @@ def run_corpus(args: argparse.Namespace) -> None:
     rows = list(tqdm(corpus.read(args.input), desc="reading", unit="row", disable=None, delay=1))
     selection = Selection(share=args.held_out_share if args.held_out else 0.0, seed=args.seed)
 
-    def made(title: str) -> Iterator[ReadRow | BadRow]:
+    reader = RowReader(data_format="scored")
+
+    def read(title: str) -> Iterator[ReadRow | BadRow]:
         bar = tqdm(corpus.make(rows, args.seed), desc=title, unit="row", disable=None, delay=1)
         for value in bar:
-            yield ReadRow(value, RowReader(data_format="scored").row(value, args.name))
+            yield ReadRow(value, reader.row(value, args.name))
 
-    counts = rewrite(made, "as_is", selection, args.output, args.held_out)
+    counts = rewrite(read, "as_is", selection, args.output, args.held_out)
     print(f"{len(rows)} rows of {args.name}: {counts.text}")
 
 
 def token_config(args: argparse.Namespace) -> TrainConfig:
-    """The flags as train.py's."""
-    given = {name: value for name, value in vars(args).items() if name in TOKEN_FLAGS}
-    return TrainConfig(**given)
+    """The flags as train.py's. Those that are not given have no attribute (add_flag)."""
+    values = {name: value for name, value in vars(args).items() if name in TOKEN_FLAGS}
+    return TrainConfig(**values)
 
 
 def run_tokenise(args: argparse.Namespace) -> None:
@@ -239,7 +245,7 @@ def run_lengths(args: argparse.Namespace) -> None:
     config = token_config(args)
     meter = LengthMeter()
     for _, row in Tokenising(config, whole=True).rows():
-        meter.see(row)
+        meter.add(row)
     figures = meter.lengths.figures(config.max_len)
     print(lengths_text(figures, config.max_len, config.max_src_len))
     keep_figures(args, figures, meter.lengths, config)

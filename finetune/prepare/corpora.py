@@ -1,5 +1,7 @@
 """CORPORA: the six Chinese corpora of RLHF (sunzeyeah) as prompts with graded answers.
 
+A Corpus has a function that reads its files and one that makes rows of them; both are below.
+
 A row that is made is {prompt, answers: [{answer, score}, ...], prefix}, the format `scored` of
 train.py, from which --task reward and dpo make pairs. Recipes of RLHF's data_prepare.py, whose
 loops over couplets and classical texts failed. Free of torch.
@@ -9,7 +11,6 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,10 @@ class CorpusRow:
         """The number at the first of `keys` that is there, also as text; raises BadRow."""
         for key in keys:
             value = self.value.get(key)
+            if value is None or isinstance(value, bool):
+                continue
             try:
-                if value is not None and not isinstance(value, bool):
-                    return float(value)
+                return float(value)
             except (TypeError, ValueError):
                 raise BadRow(f'{self.place}: "{key}" must be a number, got {value!r}') from None
         raise BadRow(f'{self.place}: wanted a number at "{keys[0]}"')
@@ -62,43 +64,52 @@ class CorpusRow:
 def graded(prompt: str, prefix: str, answers: Sequence[tuple[str, float]]) -> Graded:
     """A row of the format `scored`, its answers from the best to the worst."""
     ordered = sorted(answers, key=lambda answer: -answer[1])
-    listed = []
+    graded_answers = []
     for text, score in ordered:
-        listed.append({"answer": text, "score": int(score) if score == int(score) else score})
-    return {"prompt": prompt, "answers": listed, "prefix": prefix}
+        is_whole = score == int(score)
+        graded_answers.append({"answer": text, "score": int(score) if is_whole else score})
+    return {"prompt": prompt, "answers": graded_answers, "prefix": prefix}
 
 
 @dataclass
-class Draws:
-    """Draws other texts than those that are `taken`, each once.
+class TextSampler:
+    """Samples texts of other rows, each text once.
 
     Attributes:
         texts: of every row.
+        used: texts that are not sampled: the row's own, then those that were.
     """
 
     rng: random.Random
     texts: Sequence[str]
-    taken: set[str]
+    used: set[str]
 
-    def texts_of(
-        self, pool: Sequence[int], count: int, fits: Callable[[int], bool] = lambda number: True
+    def sample(
+        self,
+        rows: Sequence[int],
+        count: int,
+        *,
+        keys: Sequence[Any] | None = None,
+        other_than: object = None,
     ) -> list[str]:
-        """At most `count` texts of rows of the pool that fit, as far as TRIES draws find them."""
-        found: list[str] = []
-        for _ in range(TRIES if pool else 0):
-            if len(found) == count:
+        """At most `count` texts of these rows, as far as TRIES draws find them.
+
+        Args:
+            keys: of every row; with them, only rows whose key is `other_than` that.
+        """
+        sampled: list[str] = []
+        if not rows:
+            return sampled
+        for _ in range(TRIES):
+            if len(sampled) == count:
                 break
-            number = self.rng.choice(pool)
-            text = self.texts[number]
-            if text not in self.taken and fits(number):
-                self.taken.add(text)
-                found.append(text)
-        return found
-
-
-def differs(keys: Sequence[Any], own: object, number: int) -> bool:
-    """Whether a row's key is another than `own`."""
-    return bool(keys[number] != own)
+            row = self.rng.choice(rows)
+            text = self.texts[row]
+            if text in self.used or (keys is not None and keys[row] == other_than):
+                continue
+            self.used.add(text)
+            sampled.append(text)
+        return sampled
 
 
 def scored(texts: Sequence[str], score: float) -> list[tuple[str, float]]:
@@ -143,13 +154,14 @@ def line_pairs(first: Path, second: Path) -> Iterator[tuple[str, str, str]]:
     Raises:
         BadRow: one has more lines than the other.
     """
-    ours, theirs = text_lines_of(first), text_lines_of(second)
-    if len(ours) != len(theirs):
+    first_lines, second_lines = text_lines_of(first), text_lines_of(second)
+    if len(first_lines) != len(second_lines):
+        number = min(len(first_lines), len(second_lines)) + 1
         raise BadRow(
-            f"{second}:{min(len(ours), len(theirs)) + 1}: {len(theirs)} lines, "
-            f"and {first.name} beside it has {len(ours)}"
+            f"{second}:{number}: {len(second_lines)} lines, "
+            f"and {first.name} beside it has {len(first_lines)}"
         )
-    for number, (one, other) in enumerate(zip(ours, theirs), 1):
+    for number, (one, other) in enumerate(zip(first_lines, second_lines), 1):
         if one and other:
             yield f"{first}:{number}", one, other
 
@@ -188,10 +200,12 @@ def weibo(rows: Sequence[CorpusRow], seed: int) -> Iterator[Graded]:
     equal ones the longer."""
     for row in rows:
         article, abstract = row.text("article"), row.text("abstract", "summary")
-        found: dict[str, float] = {}
+        likes_of: dict[str, float] = {}
         for text, likes in comments_of(row):
-            found[text] = max(likes, found.get(text, likes))
-        answers = sorted(found.items(), key=lambda each: (each[1], len(each[0])), reverse=True)
+            likes_of[text] = max(likes, likes_of.get(text, likes))
+        answers = sorted(
+            likes_of.items(), key=lambda comment: (comment[1], len(comment[0])), reverse=True
+        )
         prompt = f"新闻内容：{without_spaces(article)}摘要：{without_spaces(abstract)}"
         if answers:
             yield graded(prompt, "评论：", answers)
@@ -211,33 +225,33 @@ def comments_of(row: CorpusRow) -> Iterator[tuple[str, float]]:
             comment = {"text": comment[0], "likes": comment[1]}
         if not isinstance(comment, dict):
             raise BadRow(f"{row.place}: a comment is {{text, likes}} or [text, likes]")
-        inner = CorpusRow(row.place, comment)
-        if text := inner.text("text", "comment", "content", needed=False):
-            yield text, inner.number("likes", "like", "score")
+        fields = CorpusRow(row.place, comment)
+        text = fields.text("text", "comment", "content", needed=False)
+        if text:
+            yield text, fields.number("likes", "like", "score")
 
 
 def couplets(rows: Sequence[CorpusRow], seed: int) -> Iterator[Graded]:
     """{first, second}: the second half 1, two others of its length 0, two of other lengths -1."""
     seconds = [row.text("second") for row in rows]
-    lengths = list(map(len, seconds))
-    by_length = numbers_by_key(lengths)
-    everything = range(len(seconds))
+    lengths = [len(second) for second in seconds]
+    rows_of_length = numbers_by_key(lengths)
+    all_rows = range(len(seconds))
     for number, row in enumerate(rows):
-        own = seconds[number]
-        draws = Draws(row_rng(seed, number), seconds, {own})
-        length = lengths[number]
-        same = draws.texts_of(by_length[length], 2)
-        other = draws.texts_of(everything, 2, partial(differs, lengths, length))
-        answers = [(own, 1.0), *scored(same, 0.0), *scored(other, -1.0)]
+        second, length = seconds[number], lengths[number]
+        sampler = TextSampler(row_rng(seed, number), seconds, {second})
+        same_length = sampler.sample(rows_of_length[length], 2)
+        other_length = sampler.sample(all_rows, 2, keys=lengths, other_than=length)
+        answers = [(second, 1.0), *scored(same_length, 0.0), *scored(other_length, -1.0)]
         yield graded(f"上联：{row.text('first')}", "下联：", answers)
 
 
 def numbers_by_key(keys: Sequence[Any]) -> dict[Any, list[int]]:
     """{key: the numbers of what has it}."""
-    found: dict[Any, list[int]] = defaultdict(list)
+    numbers: dict[Any, list[int]] = defaultdict(list)
     for number, key in enumerate(keys):
-        found[key].append(number)
-    return found
+        numbers[key].append(number)
+    return numbers
 
 
 def zhidao(rows: Sequence[CorpusRow], seed: int) -> Iterator[Graded]:
@@ -246,12 +260,16 @@ def zhidao(rows: Sequence[CorpusRow], seed: int) -> Iterator[Graded]:
     for row in rows:
         key = row.text("title"), row.text("question", needed=False)
         replies = questions.setdefault(key, {})
-        if reply := row.text("reply", needed=False):
+        reply = row.text("reply", needed=False)
+        if reply:
             replies[reply] = max(row.number("is_best"), replies.get(reply, 0.0))
     for (title, question), replies in questions.items():
-        more = f" 内容：{question}" if question and question != title else ""
-        if replies:
-            yield graded(f"问题：{title}{more}", "答：", list(replies.items()))
+        if not replies:
+            continue
+        prompt = f"问题：{title}"
+        if question and question != title:
+            prompt += f" 内容：{question}"
+        yield graded(prompt, "答：", list(replies.items()))
 
 
 def classical(rows: Sequence[CorpusRow], seed: int) -> Iterator[Graded]:
@@ -260,17 +278,18 @@ def classical(rows: Sequence[CorpusRow], seed: int) -> Iterator[Graded]:
     names = {"classical": "古文", "modern": "现代文"}
     texts = {key: [row.text(key) for row in rows] for key in names}
     books = [row.text("book", needed=False) for row in rows]
-    by_book = numbers_by_key(books)
-    everything = range(len(rows))
-    for number in everything:
+    rows_of_book = numbers_by_key(books)
+    all_rows = range(len(rows))
+    for number in all_rows:
         rng = row_rng(seed, number)
-        asked, wanted = rng.sample(("classical", "modern"), 2)
-        own, book = texts[wanted][number], books[number]
-        draws = Draws(rng, texts[wanted], {own})
-        near = draws.texts_of(by_book[book], 2)
-        far = draws.texts_of(everything, 2, partial(differs, books, book))
-        answers = [(own, 1.0), *scored(near, 0.0), *scored(far, -1.0)]
-        yield graded(f"{names[asked]}：{texts[asked][number]}", f"{names[wanted]}：", answers)
+        source, target = rng.sample(("classical", "modern"), 2)
+        translation, book = texts[target][number], books[number]
+        sampler = TextSampler(rng, texts[target], {translation})
+        same_book = sampler.sample(rows_of_book[book], 2)
+        other_book = sampler.sample(all_rows, 2, keys=books, other_than=book)
+        answers = [(translation, 1.0), *scored(same_book, 0.0), *scored(other_book, -1.0)]
+        prompt = f"{names[source]}：{texts[source][number]}"
+        yield graded(prompt, f"{names[target]}：", answers)
 
 
 PROSE = ("文", "赋", "论", "记", "序", "铭")  # genres that are counted as 篇; others as 首
@@ -283,19 +302,18 @@ def poetry(rows: Sequence[CorpusRow], seed: int) -> Iterator[Graded]:
     texts = [work["text"] for work in works]
     authors = [work["author"] for work in works]
     genres = [work["genre"] for work in works]
-    by_author, by_genre = numbers_by_key(authors), numbers_by_key(genres)
+    rows_of_author, rows_of_genre = numbers_by_key(authors), numbers_by_key(genres)
     for number, work in enumerate(works):
-        author, genre = work["author"], work["genre"]
-        draws = Draws(row_rng(seed, number), texts, {work["text"]})
-        near = draws.texts_of(by_author[author], 1)
-        by_others = partial(differs, authors, author)
-        alike = draws.texts_of(by_genre[genre], 1, by_others)
-        other = draws.texts_of(range(len(works)), 1, partial(differs, genres, genre))
-        answers = [(work["text"], 1.0), *scored(near, 0.0), *scored(alike, -1.0)]
-        answers += scored(other, -2.0)
+        text, author, genre = work["text"], work["author"], work["genre"]
+        sampler = TextSampler(row_rng(seed, number), texts, {text})
+        same_author = sampler.sample(rows_of_author[author], 1)
+        same_genre = sampler.sample(rows_of_genre[genre], 1, keys=authors, other_than=author)
+        other_genre = sampler.sample(range(len(works)), 1, keys=genres, other_than=genre)
+        answers = [(text, 1.0), *scored(same_author, 0.0), *scored(same_genre, -1.0)]
+        answers += scored(other_genre, -2.0)
         measure = "篇" if genre.endswith(PROSE) else "首"
-        asked = f"以{author}的风格，写一{measure}{genre}，题为{work['title']}"
-        yield graded(asked, "", answers)
+        prompt = f"以{author}的风格，写一{measure}{genre}，题为{work['title']}"
+        yield graded(prompt, "", answers)
 
 
 def work_of(row: CorpusRow) -> Fields:
@@ -316,7 +334,8 @@ def baike(rows: Sequence[CorpusRow], seed: int) -> Iterator[Graded]:
     """{title, desc, answer}: the longer of title and desc is asked; the answer's score is 1."""
     for row in rows:
         title, desc = row.text("title"), row.text("desc", needed=False)
-        if answer := row.text("answer", needed=False):
+        answer = row.text("answer", needed=False)
+        if answer:
             yield graded(max(title, desc, key=len), "答：", [(answer, 1.0)])
 
 

@@ -1,6 +1,6 @@
-"""Public files that commands elsewhere name and that are not shipped, since no licence is stated.
+"""Downloads public training files that are not shipped, since they state no licence.
 
-Free of torch.
+The main function is `fetch_files`; SETS lists the files. Free of torch.
 """
 
 import hashlib
@@ -144,14 +144,14 @@ def fetch_files(files: FileSet, output: Path, base_url: str = BASE_URL) -> list[
     for file in files.files:
         path = output / files.folder / file.name
         if path.is_file():
-            lines.append(f"{path}: is there; {compared(path.read_bytes(), file)}")
+            lines.append(f"{path}: is there; {describe_content(path.read_bytes(), file)}")
             continue
         content = download_bytes(url_of(files, file, base_url))
         with written_whole(path) as handle:
             handle.write(content)
             handle.flush()
             check_fetched_rows(Path(handle.name), path)
-        lines.append(f"{path}: {compared(content, file)}")
+        lines.append(f"{path}: {describe_content(content, file)}")
     return lines
 
 
@@ -160,14 +160,14 @@ def download_bytes(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
             size = int(answer.headers.get("Content-Length") or 0) or None
-            parts: list[bytes] = []
+            blocks: list[bytes] = []
             with tqdm(total=size, unit="B", unit_scale=True, desc=url, disable=None) as bar:
                 while block := answer.read(BLOCK):
-                    parts.append(block)
+                    blocks.append(block)
                     bar.update(len(block))
                     if bar.n > SIZE_LIMIT:
                         raise OSError(f"{url}: more than {SIZE_LIMIT:,} bytes")
-            return b"".join(parts)
+            return b"".join(blocks)
     except (urllib.error.URLError, ValueError, TimeoutError) as error:
         reason = getattr(error, "reason", error)
         raise OSError(
@@ -176,7 +176,7 @@ def download_bytes(url: str) -> bytes:
         ) from None
 
 
-def compared(content: bytes, file: PublicFile) -> str:
+def describe_content(content: bytes, file: PublicFile) -> str:
     """Whether a file is the one that this project's results are of, in words."""
     digest = hashlib.sha256(content).hexdigest()
     if digest == file.sha256:

@@ -34,16 +34,18 @@ class RowLengths:
 
     def figures(self, max_len: int) -> dict[str, Any]:
         """Percentiles, means, and the shares of rows over --max_len, and that are cut."""
-        found: dict[str, Any] = {"rows": len(self.whole), "tokens": int(self.whole.sum())}
+        figures: dict[str, Any] = {"rows": len(self.whole), "tokens": int(self.whole.sum())}
         for side in SIDES:
             lengths = getattr(self, side)
-            found[side] = {"mean": round(float(lengths.mean()), 1)}
+            side_figures: dict[str, float] = {"mean": round(float(lengths.mean()), 1)}
             for percentile in PERCENTILES:
+                name = f"p{percentile}" if percentile < 100 else "max"
                 value = np.percentile(lengths, percentile, method="inverted_cdf")
-                found[side][f"p{percentile}" if percentile < 100 else "max"] = int(value)
-        found["over_max_len"] = float((self.whole > max_len).mean())
-        found["cut"] = self.cut / len(self.whole)
-        return found
+                side_figures[name] = int(value)
+            figures[side] = side_figures
+        figures["over_max_len"] = float((self.whole > max_len).mean())
+        figures["cut"] = self.cut / len(self.whole)
+        return figures
 
 
 class LengthMeter:
@@ -54,7 +56,7 @@ class LengthMeter:
         self.wholes = array("q")
         self.cut = 0
 
-    def see(self, row: EncodedRow) -> None:
+    def add(self, row: EncodedRow) -> None:
         """Note a row's lengths."""
         self.wholes.append(len(row.input_ids))
         self.prompts.append(min(row.n_masked, len(row.input_ids)))

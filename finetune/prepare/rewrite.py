@@ -1,11 +1,11 @@
 """Rows of any format in one file of JSON lines: merged, without duplicates, with a held-out part.
 
-Free of torch.
+The main function is `rewrite`, at the end. Free of torch.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +60,13 @@ def as_instruction(read: ReadRow) -> Value:
 def as_context(read: ReadRow) -> Value:
     """{context, target}, as Chatglm_lora_multi-gpu converts Alpaca's rows."""
     _, answer = single_answer(read, "context")
-    instruction, given = read.value.get("instruction"), read.value.get("input")
+    instruction, input_text = read.value.get("instruction"), read.value.get("input")
     if not isinstance(instruction, str):
         raise BadRow(f"{read.row.place}: --to context wants rows with instruction and output")
-    asked = f"Input: {given}\n" if given else ""
-    return {"context": f"Instruction: {instruction}\n{asked}Answer: ", "target": answer}
+    context = f"Instruction: {instruction}\n"
+    if input_text:
+        context += f"Input: {input_text}\n"
+    return {"context": f"{context}Answer: ", "target": answer}
 
 
 def as_openai(read: ReadRow) -> Value:
@@ -72,16 +74,19 @@ def as_openai(read: ReadRow) -> Value:
     row = read.row
     if not row.turns:
         prompt, answer = single_answer(read, "openai")
-        turns = [("user", prompt), ("assistant", answer)]
-    else:
-        turns = [(turn.role, turn.content) for turn in row.turns]
-        for turn in row.turns:
-            if turn.metadata or turn.role not in ("system", "user", "assistant") or not turn.loss:
-                raise BadRow(
-                    f"{row.place}: --to openai writes neither calls of tools nor answers without "
-                    "loss; --to as_is keeps them"
-                )
-    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+        user = {"role": "user", "content": prompt}
+        assistant = {"role": "assistant", "content": answer}
+        return {"messages": [user, assistant]}
+    messages = []
+    for turn in row.turns:
+        is_plain = turn.role in ("system", "user", "assistant") and not turn.metadata
+        if not is_plain or not turn.loss:
+            raise BadRow(
+                f"{row.place}: --to openai writes neither calls of tools nor answers without "
+                "loss; --to as_is keeps them"
+            )
+        messages.append({"role": turn.role, "content": turn.content})
+    return {"messages": messages}
 
 
 LAYOUTS: dict[str, Callable[[ReadRow], Value]] = {
@@ -111,10 +116,13 @@ class Counts:
     @property
     def text(self) -> str:
         parts = [f"{self.rows} rows read"]
-        parts += [f"{self.bad} bad ones skipped"] if self.bad else []
-        parts += [f"{self.duplicates} duplicates left out"] if self.duplicates else []
+        if self.bad:
+            parts.append(f"{self.bad} bad ones skipped")
+        if self.duplicates:
+            parts.append(f"{self.duplicates} duplicates left out")
         parts.append(f"{self.written} written")
-        parts += [f"{self.held_out} held out"] if self.held_out else []
+        if self.held_out:
+            parts.append(f"{self.held_out} held out")
         return ", ".join(parts)
 
 
@@ -149,14 +157,13 @@ class Selection:
             groups = group_prompts(list(texts), threshold=self.threshold)
             return [number == group for number, group in enumerate(groups.tolist())]
         seen: set[bytes] = set()
-        found = []
+        is_kept = []
         for text in texts:
-            digest = hashlib.blake2b(
-                normalise(text).encode("utf-8", "surrogatepass"), digest_size=16
-            ).digest()
-            found.append(self.duplicates == "keep" or digest not in seen)
+            content = normalise(text).encode("utf-8", "surrogatepass")
+            digest = hashlib.blake2b(content, digest_size=16).digest()
+            is_kept.append(self.duplicates == "keep" or digest not in seen)
             seen.add(digest)
-        return found
+        return is_kept
 
     def holds_out(self, prompt: str) -> bool:
         """Whether a prompt is of the held-out part."""
@@ -206,30 +213,46 @@ def rewrite(
     """
     texts: list[str] = []
     bad = 0
-    for each in read("reading"):
-        if isinstance(each, BadRow):
+    for item in read("reading"):
+        if isinstance(item, BadRow):
             bad += 1
         else:
-            texts.append(selection.text(each.row))
-    kept = selection.kept(texts)
+            texts.append(selection.text(item.row))
+    is_kept = selection.kept(texts)
     del texts
-    counts = [0, 0]
+    written = held = 0
     with ExitStack() as files:
-        opened = [files.enter_context(written_whole(path)) for path in (output, held_out) if path]
-        number = 0
-        for each in read("writing"):
-            if isinstance(each, BadRow):
-                continue
-            if number >= len(kept):
-                raise ValueError("the rows were changed while they were read; start again")
-            if kept[number]:
-                side = int(held_out is not None and selection.holds_out(each.row.prompt))
-                line = json.dumps(LAYOUTS[layout](each), ensure_ascii=False)
-                opened[side].write(line.encode() + b"\n")
-                counts[side] += 1
-            number += 1
-        if number != len(kept):
+        output_file = files.enter_context(written_whole(output))
+        held_out_file = files.enter_context(written_whole(held_out)) if held_out else None
+        for item in kept_rows(read("writing"), is_kept):
+            line = json.dumps(LAYOUTS[layout](item), ensure_ascii=False).encode() + b"\n"
+            if held_out_file is not None and selection.holds_out(item.row.prompt):
+                held_out_file.write(line)
+                held += 1
+            else:
+                output_file.write(line)
+                written += 1
+        if not written:
+            raise ValueError(f"nothing to write to {output}")
+        if held_out and not held:
+            raise ValueError(f"nothing to write to {held_out}")
+    return Counts(len(is_kept) + bad, bad, is_kept.count(False), written, held)
+
+
+def kept_rows(items: Iterable[ReadRow | BadRow], is_kept: Sequence[bool]) -> Iterator[ReadRow]:
+    """The good rows that are kept.
+
+    Raises:
+        ValueError: there are more or fewer than `is_kept`: their files were changed.
+    """
+    number = 0
+    for item in items:
+        if isinstance(item, BadRow):
+            continue
+        if number >= len(is_kept):
             raise ValueError("the rows were changed while they were read; start again")
-        if not counts[0] or (held_out and not counts[1]):
-            raise ValueError(f"nothing to write to {held_out if counts[0] else output}")
-    return Counts(len(kept) + bad, bad, kept.count(False), counts[0], counts[1])
+        if is_kept[number]:
+            yield item
+        number += 1
+    if number != len(is_kept):
+        raise ValueError("the rows were changed while they were read; start again")

@@ -32,9 +32,9 @@ class UncutRows(RowEncoder):
     limited: RowEncoder | None = None
 
     def encode(self, row: Row) -> list[EncodedRow]:
-        made = self.limited.encode(row) if self.limited else []
-        cut = any(part.truncated for part in made)
-        return [part._replace(truncated=cut) for part in super().encode(row)]
+        limited_rows = self.limited.encode(row) if self.limited else []
+        is_cut = any(part.truncated for part in limited_rows)
+        return [part._replace(truncated=is_cut) for part in super().encode(row)]
 
 
 class Tokenising:
@@ -78,7 +78,7 @@ class Tokenising:
     def rows_of(self, source: Source, good: int) -> Iterator[tuple[str, EncodedRow]]:
         if source.is_tokenised:
             raise ValueError(f"{source.name} is tokenised already")
-        names = [source.name] if source.is_hub else list(map(str, source.files))
+        names = [source.name] if source.is_hub else [str(file) for file in source.files]
         workers = self.config.preprocessing_num_workers
         good_rows = self.preparation.good_rows(source)
         for place, rows in tokenise(self.preparation.encoder, good_rows, good, True, workers):
@@ -97,13 +97,13 @@ def write_tokenised(tokenising: Tokenising, output: Path) -> tuple[dict[str, Any
     """
     meter = LengthMeter()
 
-    def passing() -> Iterator[tuple[str, EncodedRow]]:
+    def measured_rows() -> Iterator[tuple[str, EncodedRow]]:
         for place, row in tokenising.rows():
-            meter.see(row)
+            meter.add(row)
             yield place, row
 
     with written_folder(output) as aside:
-        files = write_parquet(aside, passing())
+        files = write_parquet(aside, measured_rows())
         if not files:
             raise BadRow(f"{tokenising.config.train_path}: no rows are left")
         lengths = meter.lengths

@@ -22,16 +22,18 @@ class WeightAverage:
         self.steps = -1
         self.weights: dict[str, Tensor] = {}
 
-    def see(self, policy: nn.Module, steps: int) -> None:
+    def update(self, policy: nn.Module, steps: int) -> None:
         """Take in the weights after `steps` steps, once; those after none are its start. A
         collective operation.
         """
         if steps <= self.steps:
             return
         for name, weight in gathered_state(policy, trainable_only=True).items():
-            before = self.weights.get(name)
-            now = weight.to(torch.float32, copy=True)
-            self.weights[name] = now if before is None else before.lerp_(now, 1 - self.decay)
+            copied = weight.to(torch.float32, copy=True)
+            if name in self.weights:
+                self.weights[name].lerp_(copied, 1 - self.decay)
+            else:
+                self.weights[name] = copied
         self.steps = steps
 
     def state_of(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

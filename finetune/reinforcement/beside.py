@@ -18,15 +18,16 @@ def load_pretraining(task: Any, config: PpoConfig) -> tuple[EpochRows[Dataset], 
     Args:
         task: a RolloutTask, whose tokenizer and cache they use.
     """
-    lengths = (config.max_len, config.max_src_len, config.glm3_labels)
-    encoder = RowEncoder(task.tokenizer, task.family, *lengths)
+    encoder = RowEncoder(
+        task.tokenizer, task.family, config.max_len, config.max_src_len, config.glm3_labels
+    )
     preparation = Preparation(RowReader(family=task.family.name), encoder, config.on_bad_row)
-    parts, hashes = [], []
+    datasets, hashes = [], []
     for source in task.sources_of("pretrain_path"):
-        rows, found = task.read_source(source, preparation)
-        parts.append(choose_rows(rows, encoder, config.is_skip))
-        hashes += found
-    return EpochRows(join_datasets(parts), config.seed), join_hashes(hashes)
+        rows, source_hashes = task.read_source(source, preparation)
+        datasets.append(choose_rows(rows, encoder, config.is_skip))
+        hashes += source_hashes
+    return EpochRows(join_datasets(datasets), config.seed), join_hashes(hashes)
 
 
 def pretrain_batches(

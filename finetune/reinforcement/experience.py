@@ -38,7 +38,9 @@ class Sample:
         Zeros without a reference.
         """
         old = self.columns["old"]
-        return old - self.columns["reference"] if "reference" in self.columns else 0 * old
+        if "reference" not in self.columns:
+            return np.zeros_like(old)
+        return old - self.columns["reference"]
 
 
 @dataclass
@@ -84,19 +86,29 @@ def save_experience(path: Path, experience: Experience | None, state: Mapping[st
     # One entry: safetensors writes several in any order.
     header = {"rollouts": json.dumps({"phase": phase, "state": state}, sort_keys=True)}
     if experience is not None:
-        samples = list(experience.samples())
-        places = []
-        for place in sorted(experience.groups):
-            places += [place] * len(experience.groups[place])
-        tensors["places"] = np.array(places, np.int64)
-        numbers = np.array([(len(s.tokens), s.finished, s.reward) for s in samples])
-        tensors["lengths"] = numbers[:, 0].astype(np.int64)
-        tensors["finished"] = numbers[:, 1].astype(np.uint8)
-        tensors["rewards"] = numbers[:, 2].copy()
-        tensors["tokens"] = np.concatenate([sample.tokens for sample in samples])
-        for name in samples[0].columns:
-            tensors[f"column.{name}"] = np.concatenate([s.columns[name] for s in samples])
+        tensors.update(experience_arrays(experience))
     save_file(tensors, path, header)
+
+
+def experience_arrays(experience: Experience) -> dict[str, np.ndarray]:
+    """The samples in the order of their prompts; what they have by token lies end to end."""
+    places, lengths, finished = [], [], []
+    for place in sorted(experience.groups):
+        for sample in experience.groups[place]:
+            places.append(place)
+            lengths.append(len(sample.tokens))
+            finished.append(sample.finished)
+    samples = list(experience.samples())
+    arrays: dict[str, np.ndarray] = {
+        "places": np.array(places, np.int64),
+        "lengths": np.array(lengths, np.int64),
+        "finished": np.array(finished, np.uint8),
+        "rewards": rewards_of(samples),
+        "tokens": np.concatenate([sample.tokens for sample in samples]),
+    }
+    for name in samples[0].columns:
+        arrays[f"column.{name}"] = np.concatenate([sample.columns[name] for sample in samples])
+    return arrays
 
 
 def load_experience(path: Path) -> tuple[Experience | None, dict[str, Any]]:
@@ -109,9 +121,9 @@ def load_experience(path: Path) -> tuple[Experience | None, dict[str, Any]]:
 
     try:
         with safe_open(path, "numpy") as file:
-            found = json.loads((file.metadata() or {})["rollouts"])
+            header = json.loads((file.metadata() or {})["rollouts"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        phase, state = found["phase"], found["state"]
+        phase, state = header["phase"], header["state"]
         if not isinstance(state, dict):
             raise ValueError(f"wanted a state, got {state!r:.60}")
         if phase is None:
@@ -127,13 +139,21 @@ def check_arrays(tensors: dict[str, np.ndarray]) -> None:
     is not there.
     """
     lengths = tensors["lengths"]
-    count, tokens = len(lengths), int(lengths.sum())
+    count = len(lengths)
     if not count or lengths.min() < 1:
         raise ValueError("wanted answers of one token or more")
-    shapes: dict[str, tuple[int, ...]] = {"places": (count, 2)}
-    shapes |= dict.fromkeys(("lengths", "finished", "rewards"), (count,))
-    for name in ("tokens", "column.old", *tensors):
-        shapes.setdefault(name, (tokens,))
+    tokens = int(lengths.sum())
+    shapes: dict[str, tuple[int, ...]] = {
+        "places": (count, 2),
+        "lengths": (count,),
+        "finished": (count,),
+        "rewards": (count,),
+        "tokens": (tokens,),
+        "column.old": (tokens,),
+    }
+    for name in tensors:
+        if name.startswith("column."):
+            shapes[name] = (tokens,)
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise ValueError(f"{name}: wanted {shape}, got {tensors[name].shape}")
@@ -142,14 +162,17 @@ def check_arrays(tensors: dict[str, np.ndarray]) -> None:
 def read_groups(tensors: dict[str, np.ndarray]) -> dict[Place, list[Sample]]:
     """The samples by prompt, of the arrays of save_experience."""
     edges = np.cumsum(tensors["lengths"])[:-1]
-    parts: dict[str, list[np.ndarray]] = {}
+    tokens_of_samples = np.split(tensors["tokens"], edges)
+    columns_of_samples: list[dict[str, np.ndarray]] = [{} for _ in tokens_of_samples]
     for name, values in tensors.items():
         if name.startswith("column."):
-            parts[name.removeprefix("column.")] = np.split(values, edges)
+            for columns, column in zip(columns_of_samples, np.split(values, edges)):
+                columns[name.removeprefix("column.")] = column
     groups: dict[Place, list[Sample]] = {}
-    for number, tokens in enumerate(np.split(tensors["tokens"], edges)):
-        columns = {name: values[number] for name, values in parts.items()}
-        finished, reward = bool(tensors["finished"][number]), float(tensors["rewards"][number])
+    for number, tokens in enumerate(tokens_of_samples):
+        finished = bool(tensors["finished"][number])
+        reward = float(tensors["rewards"][number])
+        sample = Sample(tokens, finished, reward, columns_of_samples[number])
         step, row = tensors["places"][number].tolist()
-        groups.setdefault((step, row), []).append(Sample(tokens, finished, reward, columns))
+        groups.setdefault((step, row), []).append(sample)
     return groups

@@ -50,25 +50,28 @@ class Grpo:
 
     def add_advantages(self, experience: Experience) -> None:
         """The same advantage for all tokens of an answer."""
-        everyone = list(experience.samples())
-        of_batch = deviation(everyone)
+        batch_deviation = deviation(list(experience.samples()))
         for samples in experience.groups.values():
             mean = rewards_of(samples).mean()
-            scale = {"group": deviation(samples), "batch": of_batch, "none": 1.0}
+            scales = {"group": deviation(samples), "batch": batch_deviation, "none": 1.0}
             for sample in samples:
-                advantage = (sample.reward - mean) / scale[self.advantage_scale]
+                advantage = (sample.reward - mean) / scales[self.advantage_scale]
                 size = len(sample.tokens)
                 sample.columns["advantages"] = np.full(size, advantage, np.float32)
 
     def weight(self, tokens: int) -> float:
         """As in Algorithm."""
-        return {"sequence": 1 / tokens, "token": 1.0, "constant": 1 / self.max_new_tokens}[
-            self.loss_norm
-        ]
+        if self.loss_norm == "sequence":
+            return 1 / tokens
+        if self.loss_norm == "token":
+            return 1.0
+        return 1 / self.max_new_tokens
 
     def count(self, weights: Tensor, samples: float) -> float:
         """Tokens, or answers."""
-        return float(weights.sum()) if self.loss_norm == "token" else samples
+        if self.loss_norm == "token":
+            return float(weights.sum())
+        return samples
 
     def policy_losses(self, log_probs: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """As in Algorithm."""
@@ -99,13 +102,13 @@ class GrpoTraining(RolloutTask[GrpoConfig]):
     def algorithm(self) -> Grpo:
         config = self.config
         return Grpo(
-            config.kl_coef,
-            config.unbiased_kl,
-            config.clip_range,
-            config.clip_range_high,
-            config.advantage_scale,
-            config.loss_norm,
-            config.max_new_tokens,
+            kl_coef=config.kl_coef,
+            unbiased_kl=config.unbiased_kl,
+            clip_range=config.clip_range,
+            clip_range_high=config.clip_range_high,
+            advantage_scale=config.advantage_scale,
+            loss_norm=config.loss_norm,
+            max_new_tokens=config.max_new_tokens,
         )
 
 
@@ -113,4 +116,4 @@ def train_grpo(config: GrpoConfig, make_rollouts: MakeRollouts) -> Path:
     """Train; returns the last checkpoint's folder. Raises: as finetune.engine.train_task."""
     from finetune.engine import train_task
 
-    return train_task(config, lambda given: GrpoTraining(given, make_rollouts))
+    return train_task(config, lambda final: GrpoTraining(final, make_rollouts))

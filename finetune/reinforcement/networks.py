@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,10 +43,10 @@ class PolicyNetwork(nn.Module):
         return model.config
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
-        for part in (self.model, self.critic):
-            trained: Any = part
-            if trained is not None:
-                trained.gradient_checkpointing_enable(**options)
+        model: Any = self.model
+        model.gradient_checkpointing_enable(**options)
+        if self.critic is not None:
+            self.critic.gradient_checkpointing_enable(**options)
 
     def log_probs(self, batch: Mapping[str, Any], temperature: float) -> Tensor:
         """(N,) fp32 log-probabilities of a ragged row's targets, as they are sampled."""
@@ -56,17 +55,19 @@ class PolicyNetwork(nn.Module):
     @torch.no_grad()
     def reference_log_probs(self, batch: Mapping[str, Any], temperature: float) -> Tensor:
         """As log_probs, of the model that the run started from."""
-        names = ragged_part(batch)
-        with switched_off(self.model) if self.reference is None else nullcontext():
-            return token_log_probs(self.reference or self.model, **names, temperature=temperature)
+        rows = ragged_part(batch)
+        if self.reference is not None:
+            return token_log_probs(self.reference, **rows, temperature=temperature)
+        with switched_off(self.model):
+            return token_log_probs(self.model, **rows, temperature=temperature)
 
     def values(self, batch: Mapping[str, Any]) -> Tensor:
         """(N,) fp32: the critic's values before each target of a ragged row."""
         if self.critic is None:
             raise ValueError("the policy has no critic")
-        names = ragged_part(batch)
-        del names["targets"]
-        return self.critic(**names)
+        rows = ragged_part(batch)
+        del rows["targets"]
+        return self.critic(**rows)
 
 
 def sharing_copy(model: nn.Module) -> Any:

@@ -52,31 +52,38 @@ class RolloutLoss(nn.Module):
         self.temperature = temperature
         self.has_reference = has_reference
 
-    def forward(self, scale: float = 1.0, *, found: str = "loss", **batch: Any) -> Tensor:
-        """`scale` times the loss, or where `found` is "statistics", those.
+    def forward(self, scale: float = 1.0, *, output: str = "loss", **batch: Any) -> Tensor:
+        """`scale` times the loss, or where `output` is "statistics", those.
 
         Both go through the module's call, at whose ends ZeRO-3 gives its gathered weights back.
         """
-        if found == "statistics":
+        if output == "statistics":
             return self.statistics(batch)
-        losses = self.algorithm.policy_losses(
-            self.network.log_probs(batch, self.temperature), batch
-        )
+        log_probs = self.network.log_probs(batch, self.temperature)
+        losses = self.algorithm.policy_losses(log_probs, batch)
         if self.network.critic is not None:
-            losses = losses + self.algorithm.value_losses(self.network.values(batch), batch)
+            values = self.network.values(batch)
+            losses = losses + self.algorithm.value_losses(values, batch)
         loss = scale * (losses * batch["weights"]).sum()
-        if "pretrain_scale" not in batch:
+        pretrain_batch = {}
+        for name, value in batch.items():
+            if name.startswith(PRETRAIN):
+                pretrain_batch[name.removeprefix(PRETRAIN)] = value
+        if not pretrain_batch:
             return loss
-        rows = {n.removeprefix(PRETRAIN): v for n, v in batch.items() if n.startswith(PRETRAIN)}
-        weight = scale * rows.pop("scale")
-        return loss + nll_sum(self.network.model, scale=weight, **ragged_part(rows))
+        pretrain_scale = scale * pretrain_batch["scale"]
+        rows = ragged_part(pretrain_batch)
+        return loss + nll_sum(self.network.model, scale=pretrain_scale, **rows)
 
     @property
     def statistics_names(self) -> list[str]:
         """The columns of `statistics`."""
         names = ["old"]
-        names += ["reference"] if self.has_reference else []
-        return names + (["values"] if self.network.critic is not None else [])
+        if self.has_reference:
+            names.append("reference")
+        if self.network.critic is not None:
+            names.append("values")
+        return names
 
     @torch.no_grad()
     def statistics(self, batch: Mapping[str, Any]) -> Tensor:

@@ -52,11 +52,11 @@ def token_rewards(sample: Sample, reward: float, kl_coef: float) -> np.ndarray:
 def advantages_of(rewards: np.ndarray, values: np.ndarray, gamma: float, lam: float) -> np.ndarray:
     """(n,) fp64: GAE of an episode's rewards and values, arXiv 1506.02438 eq. 16."""
     advantages = np.zeros(len(rewards))
-    following = next_value = 0.0
+    next_advantage = next_value = 0.0
     for t in reversed(range(len(rewards))):
-        surprise = rewards[t] + gamma * next_value - values[t]
-        following = surprise + gamma * lam * following
-        advantages[t], next_value = following, values[t]
+        delta = rewards[t] + gamma * next_value - values[t]
+        advantages[t] = delta + gamma * lam * next_advantage
+        next_advantage, next_value = advantages[t], values[t]
     return advantages
 
 
@@ -85,16 +85,18 @@ class Ppo:
     def add_advantages(self, experience: Experience) -> None:
         """GAE by answer, whitened over the rollout; the returns are not."""
         samples = list(experience.samples())
-        scored = rewards_of(samples)
+        sequence_rewards = rewards_of(samples)
         if self.whiten_rewards:  # around their mean: equal ones stay as they are
-            scored = scored.mean() + whitened([scored])[0]
-        parts = []
-        for sample, reward in zip(samples, scored):
+            [white] = whitened([sequence_rewards])
+            sequence_rewards = sequence_rewards.mean() + white
+        advantages_of_samples = []
+        for sample, reward in zip(samples, sequence_rewards):
             rewards = token_rewards(sample, float(reward), self.kl_coef)
             values = sample.columns["values"].astype(np.float64)
-            parts.append(advantages_of(rewards, values, self.gamma, self.gae_lambda))
-            sample.columns["returns"] = (parts[-1] + values).astype(np.float32)
-        for sample, advantages in zip(samples, whitened(parts)):
+            advantages = advantages_of(rewards, values, self.gamma, self.gae_lambda)
+            sample.columns["returns"] = (advantages + values).astype(np.float32)
+            advantages_of_samples.append(advantages)
+        for sample, advantages in zip(samples, whitened(advantages_of_samples)):
             sample.columns["advantages"] = advantages.astype(np.float32)
 
     def weight(self, tokens: int) -> float:
@@ -130,14 +132,14 @@ class PpoTraining(RolloutTask[PpoConfig]):
     def algorithm(self) -> Ppo:
         config = self.config
         return Ppo(
-            config.kl_coef,
-            config.clip_range,
-            config.clip_range_high,
-            config.clip_range_value,
-            config.vf_coef,
-            config.gamma,
-            config.gae_lambda,
-            config.whiten_rewards,
+            kl_coef=config.kl_coef,
+            clip_range=config.clip_range,
+            clip_range_high=config.clip_range_high,
+            clip_range_value=config.clip_range_value,
+            vf_coef=config.vf_coef,
+            gamma=config.gamma,
+            gae_lambda=config.gae_lambda,
+            whiten_rewards=config.whiten_rewards,
         )
 
     # ---- PPO-ptx
@@ -151,27 +153,34 @@ class PpoTraining(RolloutTask[PpoConfig]):
     def data_hash(self) -> str:
         """As RowTask's, of the rows of --pretrain_path too."""
         hashes = [super().data_hash(), self.pretrain_hash]
-        return join_hashes(list(filter(None, hashes)))
+        return join_hashes([text for text in hashes if text])
 
-    def step_batches(self, loss_module: Any, made: StepBatches, step: int) -> StepBatches:
+    def step_batches(self, loss_module: Any, collated: StepBatches, step: int) -> StepBatches:
         """As RolloutTask's; each pass also has rows of --pretrain_path."""
-        made = super().step_batches(loss_module, made, step)
+        answered = super().step_batches(loss_module, collated, step)
         if self.pretraining is None:
-            return made
-        more = pretrain_batches(self.pretraining, step, self.step_rows, self.config, self.layout)
-        answered = sum(map(self.count_labels, made.batches))
-        answered, learnt = sum_over_ranks(answered, sum(map(count_labels, more)))
+            return answered
+        pretraining = pretrain_batches(
+            self.pretraining, step, self.step_rows, self.config, self.layout
+        )
+        answer_tokens, pretrain_tokens = sum_over_ranks(
+            sum(self.count_labels(batch) for batch in answered.batches),
+            sum(count_labels(rows) for rows in pretraining),
+        )
         # The loop divides by the tokens of answers.
-        scale = self.config.pretrain_coef * answered / learnt
+        scale = self.config.pretrain_coef * answer_tokens / pretrain_tokens
         batches: list[Mapping[str, Any]] = []
-        for batch, rows in zip(made.batches, more):
-            named = {PRETRAIN + name: value for name, value in rows.items()}
-            batches.append({**batch, **named, PRETRAIN + "scale": scale})
-        return replace(made, batches=batches)
+        for batch, rows in zip(answered.batches, pretraining):
+            joined = dict(batch)
+            for name, value in rows.items():
+                joined[PRETRAIN + name] = value
+            joined[PRETRAIN + "scale"] = scale
+            batches.append(joined)
+        return replace(answered, batches=batches)
 
 
 def train_ppo(config: PpoConfig, make_rollouts: MakeRollouts) -> Path:
     """Train; returns the last checkpoint's folder. Raises: as finetune.engine.train_task."""
     from finetune.engine import train_task
 
-    return train_task(config, lambda given: PpoTraining(given, make_rollouts))
+    return train_task(config, lambda final: PpoTraining(final, make_rollouts))

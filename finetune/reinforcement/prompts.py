@@ -37,21 +37,26 @@ class PromptReader(RowReader):
 
     def row(self, item: object, place: str) -> Row:
         """As RowReader's; raises BadRow also for a text without a question."""
-        reader: RowReader = self
-        if isinstance(item, dict):
+        if not isinstance(item, dict):
+            return question_row(RowReader.row(self, item, place), place)
+        if self.columns:
             try:
-                item = rename(item, self.columns) if self.columns else item
+                item = rename(item, self.columns)
             except ValueError as error:
                 raise BadRow(f"{place}: {error}") from None
-            item = without_missing(item)
-            if self.data_format == "auto" and is_preference(item):
-                return better_answer(BetterReader(family=self.family).row(item, place))
-            reader = replace(self, columns=None if self.columns else self.columns)
-            item = with_answer(item)
-        row = RowReader.row(reader, item, place)
-        if row.is_document:
-            raise BadRow(f"{place}: wanted a question to answer, this row is a text without one")
-        return row
+        item = without_missing(item)
+        if self.data_format == "auto" and is_preference(item):
+            return better_answer(BetterReader(family=self.family).row(item, place))
+        # Columns are renamed already. None and {} stay: they say whether --columns may help.
+        reader = replace(self, columns=None) if self.columns else self
+        return question_row(RowReader.row(reader, with_answer(item), place), place)
+
+
+def question_row(row: Row, place: str) -> Row:
+    """The row itself; raises BadRow for a text without a question."""
+    if row.is_document:
+        raise BadRow(f"{place}: wanted a question to answer, this row is a text without one")
+    return row
 
 
 class BetterReader(PreferenceReader):
@@ -67,38 +72,47 @@ def is_preference(item: dict[str, Any]) -> bool:
         name = preference_format(item)
     except ValueError:
         return False
-    if name == "labelled_messages":  # else a conversation beside whose label nothing is missing
-        return isinstance(item["label"], bool) and with_answer(item) is item
+    if name == "labelled_messages":
+        is_label = isinstance(item["label"], bool)
+        has_answer = with_answer(item) is item
+        return is_label and has_answer  # else a conversation that has a "label" by chance
     return name != "scored_answers"
 
 
 def better_answer(row: Preference) -> Row:
     """The question with the answer of the highest score; an empty one where none is liked."""
-    number = row.scores.index(max(row.scores))
-    liked = max(row.scores) > DISLIKED or len(row.scores) > 1
-    found = row.with_answer(number)
-    return found if liked else with_reply(found, "")
+    best = max(row.scores)
+    answered = row.with_answer(row.scores.index(best))
+    is_single = len(row.scores) == 1
+    if is_single and best <= DISLIKED:
+        return with_reply(answered, "")
+    return answered
 
 
 def with_answer(item: dict[str, Any]) -> dict[str, Any]:
     """A row with an empty answer where only that is missing; `item` itself where nothing is."""
-    turns = item.get("prompt")
-    if isinstance(turns, list) and turns and all_objects(turns):  # TRL's, without an answer
-        item = item | {"messages": turns}
-    for key, (speaker, content) in SPEAKERS.items():
+    prompt = item.get("prompt")
+    if isinstance(prompt, list) and prompt and all_objects(prompt):  # TRL's, without an answer
+        item = item | {"messages": prompt}
+    for key, (usual_role_key, usual_text_key) in SPEAKERS.items():
         turns = item.get(key)
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
-            role_key = speaker if speaker in turns[-1] else "role"
-            if turns[-1].get(role_key) in ("user", "human"):
-                text_key = content if content in turns[-1] else "content"
-                return item | {key: [*turns, {role_key: "assistant", text_key: ""}]}
-    if any(item.keys() >= set(form.keys) for form in FORMATS.values() if len(form.keys) > 1):
-        return item
-    for form in FORMATS.values():
+            last = turns[-1]
+            role_key = usual_role_key if usual_role_key in last else "role"
+            text_key = usual_text_key if usual_text_key in last else "content"
+            if last.get(role_key) in ("user", "human"):
+                answer = {role_key: "assistant", text_key: ""}
+                return item | {key: [*turns, answer]}
+    forms = [form for form in FORMATS.values() if len(form.keys) > 1]
+    for form in forms:
+        if item.keys() >= set(form.keys):
+            return item
+    for form in forms:
         missing = [name for name in form.keys if name not in item]
-        if len(form.keys) > 1 and len(missing) == 1 and missing[0] in ANSWER_KEYS:
+        if len(missing) == 1 and missing[0] in ANSWER_KEYS:
             better = item.get("chosen")
-            return item | {missing[0]: better if isinstance(better, str) else ""}
+            answer_text = better if isinstance(better, str) else ""
+            return item | {missing[0]: answer_text}
     return item
 
 
@@ -120,8 +134,8 @@ class RolloutEncoder(RowEncoder):
     def prompt_ids(self, row: Row) -> tuple[list[int], bool]:
         """(ids, whether the prompt was cut)."""
         if not row.turns:
-            made = self.family.encode_prompt(self.tokenizer, row.prompt, self.max_src_len)
-            return list(made.input_ids), made.truncated
+            encoded = self.family.encode_prompt(self.tokenizer, row.prompt, self.max_src_len)
+            return list(encoded.input_ids), encoded.truncated
         turns = [turn._replace(loss=False) for turn in row.turns[:-1]]
         turns.append(Turn("assistant", PLACEHOLDER))
         ids, labels, cut = encode_conversation(
@@ -148,9 +162,9 @@ class PromptRows(RowGroups):
 
     def question(self, row: int) -> Row:
         """The row that a prompt was made of."""
-        prompt, answers, turns = json.loads(self.content(row))
-        made = tuple(Turn(*turn) for turn in turns)
-        return Row(prompt, tuple(answers), self.place(row), made)
+        prompt, answers, turn_fields = json.loads(self.content(row))
+        turns = tuple(Turn(*fields) for fields in turn_fields)
+        return Row(prompt, tuple(answers), self.place(row), turns)
 
     def content(self, row: int) -> bytes:
         """The row as JSON."""

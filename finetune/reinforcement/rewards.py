@@ -56,8 +56,8 @@ def has_pattern(answer: ScoredAnswer, knobs: RewardKnobs) -> float:
 
 def pattern_share(answer: ScoredAnswer, knobs: RewardKnobs) -> float:
     """The share of the answer's characters that are in matches of --reward_pattern."""
-    found = sum(len(match.group()) for match in re.finditer(knobs.pattern, answer.text))
-    return found / max(len(answer.text), 1)
+    matched = sum(len(match.group()) for match in re.finditer(knobs.pattern, answer.text))
+    return matched / max(len(answer.text), 1)
 
 
 def has_reference(answer: ScoredAnswer, knobs: RewardKnobs) -> float:
@@ -82,8 +82,10 @@ def parse_rewards(text: str) -> dict[str, float]:
         ValueError: a name that is not there or comes twice, or a weight that is no number.
     """
     weights: dict[str, float] = {}
-    for part in filter(None, map(str.strip, text.split(","))):
-        name, colon, number = part.partition(":")
+    for item in text.split(","):
+        if not item.strip():
+            continue
+        name, colon, number = item.strip().partition(":")
         if name not in (MODEL, *REWARDS) or name in weights:
             known = ", ".join((MODEL, *REWARDS))
             raise ValueError(f"--rewards: wanted names of {known}, each once; got {name!r}")

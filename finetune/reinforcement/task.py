@@ -3,6 +3,10 @@
 `--rollout_steps` steps make a phase with `--rollout_epochs` passes over its answers: at its first
 step the prompts of all its steps are answered by the weights of that moment. Every rank answers a
 part of them and gets the others' samples.
+
+RolloutTask.step_batches is where the loop comes in: it starts a phase (`roll_out`), which samples
+answers (`answer`), rewards them (`score`), adds the models' log-probabilities (`add_statistics`)
+and the algorithm's advantages; then it makes the tensors of a step (`batch`).
 """
 
 import hashlib
@@ -189,18 +193,20 @@ class RolloutTask(RowTask[Config, PromptRows]):
 
     def build_model(self, dtype: torch.dtype) -> PolicyNetwork:
         """The policy, with a reference where it cannot be switched on, and a critic."""
-        model: Any = super().build_model(dtype)
-        adapters = self.method.saves != "model"
-
-        def another() -> Any:
-            # A whole model is loaded anew: ZeRO-3 may have partitioned it, so it has no copy.
-            return sharing_copy(model) if adapters else super(RolloutTask, self).build_model(dtype)
-
-        reference = None
+        policy: Any = super().build_model(dtype)
+        reference = critic = None
         if self.has_reference and not self.config.switches_off:
-            reference = another().requires_grad_(False)
-        critic = make_critic(another()) if self.algorithm.has_critic else None
-        return PolicyNetwork(model, reference, critic)
+            reference = self.build_another(policy, dtype).requires_grad_(False)
+        if self.algorithm.has_critic:
+            critic = make_critic(self.build_another(policy, dtype))
+        return PolicyNetwork(policy, reference, critic)
+
+    def build_another(self, policy: Any, dtype: torch.dtype) -> Any:
+        """A second model, equal to the policy before its first step."""
+        if self.method.saves != "model":
+            return sharing_copy(policy)
+        # A whole model is loaded anew: ZeRO-3 may have partitioned it, so it has no copy.
+        return super().build_model(dtype)
 
     @property
     def has_reference(self) -> bool:
@@ -224,8 +230,8 @@ class RolloutTask(RowTask[Config, PromptRows]):
         """Write the policy, and beside it the rollout that a resumed run goes on with."""
         inner = inner_state(state)
         export_model(model.model, self.method, self.tokenizer, inner, folder)
-        goes_on = self.done % self.config.phase_steps != 0
-        current = self.experience if goes_on else None
+        is_within_phase = self.done % self.config.phase_steps != 0
+        current = self.experience if is_within_phase else None
         save_experience(folder / STATE_FILE, current, self.rollouts.state())
         if self.average is not None:
             (folder / EMA).mkdir()
@@ -236,7 +242,7 @@ class RolloutTask(RowTask[Config, PromptRows]):
     def before_save(self, loss_module: Any, *, evaluated: bool) -> None:
         """Average the weights of the last step too."""
         if self.average is not None:
-            self.average.see(loss_module.network.model, self.done)
+            self.average.update(loss_module.network.model, self.done)
 
     def load_state(self, folder: Path) -> None:
         """Go on with the rollout of a checkpoint."""
@@ -250,11 +256,11 @@ class RolloutTask(RowTask[Config, PromptRows]):
 
     # ---- a rollout
 
-    def step_batches(self, loss_module: Any, made: StepBatches, step: int) -> StepBatches:
+    def step_batches(self, loss_module: Any, collated: StepBatches, step: int) -> StepBatches:
         """The batches of a step with answers; its phase's first step writes them."""
         phase, within = divmod(step, self.config.phase_steps)
         if self.average is not None:
-            self.average.see(loss_module.network.model, step)
+            self.average.update(loss_module.network.model, step)
         metrics: dict[str, float] = {}
         if self.experience is None or self.experience.phase != phase:
             if within:  # other weights would answer than those that did
@@ -262,18 +268,19 @@ class RolloutTask(RowTask[Config, PromptRows]):
             self.experience, metrics = self.roll_out(loss_module, phase)
         self.done = step + 1
         number = self.prompts_number(step)
+        data: Any = collated.data
         batches: list[Mapping[str, Any]] = []
-        tokens = 0
-        for batch in made.batches:
-            rows = batch["rows"]
-            data: Any = made.data
-            groups: list[list[Sample]] = []
-            for row in rows:
-                groups.append(self.answers_of(number, row))
-                for sample in groups[-1]:
-                    tokens += len(sample.tokens)
-            batches.append(self.batch(list(zip([data] * len(rows), rows)), groups))
-        return replace(made, batches=batches, tokens=made.tokens + tokens, metrics=metrics)
+        tokens = collated.tokens
+        for prompts_only in collated.batches:
+            rows = []
+            groups = []
+            for row in prompts_only["rows"]:
+                samples = self.answers_of(number, row)
+                rows.append((data, row))
+                groups.append(samples)
+                tokens += sum(len(sample.tokens) for sample in samples)
+            batches.append(self.batch(rows, groups))
+        return replace(collated, batches=batches, tokens=tokens, metrics=metrics)
 
     def answers_of(self, number: int, row: int) -> list[Sample]:
         """The answers to a prompt in this phase; none to an empty place.
@@ -284,10 +291,10 @@ class RolloutTask(RowTask[Config, PromptRows]):
         if row < 0 or self.experience is None:
             return []
         samples = self.experience.groups.get((number, row), [])
-        wanted = {"old", *self.algorithm.columns}
+        needed = {"old", *self.algorithm.columns}
         if not self.has_reference:
-            wanted.discard("reference")
-        if not samples or wanted - samples[0].columns.keys():
+            needed.discard("reference")
+        if not samples or needed - samples[0].columns.keys():
             raise ValueError(f"{STATE_FILE} of the checkpoint lacks answers, or their statistics")
         return samples
 
@@ -299,8 +306,8 @@ class RolloutTask(RowTask[Config, PromptRows]):
         for number in range(first, first + self.config.rollout_steps):
             data, order, place = self.prompts_of(number)
             prompts[number] = data
-            chosen = order[place * self.step_rows : (place + 1) * self.step_rows]
-            for row in dict.fromkeys(chosen.tolist()):
+            rows = order[place * self.step_rows : (place + 1) * self.step_rows].tolist()
+            for row in dict.fromkeys(rows):  # each once, in order
                 places.append((number, row))
         started = time.perf_counter()
         groups = self.sample(loss_module, prompts, places, self.config.num_generations)
@@ -316,21 +323,23 @@ class RolloutTask(RowTask[Config, PromptRows]):
         """`count` scored answers to each prompt, of all ranks, with the models' statistics."""
         was_training = loss_module.training
         loss_module.eval()
-        mine = places[rank() :: world_size()]
-        groups = self.score(prompts, mine, self.answer(loss_module.network, prompts, mine, count))
+        rank_places = places[rank() :: world_size()]
+        answers = self.answer(loss_module.network, prompts, rank_places, count)
+        groups = self.score(prompts, rank_places, answers)
         size = self.config.per_device_train_batch_size
         if EVALUATION in prompts:
             size = self.config.per_device_eval_batch_size or size
-        self.add_statistics(loss_module, prompts, groups, -(-len(places) // world_size()), size)
+        most = math.ceil(len(places) / world_size())
+        self.add_statistics(loss_module, prompts, groups, most, size)
         loss_module.train(was_training)
-        gathered: list[Any] = [groups]
-        if world_size() > 1:
-            gathered = [None] * world_size()
-            dist.all_gather_object(gathered, groups)
-        everyone: dict[Place, list[Sample]] = {}
-        for part in gathered:
-            everyone |= part
-        return everyone
+        if world_size() == 1:
+            return groups
+        groups_of_ranks: list[Any] = [None] * world_size()
+        dist.all_gather_object(groups_of_ranks, groups)
+        all_groups: dict[Place, list[Sample]] = {}
+        for rank_groups in groups_of_ranks:
+            all_groups.update(rank_groups)
+        return all_groups
 
     def answer(
         self, network: Any, prompts: Mapping[int, PromptRows], places: list[Place], count: int
@@ -340,15 +349,21 @@ class RolloutTask(RowTask[Config, PromptRows]):
         requests = []
         for number, row in places:
             data = prompts[number]
-            ids, question, key = data.prompt(row), data.question(row), data.key(row)
+            ids, question, key = data.prompt(row), data.question(row).prompt, data.key(row)
             for sample in range(count):
-                seed = answer_seed(config.seed, number, data.content(row), sample)
-                requests.append(
-                    RolloutRequest(ids, question.prompt, key, seed, config.max_new_tokens)
+                request = RolloutRequest(
+                    prompt=ids,
+                    question=question,
+                    group=key,
+                    seed=answer_seed(config.seed, number, data.content(row), sample),
+                    max_new_tokens=config.max_new_tokens,
                 )
+                requests.append(request)
         sampling = RolloutSampling(config.temperature, config.top_p, config.top_k)
-        with whole_weights(network.model):
-            return self.rollouts.answers(network.model, requests, sampling) if requests else []
+        with whole_weights(network.model):  # a collective operation: also without requests
+            if not requests:
+                return []
+            return self.rollouts.answers(network.model, requests, sampling)
 
     def score(
         self,
@@ -358,36 +373,47 @@ class RolloutTask(RowTask[Config, PromptRows]):
     ) -> dict[Place, list[Sample]]:
         """The answers as samples with their rewards."""
         config = self.config
-        rows: list[Row] = []
-        scored: list[ScoredAnswer] = []
-        count = len(answers) // max(len(places), 1)
-        for number, answer in enumerate(answers):
-            step, row = places[number // count]
-            question = prompts[step].question(row)
-            ids = answer.tokens[:-1] if answer.finished else answer.tokens
+        answers_per_prompt = len(answers) // max(len(places), 1)
+        answer_places: list[Place] = []
+        for place in places:
+            answer_places += [place] * answers_per_prompt
+        rows: list[Row] = []  # question and answer, for the reward model
+        scored: list[ScoredAnswer] = []  # the same, for functions
+        for (number, row), answer in zip(answer_places, answers):
+            question = prompts[number].question(row)
+            ids = text_ids(answer.tokens, answer.finished)
             text = decoded_text(self.tokenizer, ids)
+            references = tuple(reference for reference in question.answers if reference)
             rows.append(with_reply(question, text))
-            references = tuple(filter(None, question.answers))
             scored.append(ScoredAnswer(text, len(ids), references))
-        by_model = [0.0] * len(rows) if self.scorer is None else self.scorer.scores(rows)
+        model_scores = [0.0] * len(rows)
+        if self.scorer is not None:
+            model_scores = self.scorer.scores(rows)
         groups: dict[Place, list[Sample]] = {place: [] for place in places}
-        for number, (answer, seen) in enumerate(zip(answers, scored)):
-            parts = function_reward(seen, config.reward_weights, config.reward_knobs)
-            parts[MODEL] = by_model[number]
-            reward = sum(weight * parts[name] for name, weight in config.reward_weights.items())
-            if config.reward_clip is not None:
-                reward = min(max(reward, -config.reward_clip), config.reward_clip)
-            reward -= 0.0 if answer.finished else config.missing_end_penalty
+        for i, (place, answer) in enumerate(zip(answer_places, answers)):
+            parts = function_reward(scored[i], config.reward_weights, config.reward_knobs)
+            parts[MODEL] = model_scores[i]
+            reward = self.total_reward(parts, answer.finished)
             if not abs(reward) < LARGEST_REWARD:
-                step, row = places[number // count]
-                found = ", ".join(f"{name} {parts[name]:g}" for name in config.reward_weights)
+                number, row = place
+                got = ", ".join(f"{name} {parts[name]:g}" for name in config.reward_weights)
                 raise ValueError(
-                    f"{prompts[step].place(row)}: wanted a finite reward of an answer, got "
-                    f"{reward:g} of {found}"
+                    f"{prompts[number].place(row)}: wanted a finite reward of an answer, got "
+                    f"{reward:g} of {got}"
                 )
             tokens = np.array(answer.tokens, np.int32)
-            groups[places[number // count]].append(Sample(tokens, answer.finished, reward))
+            groups[place].append(Sample(tokens, answer.finished, reward))
         return groups
+
+    def total_reward(self, parts: dict[str, float], is_finished: bool) -> float:
+        """The weighted sum of an answer's rewards by name, clipped, less the penalty."""
+        config = self.config
+        reward = sum(weight * parts[name] for name, weight in config.reward_weights.items())
+        if config.reward_clip is not None:
+            reward = min(max(reward, -config.reward_clip), config.reward_clip)
+        if not is_finished:
+            reward -= config.missing_end_penalty
+        return reward
 
     def add_statistics(
         self,
@@ -405,13 +431,14 @@ class RolloutTask(RowTask[Config, PromptRows]):
         """
         places = list(groups)
         device = next(loss_module.parameters()).device
-        filler = (next(iter(prompts)), -1)
+        filler = (next(iter(prompts)), -1)  # a rank that has no prompt left runs the pass too
         for start in range(0, most, size):
-            chosen = places[start : start + size] or [filler]
-            samples = [groups.get(place, []) for place in chosen]
-            batch = self.batch([(prompts[number], row) for number, row in chosen], samples)
-            found = loss_module(found="statistics", **on_device(batch, device)).cpu().numpy()
-            split_columns(found, loss_module.statistics_names, samples)
+            pass_places = places[start : start + size] or [filler]
+            rows = [(prompts[number], row) for number, row in pass_places]
+            samples = [groups.get(place, []) for place in pass_places]
+            batch = on_device(self.batch(rows, samples), device)
+            statistics = loss_module(output="statistics", **batch).cpu().numpy()
+            split_columns(statistics, loss_module.statistics_names, samples)
 
     def batch(
         self, rows: list[tuple[PromptRows, int]], groups: list[list[Sample]]
@@ -422,33 +449,34 @@ class RolloutTask(RowTask[Config, PromptRows]):
         Where there is no answer, a prompt without targets keeps the ranks in step.
         """
         ids: list[np.ndarray] = []
-        masked: list[int] = []
-        chosen: list[Sample] = []
+        masked: list[int] = []  # of each sequence, the prompt's tokens, which carry no loss
+        all_samples: list[Sample] = []
         for (data, row), samples in zip(rows, groups):
             for sample in samples:
                 prompt = data.prompt(row)
                 ids.append(np.concatenate([prompt, sample.tokens]))
                 masked.append(len(prompt))
-                chosen.append(sample)
-        if not chosen:
-            data = rows[0][0]
-            prompt = data.prompt(int(data.row_lengths.argmin()))
-            ids, masked = [np.array(prompt)], [len(prompt)]
+                all_samples.append(sample)
+        if not all_samples:
+            data, _ = rows[0]
+            shortest = data.prompt(int(data.row_lengths.argmin()))
+            ids, masked = [np.array(shortest)], [len(shortest)]
         layout = self.layout
         batch: dict[str, Any] = dict(
             lay_end_to_end(ids, masked, layout["share"], layout["multiple"])
         )
-        batch["samples"] = len(chosen)
+        batch["samples"] = len(all_samples)
         algorithm = self.algorithm
         weights = []
-        for sample in chosen:
+        for sample in all_samples:
             size = len(sample.tokens)
             weights.append(np.full(size, algorithm.weight(size), np.float32))
         places = len(batch["keep"])
         batch["weights"] = laid_out(weights, places)
         for name in ("old", *algorithm.columns):
-            if all(name in sample.columns for sample in chosen):
-                batch[name] = laid_out([sample.columns[name] for sample in chosen], places)
+            if all(name in sample.columns for sample in all_samples):
+                columns = [sample.columns[name] for sample in all_samples]
+                batch[name] = laid_out(columns, places)
         return batch
 
     # ---- metrics
@@ -463,13 +491,13 @@ class RolloutTask(RowTask[Config, PromptRows]):
         data = self.eval_data
         if data is None:
             raise RuntimeError("the evaluation rows are not loaded")
-        places = list(zip([EVALUATION] * len(data), range(len(data))))
+        places = [(EVALUATION, row) for row in range(len(data))]
         groups = self.sample(loss_module, {EVALUATION: data}, places, 1)
-        found = summary_of(groups[place][0] for place in places)
-        found["loss"] = self.config.kl_coef * found["kl"] - found["reward"]
+        metrics = summary_of(groups[place][0] for place in places)
+        metrics["loss"] = self.config.kl_coef * metrics["kl"] - metrics["reward"]
         if rank() == 0:
             self.write_answers(data, groups, predictions)
-        return {name: found[name] for name in self.config.evaluated}
+        return {name: metrics[name] for name in self.config.evaluated}
 
     def write_answers(
         self, data: PromptRows, groups: dict[Place, list[Sample]], path: Path
@@ -478,10 +506,10 @@ class RolloutTask(RowTask[Config, PromptRows]):
         lines = []
         for (_, row), samples in sorted(groups.items()):
             for sample in samples:
-                ids = sample.tokens[:-1] if sample.finished else sample.tokens
+                ids = text_ids(sample.tokens.tolist(), sample.finished)
                 line = {
                     "prompt": data.question(row).prompt,
-                    "answer": decoded_text(self.tokenizer, ids.tolist()),
+                    "answer": decoded_text(self.tokenizer, ids),
                     "reward": round(sample.reward, 6),
                 }
                 lines.append(json.dumps(line, ensure_ascii=False) + "\n")
@@ -489,6 +517,11 @@ class RolloutTask(RowTask[Config, PromptRows]):
             write_aside(path, "".join(lines))
         except OSError as error:
             say(f"WARNING: {path} cannot be written ({error.strerror or error}); going on")
+
+
+def text_ids(tokens: list[int], is_finished: bool) -> list[int]:
+    """An answer's ids without its end token."""
+    return tokens[:-1] if is_finished else tokens
 
 
 def answer_seed(seed: int, number: int, content: bytes, sample: int) -> int:
@@ -501,28 +534,29 @@ def lengths_of(
     prompts: Mapping[int, PromptRows], groups: dict[Place, list[Sample]]
 ) -> dict[str, list[int]]:
     """{key of a prompt: tokens of its answers}."""
-    found: dict[str, list[int]] = {}
+    lengths: dict[str, list[int]] = {}
     for (number, row), samples in sorted(groups.items()):
-        lengths = found.setdefault(prompts[number].key(row), [])
-        lengths += [len(sample.tokens) for sample in samples]
-    return found
+        prompt_lengths = lengths.setdefault(prompts[number].key(row), [])
+        for sample in samples:
+            prompt_lengths.append(len(sample.tokens))
+    return lengths
 
 
 def laid_out(parts: Sequence[np.ndarray], places: int) -> Tensor:
     """(places,) fp32: the parts end to end, then zeros."""
     row = np.zeros(places, np.float32)
     if parts:
-        whole = np.concatenate(parts)
-        row[: len(whole)] = whole
+        values = np.concatenate(parts)
+        row[: len(values)] = values
     return torch.from_numpy(row)
 
 
-def split_columns(found: np.ndarray, names: list[str], groups: list[list[Sample]]) -> None:
+def split_columns(statistics: np.ndarray, names: list[str], groups: list[list[Sample]]) -> None:
     """Give each sample its part of (columns, N), which has all answers end to end."""
     start = 0
     for samples in groups:
         for sample in samples:
-            stop = start + len(sample.tokens)
-            for name, column in zip(names, found):
-                sample.columns[name] = column[start:stop].copy()
-            start = stop
+            end = start + len(sample.tokens)
+            for name, column in zip(names, statistics):
+                sample.columns[name] = column[start:end].copy()
+            start = end

@@ -89,15 +89,15 @@ def make_application(flags: ClusterFlags, place: ReplicaPlace, count: int) -> se
     server = flags.server
     options = ReplicaOptions(unplaced(server), place)
     front = FrontOptions(
-        server.predictor,
-        flags.predict_ms,
-        server.kv_tokens,
-        server.slo_s,
-        flags.wait_s,
-        server.host,
-        server.api_key or os.environ.get(KEY_VARIABLE),
-        server.api_keys,
-        server.allowed_hosts,
+        predictor=server.predictor,
+        predict_ms=flags.predict_ms,
+        kv_tokens=server.kv_tokens,
+        slo_s=server.slo_s,
+        wait_s=flags.wait_s,
+        host=server.host,
+        api_key=server.api_key or os.environ.get(KEY_VARIABLE),
+        api_keys=server.api_keys,
+        allowed_hosts=server.allowed_hosts,
     )
     replicas = serve.deployment(RayReplica, name=REPLICA).options(
         **replica_settings(flags, place, count)
@@ -150,10 +150,10 @@ def replica_place(flags: ClusterFlags) -> tuple[ReplicaPlace, int]:
     """
     server = flags.server
     if not server.is_placed:
-        there = ray.cluster_resources()
         gpus = flags.replica_gpus
         if gpus is None:
-            gpus = int(server.device != "cpu" and there.get(GPU, 0) >= 1)
+            has_gpu = ray.cluster_resources().get(GPU, 0) >= 1
+            gpus = int(server.device != "cpu" and has_gpu)
         place = ReplicaPlace(flags.replica_cpus or 1, gpus)
         return place, flags.replicas or 1
     from serving.deployment.placement import MODULES, modules_of
@@ -173,8 +173,8 @@ def replica_place(flags: ClusterFlags) -> tuple[ReplicaPlace, int]:
 
 def check_room(place: ReplicaPlace, count: int) -> None:
     """Raises ValueError where the cluster has no room for so many replicas."""
-    there = ray.cluster_resources()
-    for name, each in place.bundles[0].items():
-        wanted, found = count * each, there.get(name, 0)
-        if wanted > found:
-            raise ValueError(f"{count} replicas reserve {wanted:g} {name}, Ray has {found:g}")
+    resources = ray.cluster_resources()
+    for name, per_replica in place.bundles[0].items():
+        needed, available = count * per_replica, resources.get(name, 0)
+        if needed > available:
+            raise ValueError(f"{count} replicas reserve {needed:g} {name}, Ray has {available:g}")

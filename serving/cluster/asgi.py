@@ -48,11 +48,11 @@ async def response_of(
     """
     messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(MOST_WAITING)
     left = asyncio.Event()
-    bodies = iter([{"type": "http.request", "body": request.body, "more_body": False}])
+    unread = [{"type": "http.request", "body": request.body, "more_body": False}]
 
     async def receive() -> dict[str, Any]:
-        for message in bodies:
-            return message
+        if unread:
+            return unread.pop()
         await left.wait()
         return {"type": "http.disconnect"}
 
@@ -69,12 +69,16 @@ async def response_of(
 
     task = asyncio.create_task(run())
     try:
-        while (message := await messages.get()) is not None:
+        while True:
+            message = await messages.get()
+            if message is None:
+                break
             if message["type"] == "http.response.start":
-                yield ResponseHead(message["status"], tuple(map(tuple, message["headers"])))
+                headers = tuple((name, value) for name, value in message["headers"])
+                yield ResponseHead(message["status"], headers)
                 continue
-            if body := message.get("body"):
-                yield body
+            if message.get("body"):
+                yield message["body"]
             if not message.get("more_body"):
                 return
         await task  # it has raised, or has ended without a response

@@ -32,7 +32,8 @@ class PredictedTokensPolicy:
 
     def __call__(self, context: ScalingContext) -> tuple[float, dict[str, Any]]:
         """(replicas, state that is kept for the next call); before any figure, as it is now."""
-        said = (context.aggregated_metrics or {}).get(PREDICTED_TOKENS)
-        if not said:
+        metrics = context.aggregated_metrics or {}
+        tokens_by_replica = metrics.get(PREDICTED_TOKENS)
+        if not tokens_by_replica:
             return float(context.target_num_replicas), {}
-        return sum(said.values()) / self.tokens_per_replica, {}
+        return sum(tokens_by_replica.values()) / self.tokens_per_replica, {}

@@ -74,6 +74,7 @@ def chain_of(replica: "ReplicaSpec") -> str:
 
 def common_place(places: Sequence[ReplicaPlace]) -> ReplicaPlace:
     """The place of all replicas, which Ray wants alike. Raises ValueError where they differ."""
-    if len(set(map(repr, places))) != 1:
+    first = places[0]
+    if any(place != first for place in places):
         raise ValueError("Ray's replicas are alike, this placement has some that differ")
-    return places[0]
+    return first

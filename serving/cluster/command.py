@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from chatglm.commands import child_environment, run_command
@@ -34,12 +35,7 @@ LOCAL_VARIABLES = {
 def main(argv: list[str] | None = None) -> int:
     command, flags = parse_cluster_flags(argv)
 
-    def work() -> int:
-        if command == "up":
-            return go_up(flags)
-        return go_down(flags) if command == "down" else show_status(flags)
-
-    return run_command("serving.cluster", work)
+    return run_command("serving.cluster", lambda: COMMANDS[command](flags))
 
 
 def import_ray() -> Any:
@@ -159,13 +155,13 @@ def go_down(flags: ConnectionFlags) -> int:
 
 
 def show_status(flags: ConnectionFlags) -> int:
-    """Print what Ray says of the application and its proxies, and what the front knows."""
+    """Print what Ray says of the application and its proxies, and the front's own status."""
     ray = import_ray()
     from ray import serve
 
     connect(ray, flags.address)
-    said = serve.status()
-    application = said.applications.get(flags.name)
+    ray_status = serve.status()
+    application = ray_status.applications.get(flags.name)
     if application is None:
         raise ValueError(f"no application {flags.name} runs there")
     deployments = {}
@@ -178,7 +174,7 @@ def show_status(flags: ConnectionFlags) -> int:
         "name": flags.name,
         "status": word_of(application.status),
         "deployments": deployments,
-        "proxies": {name: word_of(status) for name, status in said.proxies.items()},
+        "proxies": {name: word_of(status) for name, status in ray_status.proxies.items()},
     }
     try:
         handle = serve.get_app_handle(flags.name)
@@ -194,6 +190,12 @@ def word_of(state: Any) -> str:
     """A state of Ray's, which is text or an enumeration of texts."""
     return str(getattr(state, "value", state))
 
+
+COMMANDS: dict[str, Callable[[Any], int]] = {
+    "up": go_up,
+    "down": go_down,
+    "status": show_status,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

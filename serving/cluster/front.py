@@ -1,6 +1,7 @@
 """What Ray's proxies send requests to: it predicts, has them routed, and passes answers on.
 
-An answer is tried again at another replica as long as nothing of it has been sent to the client.
+Front is called with every request. It is tried again at another replica as long as nothing of its
+answer has been sent to the client.
 Free of Ray: the replicas are a protocol, which serving.cluster.application fills.
 """
 
@@ -23,14 +24,14 @@ from serving.cluster.messages import (
     RawHeaders,
     ResponseHead,
 )
-from serving.gateway.bodies import asked_answer
+from serving.gateway.bodies import parse_request_body
+from serving.gateway.in_flight import in_flight_answer, in_flight_other
 from serving.gateway.kinds import LENGTH_HEADER
 from serving.gateway.observed import AnswerTail, PromptSizes
-from serving.gateway.passages import errand_of, passage_of
 from serving.gateway.predicting import MADE, GuardedPredictor, Predicted
 from serving.gateway.proxy import BUSY_STATUSES, MOST_BODY_BYTES, MOST_TRIES, OUTCOME_HEADER
 from serving.gateway.starting import open_predictor
-from serving.gateway.upstreams import Passage
+from serving.gateway.upstreams import InFlightRequest
 from serving.server.access import (
     CLIENT_CLOSED_REQUEST,
     REQUEST_ID,
@@ -45,7 +46,8 @@ log = logging.getLogger(__name__)
 ANSWER_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 OTHER_PATHS = {"/v1/embeddings": "POST", "/v1/models": "GET", "/openapi.json": "GET"}
 MODEL_PATH = "/v1/models/"
-OWN_PATHS = ("/health", "/health/live", "/health/ready", "/cluster/status")
+STATUS_PATH = "/cluster/status"
+OWN_PATHS = ("/health", "/health/live", "/health/ready", STATUS_PATH)
 RETRY_LATER = {"Retry-After": "2"}
 # Written anew for the next connection.
 HOP_NAMES = (b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"host")
@@ -54,7 +56,7 @@ ID_NAME = REQUEST_ID.lower().encode()  # Ray's proxy writes it to clients
 
 @dataclass(frozen=True)
 class FrontOptions:
-    """What the front is told; of serving.cluster.flags.
+    """The options of the front, from serving.cluster.flags.
 
     Attributes:
         kv_tokens: of each replica.
@@ -117,10 +119,10 @@ class Front:
         """The response to a request, whatever happens."""
         request_id = request_id_of(http.scope)
         self.open += 1
-        streamed = False
+        is_streamed = False
         try:
             response = await self._answer(http, request_id)
-            streamed = isinstance(response, StreamingResponse)
+            is_streamed = isinstance(response, StreamingResponse)
         except ApiError as error:
             response = JSONResponse(error.body(), error.status, headers=error.headers)
         except ClientDisconnect:
@@ -129,70 +131,77 @@ class Front:
             log.exception("request %s failed", request_id)
             response = JSONResponse(ApiError(500, "internal error").body(), 500)
         finally:
-            self.open -= not streamed  # a stream counts until its end
+            if not is_streamed:  # a stream counts until its end
+                self.open -= 1
         return response
 
     async def _answer(self, http: Request, request_id: str) -> Response:
         path, method = http.url.path, http.method
-        headers = dict(http.headers.raw)
-        self.rules.check(path, headers)
+        self.rules.check(path, dict(http.headers.raw))
         if path in OWN_PATHS and method in ("GET", "HEAD"):
-            return JSONResponse(self.status() if path == OWN_PATHS[-1] else {"status": "ok"})
+            return JSONResponse(self.status() if path == STATUS_PATH else {"status": "ok"})
         is_answer = method == "POST" and path in ANSWER_PATHS
         if not is_answer:
             check_path(method, path)
         body = await read_request_body(http)
-        predicted = Predicted("")
-        asked = asked_answer(body) if is_answer else None
-        if is_answer:
-            predicted = await self.guarded.predict(asked.prompt if asked else None)
-            passage = passage_of(
-                asked,
-                predicted.prediction,
-                prompt_tokens=self.sizes.tokens(len(body)),
-                arrival_s=time.monotonic(),
-                slo_s=self.options.slo_s,
-            )
-        else:
-            passage = errand_of(time.monotonic(), self.options.slo_s)
+        if not is_answer:
+            inflight = in_flight_other(time.monotonic(), self.options.slo_s)
+            return await self._respond(http, body, request_id, inflight)
+        parsed = parse_request_body(body)
+        predicted = await self.guarded.predict(parsed.prompt if parsed else None)
+        inflight = in_flight_answer(
+            parsed,
+            predicted.prediction,
+            prompt_tokens=self.sizes.tokens(len(body)),
+            arrival_s=time.monotonic(),
+            slo_s=self.options.slo_s,
+        )
+        response = await self._respond(http, body, request_id, inflight)
+        add_prediction(response, predicted, inflight)
+        return response
+
+    async def _respond(
+        self, http: Request, body: bytes, request_id: str, inflight: InFlightRequest
+    ) -> Response:
+        """The response of a replica. Raises ApiError."""
         request = ForwardedRequest(
-            self.ledger.open(passage),
-            method,
-            path,
-            http.scope["query_string"],
-            forwarded_headers(http.headers.raw, request_id),
-            body,
-            passage.tokens,
+            number=self.ledger.open(inflight),
+            method=http.method,
+            path=http.url.path,
+            query=http.scope["query_string"],
+            headers=forwarded_headers(http.headers.raw, request_id),
+            body=body,
+            tokens=inflight.tokens,
         )
         try:
-            response = await self._forward(request, passage)
+            return await self._forward(request)
         except BaseException:
             self.ledger.close(request.number)
             raise
-        if is_answer:
-            add_prediction(response, predicted, passage)
-        return response
 
-    async def _forward(self, request: ForwardedRequest, passage: Passage) -> Response:
+    async def _forward(self, request: ForwardedRequest) -> Response:
         """Try replicas until one answers. Raises ApiError."""
         why = ""
-        for attempt in range(MOST_TRIES):
-            self.retries += attempt > 0
+        for attempt in range(1, MOST_TRIES + 1):
+            if attempt > 1:
+                self.retries += 1
             try:
-                return await self._try(request, passage, is_last=attempt == MOST_TRIES - 1)
+                return await self._try(request, is_last=attempt == MOST_TRIES)
             except AttemptFailed as failure:
                 why = str(failure)
                 self.ledger.fail(request.number)
                 log.warning("request %d: %s", request.number, why)
         raise ApiError(502, f"{MOST_TRIES} attempts failed (last: {why})", "upstream_failed")
 
-    async def _try(self, request: ForwardedRequest, passage: Passage, is_last: bool) -> Response:
+    async def _try(self, request: ForwardedRequest, is_last: bool) -> Response:
         """One attempt. Raises AttemptFailed while the client has seen nothing, ApiError."""
         parts = self.replicas.parts(request)
         try:
             head = await self._head_of(parts)
-            if head.status in BUSY_STATUSES and not is_last and self.ledger.fail(request.number):
-                raise AttemptFailed(f"HTTP {head.status}")
+            if head.status in BUSY_STATUSES and not is_last:
+                another_may_answer = self.ledger.fail(request.number)
+                if another_may_answer:
+                    raise AttemptFailed(f"HTTP {head.status}")
             tail = AnswerTail(is_stream(head))
             if tail.is_stream:
                 first = await anext(parts, b"")
@@ -237,8 +246,9 @@ class Front:
                 not pass for a whole answer.
         """
         try:
-            self.ledger.progress(request.number, tail.add(bytes_of(first)))
-            yield bytes_of(first)
+            chunk = bytes_of(first)
+            self.ledger.progress(request.number, tail.add(chunk))
+            yield chunk
             async for part in parts:
                 chunk = bytes_of(part)
                 self.ledger.progress(request.number, tail.add(chunk))
@@ -254,19 +264,21 @@ class Front:
             await close_parts(parts)
 
     def _note_sizes(self, request: ForwardedRequest, tail: AnswerTail) -> None:
-        if (tokens := tail.prompt_tokens()) is not None:
+        tokens = tail.prompt_tokens()
+        if tokens is not None:
             self.sizes.note(len(request.body), tokens)
 
 
 def check_path(method: str, path: str) -> None:
     """Raises ApiError for what is not asked of any one replica, such as loading an adapter."""
-    wanted = OTHER_PATHS.get(path)
+    allowed = OTHER_PATHS.get(path)
     if path.startswith(MODEL_PATH):
-        wanted = "GET"
-    if wanted is None:
+        allowed = "GET"
+    if allowed is None:
         raise ApiError(404, f"{method} {path}: not of a cluster", "not_found")
-    if method != wanted and not (wanted == "GET" and method == "HEAD"):
-        raise ApiError(405, f"{method} {path}: wanted {wanted}", None, {"Allow": wanted})
+    is_head = method == "HEAD" and allowed == "GET"
+    if method != allowed and not is_head:
+        raise ApiError(405, f"{method} {path}: wanted {allowed}", None, {"Allow": allowed})
 
 
 async def read_request_body(http: Request) -> bytes:
@@ -284,11 +296,12 @@ async def read_request_body(http: Request) -> bytes:
 def forwarded_headers(headers: list[tuple[bytes, bytes]], request_id: str) -> RawHeaders:
     """A client's headers for a replica: without its connection's and its key, with the id."""
     left_out = (*HOP_NAMES, b"authorization", ID_NAME)
-    kept = []
+    forwarded = []
     for name, value in headers:
         if name not in left_out:
-            kept.append((name, value))
-    return (*kept, (ID_NAME, request_id.encode()))
+            forwarded.append((name, value))
+    forwarded.append((ID_NAME, request_id.encode()))
+    return tuple(forwarded)
 
 
 def with_headers(response: Response, head: ResponseHead) -> Response:
@@ -299,10 +312,10 @@ def with_headers(response: Response, head: ResponseHead) -> Response:
     return response
 
 
-def add_prediction(response: Response, predicted: Predicted, passage: Passage) -> None:
+def add_prediction(response: Response, predicted: Predicted, inflight: InFlightRequest) -> None:
     """Say what was predicted, as the gateway does."""
     response.headers[OUTCOME_HEADER] = predicted.outcome
-    prediction = passage.record.request.prediction
+    prediction = inflight.record.request.prediction
     if predicted.outcome == MADE and prediction is not None:
         response.headers[LENGTH_HEADER] = str(round(prediction.expected_tokens))
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from serving.gateway.upstreams import Passage, Upstream, chosen_upstream
+from serving.gateway.upstreams import InFlightRequest, Upstream, chosen_upstream
 
 
 class Ledger:
@@ -21,20 +21,21 @@ class Ledger:
         self.kv_tokens = kv_tokens
         self._lock = threading.Lock()
         self._replicas: dict[str, Upstream] = {}
-        self._passages: dict[int, Passage] = {}
+        self._in_flight: dict[int, InFlightRequest] = {}
 
-    def open(self, passage: Passage) -> int:
+    def open(self, inflight: InFlightRequest) -> int:
         """Take a request in; its number, for the other methods."""
-        number = passage.record.request.id
+        number = inflight.record.request.id
         with self._lock:
-            self._passages[number] = passage
+            self._in_flight[number] = inflight
         return number
 
     def close(self, number: int) -> None:
         """A request has ended, however."""
         with self._lock:
-            if (passage := self._passages.pop(number, None)) is not None:
-                passage.leave()
+            inflight = self._in_flight.pop(number, None)
+            if inflight is not None:
+                inflight.leave()
 
     def ranked(self, number: int, names: Sequence[str]) -> list[str]:
         """The replicas for a request, best first; it counts as the first one's from now on.
@@ -43,34 +44,39 @@ class Ledger:
         among those with KV memory for its q90. Replicas that are not named have gone.
         """
         with self._lock:
-            replicas = self._known(names)
-            passage = self._passages.get(number)
-            if passage is None:  # its client has left
+            replicas = self._set_replicas(names)
+            inflight = self._in_flight.get(number)
+            if inflight is None:  # its client has left
                 return list(names)
-            passage.leave()
+            inflight.leave()
             ranked: list[str] = []
-            while (best := chosen_upstream(replicas, passage)) is not None:
+            best = chosen_upstream(replicas, inflight)
+            while best is not None:
                 ranked.append(best.base)
                 replicas.remove(best)
+                best = chosen_upstream(replicas, inflight)
             if ranked:
-                self._enter(passage, ranked[0])
+                self._enter(inflight, ranked[0])
             return ranked
 
     def enter(self, number: int, name: str) -> None:
         """A replica has accepted a request: the first of its ranking, or a later one."""
         with self._lock:
-            passage = self._passages.get(number)
-            if passage is None or (passage.upstream is not None and passage.upstream.base == name):
+            inflight = self._in_flight.get(number)
+            if inflight is None or (
+                inflight.upstream is not None and inflight.upstream.base == name
+            ):
                 return
-            passage.leave()
-            self._known([*self._replicas, name])
-            self._enter(passage, name)
+            inflight.leave()
+            self._set_replicas([*self._replicas, name])
+            self._enter(inflight, name)
 
     def progress(self, number: int, tokens: int) -> None:
         """A request's answer has grown."""
         with self._lock:
-            if (passage := self._passages.get(number)) is not None:
-                passage.progress(tokens)
+            inflight = self._in_flight.get(number)
+            if inflight is not None:
+                inflight.progress(tokens)
 
     def fail(self, number: int) -> bool:
         """A replica has not answered a request; whether another one might.
@@ -78,14 +84,14 @@ class Ledger:
         The replica is taken again only where no other is left.
         """
         with self._lock:
-            passage = self._passages.get(number)
-            if passage is None:
+            inflight = self._in_flight.get(number)
+            if inflight is None:
                 return False
-            if passage.upstream is not None:
-                passage.upstream.failures += 1
-                passage.failed.add(passage.upstream.base)
-                passage.leave()
-            return any(name not in passage.failed for name in self._replicas)
+            if inflight.upstream is not None:
+                inflight.upstream.failures += 1
+                inflight.failed.add(inflight.upstream.base)
+                inflight.leave()
+            return any(name not in inflight.failed for name in self._replicas)
 
     def status(self) -> list[dict[str, Any]]:
         """Each replica's requests and predicted work, by name."""
@@ -103,8 +109,8 @@ class Ledger:
                 rows.append(row)
         return rows
 
-    def _known(self, names: Sequence[str]) -> list[Upstream]:
-        """The replicas of these names; the others are forgotten."""
+    def _set_replicas(self, names: Sequence[str]) -> list[Upstream]:
+        """The replicas of these names, new ones among them; the others are forgotten."""
         for gone in self._replicas.keys() - set(names):
             del self._replicas[gone]
         for name in names:
@@ -112,9 +118,9 @@ class Ledger:
                 self._replicas[name] = Upstream(name, up=True, kv_tokens=self.kv_tokens)
         return [self._replicas[name] for name in names]
 
-    def _enter(self, passage: Passage, name: str) -> None:
+    def _enter(self, inflight: InFlightRequest, name: str) -> None:
         replica = self._replicas[name]
-        passage.enter(replica)
+        inflight.enter(replica)
         replica.served += 1
 
 

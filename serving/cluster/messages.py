@@ -11,7 +11,7 @@ class ForwardedRequest:
     """A client's request on its way to a replica.
 
     Attributes:
-        number: of its passage in the front's ledger.
+        number: of the request in the front's ledger.
         query: without the question mark.
         tokens: predicted of its answers; 0 of what makes none.
     """

@@ -53,8 +53,11 @@ class ModelReplica:
         self._scratch = tempfile.TemporaryDirectory(prefix="replica-")
         flags = placed_flags(options, Path(self._scratch.name))
         self.service = load_service(flags)
-        origins = tuple(filter(None, map(str.strip, flags.cors_origins.split(","))))
-        self.application = make_app(self.service, None, origins, page=False)
+        origins = []
+        for origin in flags.cors_origins.split(","):
+            if origin.strip():
+                origins.append(origin.strip())
+        self.application = make_app(self.service, None, tuple(origins), page=False)
         self.service.start()
 
     async def answer(self, request: ForwardedRequest) -> AsyncIterator[Part]:
@@ -83,7 +86,8 @@ class ModelReplica:
         return {PREDICTED_TOKENS: sum(self.outstanding.values())}
 
     def __del__(self) -> None:
-        if (service := getattr(self, "service", None)) is not None:
+        service = getattr(self, "service", None)  # missing where __init__ has failed
+        if service is not None:
             service.stop()
 
 

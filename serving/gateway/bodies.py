@@ -1,4 +1,7 @@
-"""Requests' bodies: what they ask, and fields added to them without touching the other bytes."""
+"""Bodies of requests: their fields, and fields added to them without touching the other bytes.
+
+`parse_request_body` reads a body, `RequestBody.with_fields` writes the one that an upstream gets.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 WHITESPACE = " \t\n\r"
-BEGINNING_CHARACTERS = 512  # from one beginning of a long message to the next
-MOST_BEGINNINGS = 256  # of a prompt
+PREFIX_CHARACTERS = 512  # from one prefix of a long message to the next
+MOST_PROMPT_PREFIXES = 256  # of a prompt
 _decoder = json.JSONDecoder()
 
 
@@ -20,18 +23,20 @@ class Member:
     start: int
     end: int
 
-    def place_in(self, text: str) -> tuple[int, int]:
-        """From its name to its end, with the comma that parts it from its neighbour."""
+    def span_with_comma(self, text: str) -> tuple[int, int]:
+        """(start, end) of name and value, with the comma that parts them from a neighbour."""
         after = _after_space(text, self.end)
         if text[after] == ",":
             return self.name_start, after + 1
-        before = len(text[: self.name_start].rstrip(WHITESPACE))
-        return before - (text[before - 1] == ","), self.end
+        start = len(text[: self.name_start].rstrip(WHITESPACE))
+        if text[start - 1] == ",":
+            start -= 1
+        return start, self.end
 
 
 @dataclass(frozen=True)
-class AskedAnswer:
-    """What a body asks for.
+class RequestBody:
+    """What the gateway reads of a request's body.
 
     Attributes:
         text: the JSON.
@@ -55,25 +60,30 @@ class AskedAnswer:
         Fields that the client has given stay; all other bytes stay as they are. The field `without`
         is taken out.
         """
-        text, fresh = self.text, dict[str, Any]()
-        edits: list[tuple[int, int, str]] = []
+        new_fields: dict[str, Any] = {}
+        edits: list[tuple[int, int, str]] = []  # (start, end, what takes the place of that text)
         for name, value in fields.items():
             member = self.members.get(name)
             if member is None:
-                fresh[name] = value
+                new_fields[name] = value
             elif isinstance(value, Mapping) and isinstance(member.value, dict):
-                edits.append((member.start, member.end, json.dumps(merged(member.value, value))))
-        left = len(self.members)
+                replacement = json.dumps(merged(member.value, value))
+                edits.append((member.start, member.end, replacement))
+        members_left = len(self.members)
         if without is not None and without in self.members:
-            edits.append((*self.members[without].place_in(text), ""))
-            left -= 1
-        for start, end, replacement in sorted(edits, reverse=True):
+            start, end = self.members[without].span_with_comma(self.text)
+            edits.append((start, end, ""))
+            members_left -= 1
+        text = self.text
+        for start, end, replacement in sorted(edits, reverse=True):  # the last first: none moves
             text = text[:start] + replacement + text[end:]
-        if not fresh:
+        if not new_fields:
             return text
-        brace = text.index("{") + 1
-        comma = "," if left else ""
-        return text[:brace] + json.dumps(fresh, separators=(",", ":"))[1:-1] + comma + text[brace:]
+        inserted = json.dumps(new_fields, separators=(",", ":"))[1:-1]  # without the braces
+        if members_left:
+            inserted += ","
+        after_brace = text.index("{") + 1
+        return text[:after_brace] + inserted + text[after_brace:]
 
 
 def merged(given: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,8 +97,8 @@ def merged(given: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]
     return whole
 
 
-def asked_answer(body: bytes) -> AskedAnswer | None:
-    """What a body asks; None where it is no JSON object, which the engine will say itself."""
+def parse_request_body(body: bytes) -> RequestBody | None:
+    """The fields of a body; None where it is no JSON object, which the engine will say itself."""
     try:
         text = body.decode()
         members = object_members(text)
@@ -96,14 +106,20 @@ def asked_answer(body: bytes) -> AskedAnswer | None:
         return None
     values = {name: member.value for name, member in members.items()}
     count = values.get("n")
-    slo_s = values.get("slo_s")
-    return AskedAnswer(
-        text,
-        members,
-        text_to_predict(values),
-        least_limit(values),
-        count if isinstance(count, int) and count > 1 else 1,
-        float(slo_s) if isinstance(slo_s, (int, float)) and slo_s > 0 else None,
+    answers = 1
+    if isinstance(count, int) and count > 1:
+        answers = count
+    seconds = values.get("slo_s")
+    slo_s = None
+    if isinstance(seconds, (int, float)) and seconds > 0:
+        slo_s = float(seconds)
+    return RequestBody(
+        text=text,
+        members=members,
+        prompt=text_to_predict(values),
+        max_tokens=least_limit(values),
+        answers=answers,
+        slo_s=slo_s,
     )
 
 
@@ -148,12 +164,14 @@ def _after_space(text: str, place: int) -> int:
 
 def least_limit(values: Mapping[str, Any]) -> int | None:
     """The tokens after which an answer is cut, by OpenAI's fields and Ollama's."""
+    candidates = []
     options = values.get("options")
-    given = [options.get("num_predict")] if isinstance(options, dict) else []
+    if isinstance(options, dict):
+        candidates.append(options.get("num_predict"))
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
-        given.append(values.get(name))
+        candidates.append(values.get(name))
     limits = []
-    for limit in given:
+    for limit in candidates:
         if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
             limits.append(limit)
     return min(limits, default=None)
@@ -164,25 +182,29 @@ def text_to_predict(values: Mapping[str, Any]) -> str | None:
 
     Of completions, which have no roles, the prompt; None where a request has no text.
     """
-    if isinstance(messages := values.get("messages"), list):
+    messages = values.get("messages")
+    if isinstance(messages, list):
         return chat_text(messages)
-    if isinstance(asked := values.get("input"), list):
-        return chat_text(asked, values.get("instructions"))
-    system = values.get("instructions") or values.get("system")
-    prompt = values.get("prompt") if asked is None else asked
+    items = values.get("input")  # of /v1/responses: a text, or messages
+    if isinstance(items, list):
+        return chat_text(items, values.get("instructions"))
+    prompt = values.get("prompt") if items is None else items
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
     if not isinstance(prompt, str):
         return None
-    return f"{system}\n\n{prompt}" if isinstance(system, str) and system else prompt
+    system = values.get("instructions") or values.get("system")
+    if isinstance(system, str) and system:
+        return f"{system}\n\n{prompt}"
+    return prompt
 
 
-def prompt_beginnings(asked: AskedAnswer) -> tuple[int, ...]:
-    """Names of a prompt's beginnings, of growing length: prompts that share one begin alike.
+def prompt_prefix_hashes(parsed: RequestBody) -> tuple[int, ...]:
+    """Hashes of a prompt's prefixes, of growing length: prompts that share one begin alike.
 
-    One after each message, whoever wrote it, and within a message every BEGINNING_CHARACTERS.
+    One after each message, of any role, and within a message every PREFIX_CHARACTERS.
     """
-    values = {name: member.value for name, member in asked.members.items()}
+    values = {name: member.value for name, member in parsed.members.items()}
     texts = []
     for name in ("instructions", "system", "prompt"):
         if isinstance(values.get(name), str):
@@ -194,28 +216,31 @@ def prompt_beginnings(asked: AskedAnswer) -> tuple[int, ...]:
         for message in messages:
             if isinstance(message, dict):
                 texts.append(f"{message.get('role')}\n{content_text(message.get('content'))}")
-    names: list[int] = []
-    last = 0
+    hashes: list[int] = []
+    previous = 0
     for text in texts:
-        for start in range(0, len(text), BEGINNING_CHARACTERS):
-            last = hash((last, text[start : start + BEGINNING_CHARACTERS]))
-            names.append(last)
-    return tuple(names[:MOST_BEGINNINGS])
+        for start in range(0, len(text), PREFIX_CHARACTERS):
+            block = text[start : start + PREFIX_CHARACTERS]
+            previous = hash((previous, block))
+            hashes.append(previous)
+    return tuple(hashes[:MOST_PROMPT_PREFIXES])
 
 
 def chat_text(messages: Sequence[Any], instructions: Any = None) -> str | None:
     """The texts of the system, and of the user's last message."""
-    system = [instructions] if isinstance(instructions, str) else []
-    asked: list[str] = []
+    texts = [instructions] if isinstance(instructions, str) else []
+    question: str | None = None
     for message in messages:
         if not isinstance(message, dict):
             return None
         role = message.get("role")
         if role in ("system", "developer"):
-            system.append(content_text(message.get("content")))
+            texts.append(content_text(message.get("content")))
         elif role == "user":
-            asked.append(content_text(message.get("content")))
-    return "\n\n".join([*system, *asked[-1:]]) if asked or system else None
+            question = content_text(message.get("content"))
+    if question is not None:
+        texts.append(question)
+    return "\n\n".join(texts) if texts else None
 
 
 def content_text(content: Any) -> str:

@@ -1,4 +1,6 @@
-"""Who is sent next, and where: the gateway's own queue under a policy of serving.policies.
+"""Which request is sent next, and where: the gateway's queue, ordered by a policy.
+
+Dispatcher.acquire gives a request its upstream, Dispatcher.release takes it back.
 
 Only a policy's order is used: what an engine has begun is its own, so that nothing is preempted
 here and no memory is reserved.
@@ -10,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from serving.gateway.upstreams import (
-    Passage,
-    PrefixPlaces,
+    InFlightRequest,
+    PrefixUpstreams,
     Upstream,
     any_up,
     chosen_upstream,
@@ -76,7 +78,7 @@ class Dispatcher:
         upstreams: all of them.
         policy_name: of ORDERS.
         max_queue: requests that may wait.
-        places: of prefixes; None without affinity.
+        prefixes: which upstream computed them; None without affinity.
         pace_s: running mean of the seconds between two tokens of an answer.
         waiting: how many requests wait.
     """
@@ -87,17 +89,17 @@ class Dispatcher:
         policy: str,
         *,
         max_queue: int,
-        places: PrefixPlaces | None = None,
+        prefixes: PrefixUpstreams | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.upstreams, self.max_queue, self.places = upstreams, max_queue, places
+        self.upstreams, self.max_queue, self.prefixes = upstreams, max_queue, prefixes
         self.policy_name = policy
         self.policy: Policy = POLICIES[policy]
         self.in_tokens = ORDERS[policy]
         self.pace_s = FIRST_PACE_S
         self._clock, self._zero_s = now_s, now_s()
         self._queue = Queue(self.order)
-        self._waiters: dict[int, tuple[Passage, asyncio.Future[Upstream]]] = {}
+        self._waiters: dict[int, tuple[InFlightRequest, asyncio.Future[Upstream]]] = {}
 
     @property
     def waiting(self) -> int:
@@ -112,7 +114,7 @@ class Dispatcher:
         cost = PaceCost(self.pace_s)
         return self.policy.order(record, Moment(self.now_s(), self.pace_s, cost, QUEUE_LIMITS))
 
-    async def acquire(self, passage: Passage, wait_s: float) -> Upstream:
+    async def acquire(self, inflight: InFlightRequest, wait_s: float) -> Upstream:
         """The upstream of a request, which counts as its own until `release`.
 
         Args:
@@ -120,20 +122,23 @@ class Dispatcher:
         Raises:
             QueueIsFull, NoUpstream.
         """
-        if not self._queue and (upstream := self._enter(passage)) is not None:
-            return upstream
+        if not self._queue:
+            upstream = self._enter(inflight)
+            if upstream is not None:
+                return upstream
         if len(self._queue) >= self.max_queue:
             raise QueueIsFull(f"{len(self._queue)} requests wait (--max_queue)")
         future: asyncio.Future[Upstream] = asyncio.get_running_loop().create_future()
-        record = passage.record
-        self._waiters[record.request.id] = (passage, future)
+        record = inflight.record
+        self._waiters[record.request.id] = (inflight, future)
         self._queue.push(record)
         self.pump()
         try:
             return await self._wait(future, wait_s)
         except BaseException:
-            if future.done() and not future.cancelled():
-                self.release(passage)  # it was given a place in the same moment
+            was_given_upstream = future.done() and not future.cancelled()
+            if was_given_upstream:  # in the same moment
+                self.release(inflight)
             raise
         finally:
             self._waiters.pop(record.request.id, None)
@@ -150,41 +155,41 @@ class Dispatcher:
             if down_s >= wait_s:
                 raise NoUpstream("no upstream answers")
 
-    def any_upstream(self, passage: Passage) -> Upstream:
+    def any_upstream(self, inflight: InFlightRequest) -> Upstream:
         """An upstream for what is no answer and takes no place. Raises NoUpstream."""
         up = [upstream for upstream in self.upstreams if upstream.up]
-        fresh = [upstream for upstream in up if upstream.base not in passage.failed]
+        fresh = [upstream for upstream in up if upstream.base not in inflight.failed]
         if not up:
             raise NoUpstream("no upstream answers")
         return min(fresh or up, key=load_of)
 
-    def release(self, passage: Passage) -> None:
+    def release(self, inflight: InFlightRequest) -> None:
         """A request has left its upstream; others may enter."""
-        passage.leave()
+        inflight.leave()
         self.pump()
 
     def pump(self) -> None:
         """Send the first of the queue while there are places. Called when a place may be free."""
         self._queue.now_s = self.now_s()
         for record in self._queue:
-            passage, future = self._waiters[record.request.id]
+            inflight, future = self._waiters[record.request.id]
             if future.done():  # its request has gone
                 self._queue.remove(record)
                 continue
-            upstream = self._enter(passage)
+            upstream = self._enter(inflight)
             if upstream is None:
                 break
             self._queue.remove(record)
             future.set_result(upstream)
         self._queue.restore_unadmitted()
 
-    def _enter(self, passage: Passage) -> Upstream | None:
-        upstream = chosen_upstream(self.upstreams, passage, self.places)
+    def _enter(self, inflight: InFlightRequest) -> Upstream | None:
+        upstream = chosen_upstream(self.upstreams, inflight, self.prefixes)
         if upstream is not None:
-            passage.enter(upstream)
+            inflight.enter(upstream)
             upstream.served += 1
-            if self.places is not None:
-                self.places.note(passage, upstream)
+            if self.prefixes is not None:
+                self.prefixes.note(inflight, upstream)
         return upstream
 
     def note_pace(self, seconds: float, tokens: int) -> None:

@@ -149,19 +149,22 @@ def upstream_addresses(text: str) -> list[str]:
     """
     from urllib.parse import urlsplit
 
-    found: list[str] = []
-    for given in filter(None, map(str.strip, text.split(","))):
-        parts = urlsplit(given)
+    bases: list[str] = []
+    for item in text.split(","):
+        address = item.strip()
+        if not address:
+            continue
+        parts = urlsplit(address)
         try:
             is_fit = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except ValueError:
             is_fit = False
         if not is_fit or parts.query or parts.fragment or parts.username:
-            raise ValueError(f"--upstream: wanted http://HOST:PORT, got {given}")
-        base = given.rstrip("/").removesuffix("/v1").rstrip("/")
-        if base in found:
+            raise ValueError(f"--upstream: wanted http://HOST:PORT, got {address}")
+        base = address.rstrip("/").removesuffix("/v1").rstrip("/")
+        if base in bases:
             raise ValueError(f"--upstream: {base} is given twice")
-        found.append(base)
-    if not found:
+        bases.append(base)
+    if not bases:
         raise ValueError("--upstream: wanted http://HOST:PORT, got nothing")
-    return found
+    return bases

@@ -117,15 +117,15 @@ def describe_facts(kind: Kind, upstream: Upstream) -> str:
     """What is known of an upstream's priorities and memory, in one line."""
     facts = upstream.facts
     if kind.holds:
-        said = "takes no priorities; the gateway holds the queue"
+        order = "takes no priorities; the gateway holds the queue"
     elif not kind.needs:
-        said = "nothing has to be turned on"
+        order = "nothing has to be turned on"
     elif facts.priorities is None:
-        said = f"does not tell whether it obeys priorities, which needs {kind.needs}"
+        order = f"does not tell whether it obeys priorities, which needs {kind.needs}"
     elif facts.priorities:
-        said = "obeys priorities" + (", lower ones first" if facts.lower_first else "")
+        order = "obeys priorities" + (", lower ones first" if facts.lower_first else "")
     else:
-        said = f"ignores priorities, so none are sent: start it with {kind.needs}, or give "
-        said += "--concurrency, so that the gateway holds the queue"
+        order = f"ignores priorities, so none are sent: start it with {kind.needs}, or give "
+        order += "--concurrency, so that the gateway holds the queue"
     memory = f"{upstream.kv_tokens:,} KV tokens" if upstream.kv_tokens else "KV memory unknown"
-    return f"{said}; {memory}"
+    return f"{order}; {memory}"

@@ -67,7 +67,7 @@ class Facts:
     kv_tokens: int | None = None
 
 
-UNTOLD = Facts()
+UNKNOWN_FACTS = Facts()
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Kind:
 
     def read_facts(self, replies: Mapping[str, str]) -> Facts:
         """Facts of the bodies of fact_paths, by path; those that failed are missing."""
-        return UNTOLD
+        return UNKNOWN_FACTS
 
     def added(self, hints: Hints, facts: Facts) -> Added:
         return Added(headers=length_headers(hints))
@@ -130,8 +130,9 @@ class GlmFoundryKind(Kind):
     fact_paths = ("/metrics",)
 
     def read_facts(self, replies: Mapping[str, str]) -> Facts:
-        found = re.search(r"^glm_kv_limit_tokens (\S+)", replies.get("/metrics", ""), re.MULTILINE)
-        return Facts(priorities=True, kv_tokens=int(float(found[1])) if found else None)
+        metrics = replies.get("/metrics", "")
+        match = re.search(r"^glm_kv_limit_tokens (\S+)", metrics, re.MULTILINE)
+        return Facts(priorities=True, kv_tokens=int(float(match[1])) if match else None)
 
 
 class VllmKind(Kind):
@@ -158,7 +159,10 @@ class VllmKind(Kind):
     def added(self, hints: Hints, facts: Facts) -> Added:
         if facts.priorities is False:
             return super().added(hints, facts)
-        level = hints.key - NEUTRAL_TOKENS if hints.in_tokens else CENTISECONDS * hints.key
+        if hints.in_tokens:
+            level = hints.key - NEUTRAL_TOKENS
+        else:
+            level = CENTISECONDS * hints.key
         return Added({"priority": whole_level(level)}, length_headers(hints))
 
 
@@ -237,7 +241,10 @@ class DynamoKind(Kind):
     head_start: ClassVar[int] = 300  # of an answer of NEUTRAL_TOKENS, or of one that is due now
 
     def added(self, hints: Hints, facts: Facts) -> Added:
-        level = self.steps * hints.doublings() if hints.in_tokens else hints.key - hints.arrival_s
+        if hints.in_tokens:
+            level = self.steps * hints.doublings()
+        else:
+            level = hints.key - hints.arrival_s
         agent_hints = {"priority": max(self.head_start - whole_level(level), 0)}
         if hints.expected is not None:
             agent_hints["osl"] = hints.expected
@@ -276,10 +283,10 @@ def whole_level(level: float) -> int:
 
 def vllm_kv_tokens(metrics: str) -> int | None:
     """KV tokens of vLLM's metrics; None where they do not say."""
-    found = re.search(r"^vllm:cache_config_info\{(.*)\}", metrics, re.MULTILINE)
-    if not found:
+    match = re.search(r"^vllm:cache_config_info\{(.*)\}", metrics, re.MULTILINE)
+    if not match:
         return None
-    labels = dict(re.findall(r'(\w+)="(\d+)"', found[1]))
+    labels = dict(re.findall(r'(\w+)="(\d+)"', match[1]))
     if "block_size" not in labels or "num_gpu_blocks" not in labels:
         return None
     return int(labels["block_size"]) * int(labels["num_gpu_blocks"]) or None
@@ -288,10 +295,10 @@ def vllm_kv_tokens(metrics: str) -> int | None:
 def json_object(text: str) -> dict[str, Any]:
     """The object that a text is; empty where it is none."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def flag_of(info: Mapping[str, Any], name: str) -> bool | None:

@@ -1,8 +1,9 @@
-"""What an answer that passes by says of its length, and how predictions compare with it."""
+"""Token counts that answers report as they pass through, and how predictions compare with them."""
 
 import math
 import re
 from collections import deque
+from collections.abc import Sequence
 
 from predictor.prediction import LengthPrediction
 
@@ -49,40 +50,45 @@ class AnswerTail:
 
     def is_whole(self) -> bool:
         """Whether the answer ended by itself."""
-        found = FINISH.findall(self._tail)
-        return bool(found) and found[-1] in WHOLE
+        reasons = FINISH.findall(self._tail)
+        return bool(reasons) and reasons[-1] in WHOLE
 
 
 def last_number(pattern: re.Pattern[bytes], text: bytes) -> int | None:
-    found = pattern.findall(text)
-    return int(found[-1]) if found else None
+    numbers = pattern.findall(text)
+    return int(numbers[-1]) if numbers else None
 
 
 class LengthDrift:
     """Predicted and actual lengths of the RECENT_ANSWERS last whole answers of one predictor."""
 
     def __init__(self) -> None:
-        self._seen: deque[tuple[float, bool]] = deque(maxlen=RECENT_ANSWERS)
+        self._log_ratios: deque[float] = deque(maxlen=RECENT_ANSWERS)
+        self._within_q90: deque[bool] = deque(maxlen=RECENT_ANSWERS)
 
     def add(self, prediction: LengthPrediction, tokens: int) -> float:
         """Compare; returns (1 + actual) / (1 + predicted median)."""
         ratio = (1 + tokens) / (1 + prediction.median_tokens)
-        self._seen.append((math.log(ratio), tokens <= prediction.q90_tokens))
+        self._log_ratios.append(math.log(ratio))
+        self._within_q90.append(tokens <= prediction.q90_tokens)
         return ratio
 
     def clear(self) -> None:
         """Another predictor serves from now on."""
-        self._seen.clear()
+        self._log_ratios.clear()
+        self._within_q90.clear()
 
     def drift(self) -> float:
         """Mean log of that ratio; above 0 answers are longer than predicted; nan at first."""
-        seen = list(self._seen)
-        return sum(log_ratio for log_ratio, _ in seen) / len(seen) if seen else math.nan
+        return mean_or_nan(list(self._log_ratios))
 
     def coverage(self) -> float:
         """Share within the predicted q90; nan before there are any."""
-        seen = list(self._seen)
-        return sum(within for _, within in seen) / len(seen) if seen else math.nan
+        return mean_or_nan(list(self._within_q90))
+
+
+def mean_or_nan(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 class PromptSizes:

@@ -104,6 +104,6 @@ class GatewayPage:
             url = f"{upstream.base}/v1/models"
             with suppress(*NO_MODEL):
                 async with gateway.session.get(url, headers=headers, timeout=ASK) as reply:
-                    found = json.loads(await reply.read())
-                return str(found["data"][0]["id"])
+                    models = json.loads(await reply.read())
+                return str(models["data"][0]["id"])
         return ""

@@ -1,4 +1,4 @@
-"""Predictions that a request can do without: none may fail, delay or change more than its hint."""
+"""Length predictions with a limit of time: a request goes on without one that fails or is late."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ MADE, NO_TEXT, MISSING, SLOW, WRONG, FAILED = OUTCOMES = (
     "wrong",
     "failed",
 )
-SAID_EVERY_S = 60.0  # a line of the log for each outcome
+WARN_EVERY_S = 60.0  # a line of the log for each outcome
 # A prediction is made between two requests, without the cost of a thread, while the late ones took
 # at most so long and the text is short; so a predictor that becomes slow delays the others once.
 QUICK_S = 0.003
@@ -54,16 +54,16 @@ class GuardedPredictor:
         self._pending: deque[Future] = deque()
         self._timed: LengthPredictor | None = None
         self._mean_s = math.inf
-        self._said_s: dict[str, float] = {}
+        self._warned_s: dict[str, float] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="predictor")
 
     async def predict(self, text: str | None) -> Predicted:
         """A prediction, or its lack with the outcome; raises nothing of the predictor's."""
-        found = await self._predict(text)
-        self.outcomes[found.outcome] += 1
-        if found.outcome not in (MADE, NO_TEXT, MISSING):  # the last is said at start
-            self._say(found.outcome)
-        return found
+        predicted = await self._predict(text)
+        self.outcomes[predicted.outcome] += 1
+        if predicted.outcome not in (MADE, NO_TEXT, MISSING):  # the last is logged at start
+            self._warn(predicted.outcome)
+        return predicted
 
     async def _predict(self, text: str | None) -> Predicted:
         predictor = self.predictor
@@ -106,8 +106,7 @@ class GuardedPredictor:
         future = self._pool.submit(timed_predictions, predictor, text)
         self._pending.append(future)
         try:
-            made = asyncio.wait_for(asyncio.wrap_future(future), self.limit_s)
-            predictions, seconds = await made
+            predictions, seconds = await asyncio.wait_for(asyncio.wrap_future(future), self.limit_s)
         except asyncio.TimeoutError:
             raise TimeoutError(f"over {self.limit_s * 1000:g} ms") from None
         self._note_time(predictor, seconds)
@@ -119,12 +118,13 @@ class GuardedPredictor:
             self._timed, self._mean_s = predictor, seconds
         self._mean_s += LATEST_SHARE * (seconds - self._mean_s)
 
-    def _say(self, outcome: str) -> None:
+    def _warn(self, outcome: str) -> None:
         now_s = time.monotonic()
-        if now_s - self._said_s.get(outcome, -math.inf) < SAID_EVERY_S:
+        if now_s - self._warned_s.get(outcome, -math.inf) < WARN_EVERY_S:
             return
-        self._said_s[outcome] = now_s
-        count, why = self.outcomes[outcome], f" ({self.reason})" if self.reason else ""
+        self._warned_s[outcome] = now_s
+        count = self.outcomes[outcome]
+        why = f" ({self.reason})" if self.reason else ""
         log.warning("requests are forwarded without a prediction: %s%s, %d", outcome, why, count)
 
     def close(self) -> None:

@@ -1,11 +1,14 @@
-"""The gateway itself: from a client's request to an upstream's answer, byte for byte.
+"""The gateway's proxy: from a client's request to an upstream's answer, byte for byte.
 
-An answer is tried again elsewhere as long as nothing of it has been sent to the client.
+`Gateway.handle` is the handler of every request: it reads the body, predicts the answer's length
+(`_call_of`), waits for an upstream (`_forward`) and sends its answer on (`_relay`). A request is
+tried again at another upstream as long as nothing of its answer has been sent to the client.
 """
 
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -16,14 +19,14 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
-from serving.gateway.bodies import AskedAnswer, asked_answer, prompt_beginnings
+from serving.gateway.bodies import RequestBody, parse_request_body, prompt_prefix_hashes
 from serving.gateway.dispatch import Dispatcher, NoUpstream, QueueIsFull
 from serving.gateway.figures import GatewayFigures
+from serving.gateway.in_flight import in_flight_answer, in_flight_other
 from serving.gateway.kinds import LENGTH_HEADER, Added, Hints, Kind
 from serving.gateway.observed import AnswerTail, LengthDrift, PromptSizes
-from serving.gateway.passages import errand_of, passage_of
 from serving.gateway.predicting import MADE, GuardedPredictor, Predicted
-from serving.gateway.upstreams import Passage, Upstream
+from serving.gateway.upstreams import InFlightRequest, Upstream, any_up
 from serving.gateway.view import GatewayView
 from serving.server.access import (
     CLIENT_CLOSED_REQUEST,
@@ -81,9 +84,9 @@ class Call:
 
     Attributes:
         body: as it came. path: with the query.
-        asked: what its body asks; None where it makes no answer.
+        parsed: its body's fields; None where they cannot be read, or it makes no answer.
         is_answer: its path makes answers.
-        predicted: its length; passage: its place in the queue and at an upstream.
+        predicted: its answer's length. inflight: it in the queue, and its load on an upstream.
         exchange: for the log.
     """
 
@@ -91,9 +94,9 @@ class Call:
     body: bytes
     exchange: Exchange
     is_answer: bool
-    asked: AskedAnswer | None
+    parsed: RequestBody | None
     predicted: Predicted
-    passage: Passage
+    inflight: InFlightRequest
     tries: int = 0
 
 
@@ -116,7 +119,7 @@ class Gateway:
         session: of HTTP to the upstreams; set while it serves.
         open: requests in it. draining: it takes no more.
         view: of what it does. page: what shows it; None without.
-        untold: answers whose upstream said no length.
+        unknown_lengths: answers whose upstream reported no usage.
     """
 
     def __init__(
@@ -142,7 +145,7 @@ class Gateway:
         self.observe: Callable[[str, int, bool], None] = lambda prompt, tokens, finished: None
         self.log_file: LogFile | None = None
         self.session: aiohttp.ClientSession | None = None
-        self.open = self.untold = 0
+        self.open = self.unknown_lengths = 0
         self.draining = False
         self.view = GatewayView(dispatcher, self.drift)
         self.page: OwnPage | None = None
@@ -182,21 +185,27 @@ class Gateway:
 
     async def _answer(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         headers = {name.lower(): value for name, value in request.raw_headers}
-        own = OWN_PATHS.get(request.path)
+        own_path = OWN_PATHS.get(request.path)
         page = self.page if self.page is not None and self.page.answers(request) else None
         # Paths that serving.server answers without a key, such as its page's, need one here.
-        is_own = own is not None or page is not None
+        is_own = own_path is not None or page is not None
         exchange.key = self.rules.check(request.path if is_own else "", headers)
         if not request.raw_path.startswith("/"):  # else it could name another host
             raise ApiError(400, "wanted a path that begins with a slash", "bad_path")
-        if own is not None and request.method in ("GET", "HEAD"):
-            own_response = own(self)
-            exchange.status, exchange.ended = own_response.status, True
-            return own_response
-        if page is not None:
-            shown = await page.answer(request)
-            exchange.status, exchange.ended = shown.status, True
-            return shown
+        response: web.StreamResponse | None = None
+        if own_path is not None and request.method in ("GET", "HEAD"):
+            response = own_path(self)
+        elif page is not None:
+            response = await page.answer(request)
+        if response is not None:
+            exchange.status, exchange.ended = response.status, True
+            return response
+        return await self._answer_by_upstream(request, exchange)
+
+    async def _answer_by_upstream(
+        self, request: web.BaseRequest, exchange: Exchange
+    ) -> web.StreamResponse:
+        """Raises ApiError, also where there is no room for another request."""
         if self.draining:
             raise ApiError(503, "the gateway is shutting down", "unavailable", retry_later())
         if self.open >= self.max_requests:
@@ -209,7 +218,7 @@ class Gateway:
             if not call.is_answer:
                 response = await self._forward(call)
             else:
-                with self.view.showing(call.passage):
+                with self.view.showing(call.inflight):
                     response = await self._forward(call)
             exchange.ended = True
             return response
@@ -220,41 +229,43 @@ class Gateway:
         """A request with its prediction, and its place in the order."""
         arrival_s = self.dispatcher.now_s()
         is_answer = request.method == "POST" and request.path in self.kind.answer_paths
-        asked = asked_answer(body) if is_answer else None
-        predicted = Predicted("")
-        if is_answer:
-            began_s = time.perf_counter()
-            predicted = await self.guarded.predict(asked.prompt if asked else None)
-            if predicted.outcome == MADE:
-                self.figures.observe("predict_seconds", time.perf_counter() - began_s)
-            self.figures.count("predictions", predicted.outcome)
         if not is_answer:
-            passage = errand_of(arrival_s, self.slo_s)
-        else:
-            beginnings: tuple[int, ...] = ()
-            if asked is not None and self.dispatcher.places is not None:
-                beginnings = prompt_beginnings(asked)
-            passage = passage_of(
-                asked,
-                predicted.prediction,
-                prompt_tokens=self.sizes.tokens(len(body)),
-                arrival_s=arrival_s,
-                slo_s=self.slo_s,
-                beginnings=beginnings,
-            )
-        passage.is_predicted = predicted.outcome == MADE
-        return Call(request, body, exchange, is_answer, asked, predicted, passage)
+            inflight = in_flight_other(arrival_s, self.slo_s)
+            return Call(request, body, exchange, False, None, Predicted(""), inflight)
+        parsed = parse_request_body(body)
+        predicted = await self._predict(parsed.prompt if parsed else None)
+        prefix_hashes: tuple[int, ...] = ()
+        if parsed is not None and self.dispatcher.prefixes is not None:
+            prefix_hashes = prompt_prefix_hashes(parsed)
+        inflight = in_flight_answer(
+            parsed,
+            predicted.prediction,
+            prompt_tokens=self.sizes.tokens(len(body)),
+            arrival_s=arrival_s,
+            slo_s=self.slo_s,
+            prefix_hashes=prefix_hashes,
+        )
+        inflight.is_predicted = predicted.outcome == MADE
+        return Call(request, body, exchange, True, parsed, predicted, inflight)
+
+    async def _predict(self, prompt: str | None) -> Predicted:
+        began_s = time.perf_counter()
+        predicted = await self.guarded.predict(prompt)
+        if predicted.outcome == MADE:
+            self.figures.observe("predict_seconds", time.perf_counter() - began_s)
+        self.figures.count("predictions", predicted.outcome)
+        return predicted
 
     async def _forward(self, call: Call) -> web.StreamResponse:
         """Try upstreams until one answers. Raises ApiError."""
-        dispatcher, passage = self.dispatcher, call.passage
+        dispatcher, inflight = self.dispatcher, call.inflight
         why = ""
         while call.tries < MOST_TRIES:
             try:
                 if call.is_answer:
-                    upstream = await dispatcher.acquire(passage, self.wait_s)
+                    upstream = await dispatcher.acquire(inflight, self.wait_s)
                 else:  # a list of models does not wait for answers
-                    upstream = dispatcher.any_upstream(passage)
+                    upstream = dispatcher.any_upstream(inflight)
             except QueueIsFull as error:
                 raise ApiError(429, str(error), "queue_full", retry_later()) from None
             except NoUpstream as error:
@@ -262,24 +273,22 @@ class Gateway:
                 raise ApiError(503, text, "unavailable", retry_later()) from None
             call.tries += 1
             try:
-                queue_s = dispatcher.now_s() - passage.record.request.arrival_s
+                queue_s = dispatcher.now_s() - inflight.record.request.arrival_s
                 self.figures.observe("queue_seconds", queue_s)
                 return await self._try(call, upstream)
             except UpstreamFailed as failure:
                 why = f" (last: {failure})"
-                passage.failed.add(upstream.base)
+                inflight.failed.add(upstream.base)
                 self.figures.count("retries", upstream.base)
                 self.view.retried += 1
             finally:
-                dispatcher.release(passage)
+                dispatcher.release(inflight)
         raise ApiError(502, f"{call.tries} attempts failed{why}", "upstream_failed")
 
     async def _try(self, call: Call, upstream: Upstream) -> web.StreamResponse:
         """One attempt. Raises UpstreamFailed while the client has seen nothing."""
         added = self._added(call, upstream)
-        body, refused = call.body, self.kind.refused_field
-        if call.asked is not None and (added.fields or refused in call.asked.members):
-            body = call.asked.with_fields(added.fields, without=refused).encode()
+        body = self._body(call, added)
         request = call.request
         assert self.session is not None
         try:
@@ -311,27 +320,33 @@ class Gateway:
 
     def _added(self, call: Call, upstream: Upstream) -> Added:
         """What this upstream gets beside the client's own request; nothing without a prediction."""
-        prediction = call.passage.record.request.prediction
+        prediction = call.inflight.record.request.prediction
         is_made = call.predicted.outcome == MADE
-        if call.asked is None or (self.dispatcher.policy.predicts and not is_made):
+        if call.parsed is None or (self.dispatcher.policy.predicts and not is_made):
             return Added()
         expected = q90 = None
         if is_made and prediction is not None:
             expected = round(prediction.expected_tokens)
             q90 = round(prediction.q90_tokens)
-        key, _ = self.dispatcher.order(call.passage.record)
-        arrival_s = call.passage.record.request.arrival_s
+        key, _ = self.dispatcher.order(call.inflight.record)
         hints = Hints(
-            key,
-            self.dispatcher.in_tokens,
-            arrival_s,
-            expected,
-            q90,
-            self.ttft_ms,
-            self.tpot_ms,
-            call.exchange.key,
+            key=key,
+            in_tokens=self.dispatcher.in_tokens,
+            arrival_s=call.inflight.record.request.arrival_s,
+            expected=expected,
+            q90=q90,
+            ttft_ms=self.ttft_ms,
+            tpot_ms=self.tpot_ms,
+            client=call.exchange.key,
         )
         return self.kind.added(hints, upstream.facts)
+
+    def _body(self, call: Call, added: Added) -> bytes:
+        """The client's body, with what is added and without what the kind of engine refuses."""
+        refused = self.kind.refused_field
+        if call.parsed is None or not (added.fields or refused in call.parsed.members):
+            return call.body
+        return call.parsed.with_fields(added.fields, without=refused).encode()
 
     def _headers(self, call: Call, added: Added) -> CIMultiDict[str]:
         """The client's headers, without those of its connection, and what is added."""
@@ -360,7 +375,7 @@ class Gateway:
         headers[REQUEST_ID] = call.exchange.request_id
         if call.is_answer:
             headers[OUTCOME_HEADER] = call.predicted.outcome
-            prediction = call.passage.record.request.prediction
+            prediction = call.inflight.record.request.prediction
             if call.predicted.outcome == MADE and prediction is not None:
                 headers[LENGTH_HEADER] = str(round(prediction.expected_tokens))
         call.exchange.status = reply.status
@@ -377,8 +392,8 @@ class Gateway:
     def _may_go_elsewhere(self, call: Call, upstream: Upstream) -> bool:
         if not call.is_answer or call.tries >= MOST_TRIES:
             return False
-        seen = {*call.passage.failed, upstream.base}
-        return any(other.up and other.base not in seen for other in self.dispatcher.upstreams)
+        tried = {*call.inflight.failed, upstream.base}
+        return any(other.up and other.base not in tried for other in self.dispatcher.upstreams)
 
     async def _relay_whole(
         self,
@@ -388,7 +403,7 @@ class Gateway:
         tail: AnswerTail,
     ) -> web.StreamResponse:
         body = await reply.read()
-        call.passage.first_s = self.dispatcher.now_s()
+        call.inflight.first_s = self.dispatcher.now_s()
         tail.add(body)
         return web.Response(body=body, status=reply.status, reason=reply.reason, headers=headers)
 
@@ -403,14 +418,14 @@ class Gateway:
         """Send chunks on as they come, the first with the head."""
         content = reply.content
         chunk = await content.readany()
-        call.passage.first_s = self.dispatcher.now_s()
+        call.inflight.first_s = self.dispatcher.now_s()
         response = web.StreamResponse(status=reply.status, reason=reply.reason, headers=headers)
         if reply.content_length is not None:
             response.content_length = reply.content_length
         await deliver(response.prepare(call.request))
         try:
             while chunk:
-                call.passage.progress(tail.add(chunk))
+                call.inflight.progress(tail.add(chunk))
                 await deliver(response.write(chunk))
                 chunk = await self._next_chunk(content)
         except AnswerBroken as error:
@@ -435,33 +450,34 @@ class Gateway:
         self, call: Call, upstream: Upstream, reply: aiohttp.ClientResponse, tail: AnswerTail
     ) -> None:
         """Count an answer, and learn of its length."""
-        figures, passage, now_s = self.figures, call.passage, self.dispatcher.now_s()
+        figures, inflight, now_s = self.figures, call.inflight, self.dispatcher.now_s()
         figures.count("requests", upstream.base, str(reply.status))
-        passage.reason = "failed"
+        inflight.reason = "failed"
         if not call.is_answer or reply.status != 200 or call.exchange.disconnected:
             return
-        arrival_s = passage.record.request.arrival_s
-        figures.observe("first_byte_seconds", passage.first_s - arrival_s)
+        arrival_s = inflight.record.request.arrival_s
+        figures.observe("first_byte_seconds", inflight.first_s - arrival_s)
         figures.observe("latency_seconds", now_s - arrival_s)
         finished = tail.is_whole()
-        passage.reason = "stop" if finished else "length"
-        if (prompt_tokens := tail.prompt_tokens()) is not None:
+        inflight.reason = "stop" if finished else "length"
+        prompt_tokens = tail.prompt_tokens()
+        if prompt_tokens is not None:
             self.sizes.note(len(call.body), prompt_tokens)
         tokens = tail.output_tokens()
         if tokens is None:
-            self.untold += 1
+            self.unknown_lengths += 1
             return
         figures.observe("answer_tokens", tokens)
-        passage.made = tokens
+        inflight.made = tokens
         if tail.is_stream:
-            self.dispatcher.note_pace(now_s - passage.first_s, tokens)
-        if call.asked is None or call.asked.answers != 1 or call.asked.prompt is None:
+            self.dispatcher.note_pace(now_s - inflight.first_s, tokens)
+        if call.parsed is None or call.parsed.answers != 1 or call.parsed.prompt is None:
             return
         if finished and call.predicted.prediction is not None:
             figures.observe("length_ratio", self.drift.add(call.predicted.prediction, tokens))
-        self.observe(call.asked.prompt, tokens, finished)
+        self.observe(call.parsed.prompt, tokens, finished)
         if self.log_file is not None:
-            self.log_file.write(answered_row(call.asked, tokens, finished))
+            self.log_file.write(answered_row(call.parsed, tokens, finished))
 
     # ---- itself
 
@@ -490,13 +506,15 @@ class Gateway:
             "prediction_failure": self.guarded.reason or None,
             "drift": number_or_none(self.drift.drift()),
             "q90_coverage": number_or_none(self.drift.coverage()),
-            "answers_without_length": self.untold,
+            "answers_without_length": self.unknown_lengths,
         }
 
     def ready_response(self) -> web.Response:
-        is_ready = not self.draining and any(u.up for u in self.dispatcher.upstreams)
-        text = "ok" if is_ready else "draining" if self.draining else "no upstream answers"
-        return json_response({"status": text}, 200 if is_ready else 503)
+        if self.draining:
+            return json_response({"status": "draining"}, 503)
+        if not any_up(self.dispatcher.upstreams):
+            return json_response({"status": "no upstream answers"}, 503)
+        return json_response({"status": "ok"})
 
 
 OWN_PATHS: Mapping[str, Callable[[Gateway], web.Response]] = {
@@ -569,8 +587,10 @@ def new_request_id() -> str:
 
 def drop_hop_headers(headers: CIMultiDict[str]) -> None:
     """Take out what is of one connection, and what the header Connection names."""
-    named = headers.get("connection", "").lower().split(",")
-    for name in [*HOP_HEADERS, *(name.strip() for name in named)]:
+    names = list(HOP_HEADERS)
+    for name in headers.get("connection", "").lower().split(","):
+        names.append(name.strip())
+    for name in names:
         if name and name in headers:
             headers.popall(name)
 
@@ -580,10 +600,10 @@ def is_streamed(reply: aiohttp.ClientResponse) -> bool:
     return reply.content_type in ("text/event-stream", "application/x-ndjson")
 
 
-def answered_row(asked: AskedAnswer, tokens: int, finished: bool) -> str:
+def answered_row(parsed: RequestBody, tokens: int, finished: bool) -> str:
     """A line that train.py --task predictor and predictor.update read."""
-    row: dict[str, Any] = {"prompt": asked.prompt, "output_tokens": tokens, "finished": finished}
-    model = asked.members.get("model")
+    row: dict[str, Any] = {"prompt": parsed.prompt, "output_tokens": tokens, "finished": finished}
+    model = parsed.members.get("model")
     if model is not None and isinstance(model.value, str):
         row["served_model"] = model.value
     return json.dumps(row)
@@ -599,4 +619,4 @@ def scope_of(request: web.BaseRequest) -> dict[str, Any]:
 
 
 def number_or_none(value: float) -> float | None:
-    return None if value != value else round(value, 4)
+    return None if math.isnan(value) else round(value, 4)

@@ -1,4 +1,7 @@
-"""What a gateway is made of, from its flags: the predictor, the upstreams, what learns."""
+"""Builds a gateway from its flags: the predictor, the upstreams, recalibration.
+
+The main function is `load_gateway`.
+"""
 
 import logging
 import os
@@ -11,7 +14,7 @@ from serving.gateway.flags import UPSTREAM_KEY_VARIABLE, GatewayFlags, upstream_
 from serving.gateway.kinds import KINDS
 from serving.gateway.predicting import GuardedPredictor, is_sound
 from serving.gateway.proxy import Gateway
-from serving.gateway.upstreams import PrefixPlaces, Upstream
+from serving.gateway.upstreams import PrefixUpstreams, Upstream
 from serving.policies.continuous import POLICIES
 from serving.server.access import AccessRules
 from serving.server.monitor import LogFile
@@ -51,8 +54,8 @@ def load_gateway(flags: GatewayFlags, rules: AccessRules) -> GatewayParts:
     upstreams = []
     for base in upstream_addresses(flags.upstream):
         upstreams.append(Upstream(base, kv_tokens=flags.kv_tokens, limit=flags.limit))
-    places = PrefixPlaces(flags.prefix_affinity) if flags.prefix_affinity else None
-    dispatcher = Dispatcher(upstreams, flags.policy, max_queue=flags.max_queue, places=places)
+    prefixes = PrefixUpstreams(flags.prefix_affinity) if flags.prefix_affinity else None
+    dispatcher = Dispatcher(upstreams, flags.policy, max_queue=flags.max_queue, prefixes=prefixes)
     first = open_predictor(flags.predictor)
     gateway = Gateway(
         KINDS[flags.kind],

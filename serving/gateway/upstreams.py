@@ -5,12 +5,11 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from serving.gateway.kinds import UNTOLD, Facts
+from serving.gateway.kinds import UNKNOWN_FACTS, Facts
 from serving.request import Record
 
-PROMPT_TOKEN_WEIGHT = (
-    0.1  # of a prompt's token among outstanding ones: many are computed in one pass
-)
+# Of a prompt's token among outstanding ones: many are computed in one pass.
+PROMPT_TOKEN_WEIGHT = 0.1
 MOST_PREFIXES = 65536
 
 
@@ -30,7 +29,7 @@ class Upstream:
     """
 
     base: str
-    facts: Facts = UNTOLD
+    facts: Facts = UNKNOWN_FACTS
     up: bool = False
     why: str = "not asked yet"
     kv_tokens: int | None = None
@@ -50,14 +49,14 @@ class Upstream:
 
 
 @dataclass(eq=False)
-class Passage:
-    """A request on its way through the gateway.
+class InFlightRequest:
+    """A request in the gateway, waiting or at an upstream, and the load that it puts there.
 
     Attributes:
         record: as a policy looks at it.
-        tokens: expected of its answers. q90: of their length; both of all answers that it asks for.
-        beginnings: names of its prompt's, of growing length, for the affinity to where they were
-            computed.
+        tokens: expected length of all answers that it asks for. q90: of that length.
+        prefix_hashes: of its prompt's prefixes, of growing length, for the affinity to where they
+            were computed.
         upstream: that has it; None while it waits.
         left: of its outstanding tokens. made: tokens of its answer so far.
         first_s: when its answer began, of the dispatcher's clock; below 0 before.
@@ -69,7 +68,7 @@ class Passage:
     record: Record
     tokens: float
     q90: float
-    beginnings: tuple[int, ...] = ()
+    prefix_hashes: tuple[int, ...] = ()
     upstream: Upstream | None = None
     left: float = 0.0
     made: int = 0
@@ -85,7 +84,8 @@ class Passage:
     def enter(self, upstream: Upstream) -> None:
         """Count it as the upstream's."""
         self.upstream = upstream
-        self.left = PROMPT_TOKEN_WEIGHT * self.record.request.prompt_tokens + max(self.tokens, 1.0)
+        prompt_work = PROMPT_TOKEN_WEIGHT * self.record.request.prompt_tokens
+        self.left = prompt_work + max(self.tokens, 1.0)
         upstream.running += 1
         upstream.outstanding_tokens += self.left
         upstream.kv_taken += self.kv_tokens
@@ -93,10 +93,10 @@ class Passage:
     def progress(self, tokens: int) -> None:
         """Note that its answer has grown."""
         self.made += tokens
-        made = min(float(tokens), self.left - 1.0)
-        if made > 0 and self.upstream is not None:
-            self.left -= made
-            self.upstream.outstanding_tokens -= made
+        done = min(float(tokens), self.left - 1.0)  # a running answer has a token left at least
+        if done > 0 and self.upstream is not None:
+            self.left -= done
+            self.upstream.outstanding_tokens -= done
 
     def leave(self) -> None:
         """Count it no longer."""
@@ -110,8 +110,8 @@ class Passage:
             upstream.outstanding_tokens = upstream.kv_taken = 0.0
 
 
-class PrefixPlaces:
-    """Where each beginning of prompts was last computed; the oldest are forgotten.
+class PrefixUpstreams:
+    """Which upstream last computed each prefix of prompts; the oldest are forgotten.
 
     Args:
         slack_tokens: an upstream is preferred for its prefix while it has at most so many more
@@ -120,27 +120,27 @@ class PrefixPlaces:
 
     def __init__(self, slack_tokens: float) -> None:
         self.slack_tokens = slack_tokens
-        self._places: OrderedDict[int, str] = OrderedDict()
+        self._upstreams: OrderedDict[int, str] = OrderedDict()
 
-    def note(self, passage: Passage, upstream: Upstream) -> None:
-        for beginning in passage.beginnings:
-            self._places[beginning] = upstream.base
-            self._places.move_to_end(beginning)
-        while len(self._places) > MOST_PREFIXES:
-            self._places.popitem(last=False)
+    def note(self, inflight: InFlightRequest, upstream: Upstream) -> None:
+        for prefix_hash in inflight.prefix_hashes:
+            self._upstreams[prefix_hash] = upstream.base
+            self._upstreams.move_to_end(prefix_hash)
+        while len(self._upstreams) > MOST_PREFIXES:
+            self._upstreams.popitem(last=False)
 
-    def place(self, passage: Passage) -> str | None:
-        """The upstream of the longest beginning that is known."""
-        for beginning in reversed(passage.beginnings):
-            if beginning in self._places:
-                return self._places[beginning]
+    def upstream_of(self, inflight: InFlightRequest) -> str | None:
+        """The address of the upstream of the longest prefix that is known."""
+        for prefix_hash in reversed(inflight.prefix_hashes):
+            if prefix_hash in self._upstreams:
+                return self._upstreams[prefix_hash]
         return None
 
 
 def chosen_upstream(
     upstreams: Sequence[Upstream],
-    passage: Passage,
-    places: PrefixPlaces | None = None,
+    inflight: InFlightRequest,
+    prefixes: PrefixUpstreams | None = None,
 ) -> Upstream | None:
     """The upstream that a request goes to; None where none has a place for it.
 
@@ -149,18 +149,18 @@ def chosen_upstream(
     only where no other is left.
     """
     free = [upstream for upstream in upstreams if upstream.has_place]
-    fresh = [upstream for upstream in free if upstream.base not in passage.failed]
-    free = fresh or free
-    roomy = [upstream for upstream in free if upstream.has_kv(passage.kv_tokens)]
-    chosen = min(roomy or free, key=load_of, default=None)
-    if chosen is None or places is None:
-        return chosen
-    known = places.place(passage)
-    for upstream in roomy:
-        if upstream.base == known:
-            behind = upstream.outstanding_tokens - chosen.outstanding_tokens
-            return upstream if behind <= places.slack_tokens else chosen
-    return chosen
+    not_failed = [upstream for upstream in free if upstream.base not in inflight.failed]
+    candidates = not_failed or free
+    with_kv = [upstream for upstream in candidates if upstream.has_kv(inflight.kv_tokens)]
+    least_loaded = min(with_kv or candidates, key=load_of, default=None)
+    if least_loaded is None or prefixes is None:
+        return least_loaded
+    prefix_base = prefixes.upstream_of(inflight)
+    for upstream in with_kv:
+        if upstream.base == prefix_base:
+            extra_load = upstream.outstanding_tokens - least_loaded.outstanding_tokens
+            return upstream if extra_load <= prefixes.slack_tokens else least_loaded
+    return least_loaded
 
 
 def load_of(upstream: Upstream) -> tuple[float, int]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from serving.gateway.dispatch import Dispatcher
 from serving.gateway.observed import LengthDrift
-from serving.gateway.upstreams import Passage, Upstream
+from serving.gateway.upstreams import InFlightRequest, Upstream
 from serving.request import Completion
 from serving.server.monitor import EndedAnswer, Forecast, forecast_of
 from serving.server.page.snapshots import (
@@ -38,49 +38,49 @@ class GatewayView:
 
     def __init__(self, dispatcher: Dispatcher, drift: LengthDrift) -> None:
         self.dispatcher, self.drift = dispatcher, drift
-        self.under_way: dict[int, Passage] = {}
+        self.under_way: dict[int, InFlightRequest] = {}
         self.refused = self.retried = 0
         self.totals = AnswerTotals()
         self._ended: deque[Json] = deque(maxlen=ENDED_SHOWN)
         self._in_time: deque[bool] = deque(maxlen=RECENT_ANSWERS)
 
     @contextmanager
-    def showing(self, passage: Passage) -> Iterator[None]:
+    def showing(self, inflight: InFlightRequest) -> Iterator[None]:
         """Show a request while its answer is made, and count it when it has ended."""
-        number = passage.record.request.id
-        self.under_way[number] = passage
+        number = inflight.record.request.id
+        self.under_way[number] = inflight
         try:
             yield
         except Exception:
-            passage.reason = passage.reason or "failed"
+            inflight.reason = inflight.reason or "failed"
             raise
         finally:
             del self.under_way[number]
-            self._count(passage)
+            self._count(inflight)
 
-    def _count(self, passage: Passage) -> None:
-        request, reason = passage.record.request, passage.reason or "cancelled"
-        if reason == "failed" and passage.first_s < 0:
+    def _count(self, inflight: InFlightRequest) -> None:
+        request, reason = inflight.record.request, inflight.reason or "cancelled"
+        if reason == "failed" and inflight.first_s < 0:
             return  # it was refused, or nobody has answered it
         done = Completion(
             request,
             admitted_s=request.arrival_s,
-            first_token_s=passage.first_s,
+            first_token_s=inflight.first_s,
             finish_s=self.dispatcher.now_s(),
-            output_tokens=passage.made,
-            reserved_tokens=round(passage.kv_tokens),
+            output_tokens=inflight.made,
+            reserved_tokens=round(inflight.kv_tokens),
             preemptions=0,
             overruns=0,
             cut=reason != "stop",
         )
-        self.totals.add(EndedAnswer(done, passage.made, reason, done.in_time, None))
+        self.totals.add(EndedAnswer(done, inflight.made, reason, done.in_time, None))
         if reason != "cancelled":
             self._in_time.append(done.in_time)
-        prediction = request.prediction if passage.is_predicted else None
+        prediction = request.prediction if inflight.is_predicted else None
         self._ended.append(
             {
                 "id": request.id,
-                "made": passage.made,
+                "made": inflight.made,
                 "median": finite(prediction.median_tokens, 1) if prediction else None,
                 "q90": finite(prediction.q90_tokens, 1) if prediction else None,
                 "latency_s": finite(done.latency_s),
@@ -94,17 +94,21 @@ class GatewayView:
     def make(self) -> Json:
         """The snapshot of now; answers that have ended are in one snapshot each."""
         now_s, upstreams = self.dispatcher.now_s(), self.dispatcher.upstreams
-        running: list[Passage] = []
-        waiting: list[Passage] = []
-        for passage in self.under_way.values():
-            (waiting if passage.upstream is None else running).append(passage)
+        running: list[InFlightRequest] = []
+        waiting: list[InFlightRequest] = []
+        for inflight in self.under_way.values():
+            if inflight.upstream is None:
+                waiting.append(inflight)
+            else:
+                running.append(inflight)
         queue, rows = [], []
-        for passage in heapq.nsmallest(QUEUE_SHOWN, waiting, key=arrival_of):
-            queue.append(waiting_entry(passage, now_s))
-        for passage in running[:ROWS_SHOWN]:
-            rows.append(running_row(passage, upstreams, now_s))
-        ended, on_time = list(self._ended), list(self._in_time)
+        for inflight in heapq.nsmallest(QUEUE_SHOWN, waiting, key=arrival_of):
+            queue.append(waiting_entry(inflight, now_s))
+        for inflight in running[:ROWS_SHOWN]:
+            rows.append(running_row(inflight, upstreams, now_s))
+        ended = list(self._ended)
         self._ended.clear()
+        in_time = list(self._in_time)
         return {
             "t": round(time.time(), 3),
             "policy": self.dispatcher.policy_name,
@@ -115,21 +119,21 @@ class GatewayView:
             "ended": ended,
             "totals": self._totals(running),
             "kv": {
-                "used": sum(map(held_tokens, running)),
+                "used": sum(held_tokens(inflight) for inflight in running),
                 "reserved": round(sum(upstream.kv_taken for upstream in upstreams)),
                 "limit": sum(upstream.kv_tokens or 0 for upstream in upstreams),
             },
             "recent": self.totals.recent_figures(now_s),
-            "attainment": finite(sum(on_time) / len(on_time), 4) if on_time else None,
+            "attainment": finite(sum(in_time) / len(in_time), 4) if in_time else None,
             "coverage": finite(self.drift.coverage(), 4),
             "drift": finite(self.drift.drift(), 4),
             "replicas": replica_entries(upstreams, running),
         }
 
-    def _totals(self, running: Sequence[Passage]) -> Json:
+    def _totals(self, running: Sequence[InFlightRequest]) -> Json:
         totals = self.totals
         return {
-            "tokens": totals.tokens + sum(passage.made for passage in running),
+            "tokens": totals.tokens + sum(inflight.made for inflight in running),
             "ended": totals.ended,
             "in_time": totals.in_time,
             "late": totals.late,
@@ -141,45 +145,47 @@ class GatewayView:
         }
 
 
-def arrival_of(passage: Passage) -> float:
-    return passage.record.request.arrival_s
+def arrival_of(inflight: InFlightRequest) -> float:
+    return inflight.record.request.arrival_s
 
 
-def forecast_of_passage(passage: Passage) -> Forecast | None:
+def forecast_of_request(inflight: InFlightRequest) -> Forecast | None:
     """None where its length was not predicted."""
-    return forecast_of(passage.record.request.prediction) if passage.is_predicted else None
+    return forecast_of(inflight.record.request.prediction) if inflight.is_predicted else None
 
 
-def held_tokens(passage: Passage) -> int:
+def held_tokens(inflight: InFlightRequest) -> int:
     """Tokens of its prompt, as estimated, and of its answer so far."""
-    return passage.record.request.prompt_tokens + passage.made
+    return inflight.record.request.prompt_tokens + inflight.made
 
 
-def waiting_entry(passage: Passage, now_s: float) -> Json:
-    fields = waiting_fields(passage.record.request, forecast_of_passage(passage), now_s)
+def waiting_entry(inflight: InFlightRequest, now_s: float) -> Json:
+    fields = waiting_fields(inflight.record.request, forecast_of_request(inflight), now_s)
     return fields | {"priority": 0, "adapter": None}
 
 
-def running_row(passage: Passage, upstreams: Sequence[Upstream], now_s: float) -> Json:
+def running_row(inflight: InFlightRequest, upstreams: Sequence[Upstream], now_s: float) -> Json:
     """A request that one of the upstreams has."""
-    assert passage.upstream is not None
-    fields = running_fields(passage.record.request, forecast_of_passage(passage), now_s)
+    assert inflight.upstream is not None
+    fields = running_fields(inflight.record.request, forecast_of_request(inflight), now_s)
     return fields | {
-        "replica": upstreams.index(passage.upstream),
-        "made": passage.made,
+        "replica": upstreams.index(inflight.upstream),
+        "made": inflight.made,
         "reread": False,
-        "reserved": round(passage.kv_tokens),
+        "reserved": round(inflight.kv_tokens),
         "preemptions": 0,
         "overruns": 0,
         "adapter": None,
     }
 
 
-def replica_entries(upstreams: Sequence[Upstream], running: Sequence[Passage]) -> list[Json]:
+def replica_entries(
+    upstreams: Sequence[Upstream], running: Sequence[InFlightRequest]
+) -> list[Json]:
     used = dict.fromkeys((upstream.base for upstream in upstreams), 0)
-    for passage in running:
-        if passage.upstream is not None:
-            used[passage.upstream.base] += held_tokens(passage)
+    for inflight in running:
+        if inflight.upstream is not None:
+            used[inflight.upstream.base] += held_tokens(inflight)
     entries: list[Json] = []
     for number, upstream in enumerate(upstreams):
         entries.append(

@@ -61,9 +61,9 @@ class LengthScheduler(AsyncScheduler):
         return -math.log(-math.expm1(-self.boost_rate * work_s)) / self.boost_rate
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        held = len(self.running) + self.num_waiting_for_streaming_input
-        held += len(self.kv_holding_waiting)
-        self.max_num_active_reqs = held + self.admissible(self.most_active - held)
+        active = len(self.running) + self.num_waiting_for_streaming_input
+        active += len(self.kv_holding_waiting)
+        self.max_num_active_reqs = active + self.admissible(self.most_active - active)
         output = super().schedule(*args, **kwargs)
         self.note_pace(output.num_scheduled_tokens)
         return output
@@ -73,7 +73,8 @@ class LengthScheduler(AsyncScheduler):
         if slots <= 0 or not self.waiting:
             return max(slots, 0)
         free = self.cache_config.num_gpu_blocks * self.block_size
-        free -= sum(map(reserved_tokens, self.running))
+        for request in self.running:
+            free -= reserved_tokens(request)
         count = 0
         for request in islice(self.waiting, slots):
             free -= reserved_tokens(request)
@@ -86,10 +87,10 @@ class LengthScheduler(AsyncScheduler):
         """Measure the seconds of an answer's token from one step to the next."""
         now_s = time.monotonic()
         if self.last_s is not None:
-            passed_s = now_s - self.last_s
-            kept = math.exp(-passed_s / MEAN_S)
-            self.busy_s = kept * self.busy_s + passed_s
-            self.made_tokens = kept * self.made_tokens + self.planned
+            step_s = now_s - self.last_s
+            decay = math.exp(-step_s / MEAN_S)
+            self.busy_s = decay * self.busy_s + step_s
+            self.made_tokens = decay * self.made_tokens + self.planned
         self.last_s = now_s if scheduled else None
         self.planned = len(scheduled)
 

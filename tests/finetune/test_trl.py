@@ -143,7 +143,7 @@ def test_grpo_is_trls(bases, tmp_path):
         groups.append(samples)
     rows = [(task.data, 0), (task.data, 1)]
     batch = task.batch(rows, groups)
-    found = task.loss_module(network)(found="statistics", **batch).numpy()
+    found = task.loss_module(network)(output="statistics", **batch).numpy()
     split_columns(found, ["old", "reference"], groups)
     case = {"prompts": [], "answers": [], "old": [], "generations": PAIRS, "longest": 6}
     case |= {"beta": 0.1, "temperature": 0.7}

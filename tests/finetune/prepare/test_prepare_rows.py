@@ -307,7 +307,7 @@ def test_known_files_are_those_of_the_results():
     for name, files in fetching.SETS.items():
         for file in files.files:
             content = shared_file(f"data/{folders[name]}/{file.name}").read_bytes()
-            said = fetching.compared(content, file)
+            said = fetching.describe_content(content, file)
             assert said == f"{file.rows} rows, the file of docs/results.md"
             assert len(content) == file.size
 

@@ -27,7 +27,7 @@ from serving.cost_model.devices import Cluster, Device, Link
 from serving.cost_model.model import ModelSizes, read_profile
 from serving.deployment.deployers import DEPLOYERS
 from serving.deployment.placement import MODULES, Need, modules_of
-from serving.gateway.passages import passage_of
+from serving.gateway.in_flight import in_flight_answer
 from serving.replicas.planning import make_plan
 from serving.replicas.served_sizes import ServedSizes
 from serving.server.flags import ServerFlags
@@ -39,7 +39,9 @@ from tests.serving.gateway.engines import PATH, WordPredictor, answer_of, stream
 def work(tokens: float, prompt_tokens: int = 10):
     """A passage of `tokens` expected, and of 1.8 times as many at q90."""
     [prediction] = WordPredictor().predict(f"say {tokens}")
-    return passage_of(None, prediction, prompt_tokens=prompt_tokens, arrival_s=0.0, slo_s=30.0)
+    return in_flight_answer(
+        None, prediction, prompt_tokens=prompt_tokens, arrival_s=0.0, slo_s=30.0
+    )
 
 
 def given(ledger: Ledger, tokens: float, names=("a", "b")) -> tuple[int, list[str]]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.gateway.bodies import asked_answer, prompt_beginnings
+from serving.gateway.bodies import parse_request_body, prompt_prefix_hashes
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -23,7 +23,7 @@ def test_added_fields_are_all_that_changes(values, indent, ascii_only):
         body = text.encode()
     except UnicodeEncodeError:
         return  # lone surrogates cannot be sent
-    added = asked_answer(body).with_fields({"priority": -7})
+    added = parse_request_body(body).with_fields({"priority": -7})
     assert json.loads(added) == {"priority": -7} | json.loads(text)
     assert added.replace('"priority":-7' + ("," if values else ""), "", 1) == text
 
@@ -37,7 +37,7 @@ def test_a_field_is_taken_out(values, value, place, is_alone):
     rows.insert(place, ("slo_s", value))
     text = json.dumps(dict(rows), indent=2 if place % 2 else None)
     fields = {} if is_alone else {"priority": -7, "slo": {"a": 1}}
-    found = json.loads(asked_answer(text.encode()).with_fields(fields, without="slo_s"))
+    found = json.loads(parse_request_body(text.encode()).with_fields(fields, without="slo_s"))
     assert found == fields | values
 
 
@@ -46,11 +46,11 @@ def test_a_field_is_taken_out(values, value, place, is_alone):
     [b"", b"[1]", b"{", b'{"a":1', b'{"a" 1}', b'{"a":1}x', b"\xff", b'{"a":1,}', b"{1:2}", b"x"],
 )
 def test_what_is_no_object_is_left_alone(body):
-    assert asked_answer(body) is None
+    assert parse_request_body(body) is None
 
 
 def test_deep_nesting_is_left_alone():
-    assert asked_answer(b'{"a":' + b"[" * 200_000 + b"}") is None
+    assert parse_request_body(b'{"a":' + b"[" * 200_000 + b"}") is None
 
 
 @pytest.mark.parametrize(
@@ -81,20 +81,20 @@ def test_deep_nesting_is_left_alone():
     ],
 )
 def test_the_prompt_for_the_predictor(body, prompt):
-    assert asked_answer(json.dumps(body).encode()).prompt == prompt
+    assert parse_request_body(json.dumps(body).encode()).prompt == prompt
 
 
 def test_limits_and_counts():
-    asked = asked_answer(b'{"max_tokens": 9, "max_completion_tokens": 5, "n": 3, "slo_s": 2}')
+    asked = parse_request_body(b'{"max_tokens": 9, "max_completion_tokens": 5, "n": 3, "slo_s": 2}')
     assert (asked.max_tokens, asked.answers, asked.slo_s) == (5, 3, 2.0)
-    asked = asked_answer(b'{"options": {"num_predict": 4}, "max_tokens": -1, "n": "x"}')
+    asked = parse_request_body(b'{"options": {"num_predict": 4}, "max_tokens": -1, "n": "x"}')
     assert (asked.max_tokens, asked.answers, asked.slo_s) == (4, 1, None)
 
 
 def beginnings(**fields) -> tuple[int, ...]:
-    asked = asked_answer(json.dumps(fields).encode())
+    asked = parse_request_body(json.dumps(fields).encode())
     assert asked is not None
-    return prompt_beginnings(asked)
+    return prompt_prefix_hashes(asked)
 
 
 def test_beginnings_of_prompts():

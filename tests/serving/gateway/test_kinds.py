@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from serving.gateway.bodies import asked_answer
+from serving.gateway.bodies import parse_request_body
 from serving.gateway.dispatch import ORDERS, Dispatcher
-from serving.gateway.kinds import KINDS, LENGTH_HEADER, UNTOLD, Facts, Hints
+from serving.gateway.kinds import KINDS, LENGTH_HEADER, UNKNOWN_FACTS, Facts, Hints
 from serving.gateway.upstreams import Upstream
 from serving.policies.continuous import POLICIES
 from serving.request import Record, Request
@@ -20,7 +20,7 @@ LATE = Hints(key=70.0, in_tokens=False, arrival_s=5.0, expected=900, q90=2000)
 LOWER_FIRST = {"vllm": True, "sglang": False, "dynamo": False}
 
 
-def priority(kind: str, hints: Hints, facts: Facts = UNTOLD) -> int:
+def priority(kind: str, hints: Hints, facts: Facts = UNKNOWN_FACTS) -> int:
     fields = KINDS[kind].added(hints, facts).fields
     if kind == "dynamo":
         return fields["nvext"]["agent_hints"]["priority"]
@@ -61,27 +61,27 @@ def test_sglang_preempts_for_less_than_half_the_length():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_says_the_length(kind):
-    headers = KINDS[kind].added(LONG, UNTOLD).headers
+    headers = KINDS[kind].added(LONG, UNKNOWN_FACTS).headers
     assert headers[LENGTH_HEADER] == "900" and headers["x-glm-predicted-q90-tokens"] == "2000"
     unknown = Hints(key=1.0, in_tokens=True, arrival_s=0.0)
-    assert LENGTH_HEADER not in KINDS[kind].added(unknown, UNTOLD).headers
+    assert LENGTH_HEADER not in KINDS[kind].added(unknown, UNKNOWN_FACTS).headers
 
 
 def test_what_is_added_to_the_body():
-    assert KINDS["vllm"].added(SHORT, UNTOLD).fields == {"priority": 20 - 256}
-    assert KINDS["vllm"].added(SOON, UNTOLD).fields == {"priority": 4000}
+    assert KINDS["vllm"].added(SHORT, UNKNOWN_FACTS).fields == {"priority": 20 - 256}
+    assert KINDS["vllm"].added(SOON, UNKNOWN_FACTS).fields == {"priority": 4000}
     lengths = {"predicted_tokens": 20, "predicted_q90_tokens": 50}
-    assert KINDS["vllm-length"].added(SHORT, UNTOLD).fields == {"vllm_xargs": lengths}
-    assert not KINDS["vllm-length"].added(Hints(1.0, True, 0.0), UNTOLD).fields
-    hints = KINDS["dynamo"].added(SHORT, UNTOLD).fields["nvext"]["agent_hints"]
+    assert KINDS["vllm-length"].added(SHORT, UNKNOWN_FACTS).fields == {"vllm_xargs": lengths}
+    assert not KINDS["vllm-length"].added(Hints(1.0, True, 0.0), UNKNOWN_FACTS).fields
+    hints = KINDS["dynamo"].added(SHORT, UNKNOWN_FACTS).fields["nvext"]["agent_hints"]
     assert hints == {"osl": 20, "priority": 336}
     for kind in ("llm-d", "ollama", "openai", "glm-foundry"):
-        assert not KINDS[kind].added(SHORT, UNTOLD).fields
+        assert not KINDS[kind].added(SHORT, UNKNOWN_FACTS).fields
 
 
 def test_headers_of_llm_d():
     hints = Hints(1.0, True, 0.0, 20, 50, ttft_ms=200.0, tpot_ms=25.5, client="team-a")
-    headers = KINDS["llm-d"].added(hints, UNTOLD).headers
+    headers = KINDS["llm-d"].added(hints, UNKNOWN_FACTS).headers
     assert headers["x-llm-d-slo-ttft-ms"] == "200"
     assert headers["x-llm-d-slo-tpot-ms"] == "25.5"
     assert headers["x-llm-d-inference-fairness-id"] == "team-a"
@@ -99,7 +99,7 @@ CACHE = 'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="1000"
 @pytest.mark.parametrize(
     "kind, replies, wanted",
     [
-        ("vllm", {}, UNTOLD),
+        ("vllm", {}, UNKNOWN_FACTS),
         (
             "vllm",
             {"/server_info?config_format=json": '{"scheduler_config": {"policy": "priority"}}'},
@@ -113,7 +113,7 @@ CACHE = 'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="1000"
             },
             Facts(priorities=False, kv_tokens=16000),
         ),
-        ("vllm-length", {}, UNTOLD),
+        ("vllm-length", {}, UNKNOWN_FACTS),
         (
             "vllm-length",
             {"/server_info?config_format=json": '{"scheduler_cls": "a.LengthScheduler"}'},
@@ -124,7 +124,7 @@ CACHE = 'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="1000"
             {"/server_info?config_format=json": '{"scheduler_cls": null, "policy": "priority"}'},
             Facts(priorities=False),
         ),
-        ("sglang", {"/server_info": "<html>"}, UNTOLD),
+        ("sglang", {"/server_info": "<html>"}, UNKNOWN_FACTS),
         (
             "sglang",
             {
@@ -144,7 +144,7 @@ CACHE = 'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="1000"
             {"/metrics": "glm_kv_limit_tokens 16384.0\n"},
             Facts(priorities=True, kv_tokens=16384),
         ),
-        ("openai", {}, UNTOLD),
+        ("openai", {}, UNKNOWN_FACTS),
     ],
 )
 def test_what_an_engine_says(kind, replies, wanted):
@@ -185,8 +185,8 @@ def test_policies_of_the_gateway_are_those_of_serving():
 
 def test_the_client_s_own_fields_stay():
     body = b'{ "priority" : 3, "nvext":{"agent_hints":{"osl":9},"x":[1]} ,"model":"m"}'
-    asked = asked_answer(body)
+    asked = parse_request_body(body)
     assert asked.with_fields({"priority": 8}) == body.decode()
-    added = asked.with_fields(KINDS["dynamo"].added(SHORT, UNTOLD).fields)
+    added = asked.with_fields(KINDS["dynamo"].added(SHORT, UNKNOWN_FACTS).fields)
     assert added.startswith('{ "priority" : 3, "nvext":{') and added.endswith(' ,"model":"m"}')
     assert json.loads(added)["nvext"] == {"agent_hints": {"osl": 9, "priority": 336}, "x": [1]}

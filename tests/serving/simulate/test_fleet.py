@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from serving.gateway.upstreams import Passage, Upstream, chosen_upstream
+from serving.gateway.upstreams import InFlightRequest, Upstream, chosen_upstream
 from serving.policies.continuous import SIMULATED
 from serving.request import Completion, Limits, Record, Request
 from serving.scheduler import Replay, VirtualClock, run_scheduler
@@ -166,9 +166,9 @@ def test_predicted_work_is_the_gateways_choice():
         assert loads.tokens[chosen] == pytest.approx(wanted.outstanding_tokens)
 
 
-def passage_of(demand: Demand) -> Passage:
+def passage_of(demand: Demand) -> InFlightRequest:
     record = Record(Request(0, demand.prompt_tokens, 0.0, 1.0))
-    return Passage(record, demand.expected, demand.q90)
+    return InFlightRequest(record, demand.expected, demand.q90)
 
 
 def test_two_choices_take_the_lesser():
