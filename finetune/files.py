@@ -25,17 +25,20 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def locked_folder(folder: Path, flag: str) -> Iterator[None]:
+def locked_folder(folder: Path, flag: str, named: Path | None = None) -> Iterator[None]:
     """Make `folder` and hold its lock; the lock of a killed process is free again.
 
     On NFS the lock holds between machines too, unless it is mounted with local_lock or nolock. On
     a file system without locks a warning is printed and no lock is held.
 
+    Args:
+        named: what messages call the folder, where that is another one.
     Raises:
         ValueError: another process holds it; the message names `flag`, process and machine.
     """
     import fcntl
 
+    named = named or folder
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
@@ -48,12 +51,12 @@ def locked_folder(folder: Path, flag: str) -> Iterator[None]:
             owner = os.read(handle, 200).decode(errors="replace").strip()
             os.close(handle)
             raise ValueError(
-                f"{flag} {folder} is in use by another run ({owner or 'just started'}); "
+                f"{flag} {named} is in use by another run ({owner or 'just started'}); "
                 f"wait for it or name another folder"
             ) from None
         except OSError as error:
             print(
-                f"WARNING: {folder} cannot be locked ({error.strerror}): start no second run in it",
+                f"WARNING: {named} cannot be locked ({error.strerror}): start no second run in it",
                 flush=True,
             )
         with suppress(OSError):
@@ -68,9 +71,7 @@ def locked_folder(folder: Path, flag: str) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(handle)
-        with suppress(OSError):  # remove the folders that are still empty
-            for made in new:
-                made.rmdir()
+        remove_empty(new)
 
 
 class LastingStream:
@@ -171,16 +172,26 @@ def overwrite(path: Path, content: str) -> None:
 def writing(path: Path) -> Iterator[None]:
     """A context in which errors of writing become an OSError that names `path`.
 
-    The original error may name a temporary file, or none.
+    The original error may name a temporary file, or none; one that names a file elsewhere, such as
+    one that is read meanwhile, stays.
     """
     try:
         with disk_errors(path):
             yield
     except OSError as error:
+        if error.filename and not belongs_to(Path(os.fsdecode(error.filename)), path):
+            raise
         reason = (error.strerror or str(error)).removeprefix(CANNOT)
         if error.filename and Path(os.fsdecode(error.filename)) in path.parents:
             reason = f"{os.fsdecode(error.filename)}: {reason}"
         raise OSError(error.errno or errno.EIO, CANNOT + reason, str(path)) from None
+
+
+def belongs_to(named: Path, path: Path) -> bool:
+    """Whether a file is written on behalf of `path`: itself, inside or above it, or aside."""
+    if named == path or named in path.parents or path in named.parents:
+        return True
+    return any(part.startswith(f".{path.name}.") for part in named.parts)
 
 
 def write_aside(path: Path, content: str | bytes) -> None:
@@ -189,25 +200,24 @@ def write_aside(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: it cannot be written; the error names the file.
     """
-    aside = path.with_name(f".{path.name}.tmp")
-    new = [folder for folder in path.parents if not folder.exists()]
-    with writing(path):
-        try:
-            with written_whole(path, aside) as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-        finally:
-            with suppress(OSError):
-                for folder in new:  # removes those that are empty
-                    folder.rmdir()
+    with writing(path), written_whole(path, path.with_name(f".{path.name}.tmp")) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def written_whole(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
     """A file to write, which is moved to `path` once the block ends without an error.
 
-    Until then it is `aside`; by default a name that no other process uses.
+    Until then it is `aside`; by default a name that no other process uses. Folders that are made
+    for it go again where it is not written.
+
+    Raises:
+        IsADirectoryError: `path` is a folder; before anything is written.
     """
     aside = aside or path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    new = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
@@ -218,6 +228,14 @@ def written_whole(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):  # the first error says more
             aside.unlink(missing_ok=True)
+        remove_empty(new)
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders, inner ones first, up to the first that holds something."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 @contextmanager
@@ -226,17 +244,22 @@ def written_folder(output: Path) -> Iterator[Path]:
 
     Raises:
         OSError: naming the folder that cannot be written, of which nothing is left.
+        ValueError: another process is writing it.
     """
+    output = output.absolute()  # "." has no name
     aside = output.with_name(f".{output.name}.tmp")
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            aside.mkdir()
-            yield aside
-            put_in_place(aside, output)
-        finally:
+    guard = output.with_name(f".{output.name}.writing")
+    try:
+        with writing(output), locked_folder(guard, "the folder", output):
             shutil.rmtree(aside, ignore_errors=True)
+            try:
+                aside.mkdir()
+                yield aside
+                put_in_place(aside, output)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        remove_empty([guard])  # a killed process leaves it
 
 
 def write_json(path: str | Path, content: object) -> None:

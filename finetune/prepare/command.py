@@ -29,10 +29,11 @@ from finetune.prepare.rewrite import (
     COMPARED,
     DUPLICATES,
     LAYOUTS,
-    ReadRow,
     Selection,
+    Written,
     read_all,
     rewrite,
+    written_row,
 )
 from finetune.rows.formats import COLUMN_NAMES, FORMATS, BadRow, parse_columns
 from finetune.rows.sources import RowReader, Source, parse_sources
@@ -186,8 +187,8 @@ def run_merge(args: argparse.Namespace) -> None:
         args.held_out_share if args.held_out else 0.0,
         args.seed,
     )
-    read = partial(read_all, sources, reader, args.on_bad_row)
-    print(rewrite(read, args.to, selection, args.output, args.held_out).text)
+    read = partial(read_all, sources, reader, args.on_bad_row, args.to)
+    print(rewrite(read, selection, args.output, args.held_out).text)
 
 
 def run_corpus(args: argparse.Namespace) -> None:
@@ -201,12 +202,13 @@ def run_corpus(args: argparse.Namespace) -> None:
     rows = list(tqdm(corpus.read(args.input), desc="reading", unit="row", disable=None, delay=1))
     selection = Selection(share=args.held_out_share if args.held_out else 0.0, seed=args.seed)
 
-    def made(title: str) -> Iterator[ReadRow | BadRow]:
+    def made(title: str) -> Iterator[Written | BadRow]:
+        reader = RowReader(data_format="scored")
         bar = tqdm(corpus.make(rows, args.seed), desc=title, unit="row", disable=None, delay=1)
         for value in bar:
-            yield ReadRow(value, RowReader(data_format="scored").row(value, args.name))
+            yield written_row(value, reader.row(value, args.name), "as_is")
 
-    counts = rewrite(made, "as_is", selection, args.output, args.held_out)
+    counts = rewrite(made, selection, args.output, args.held_out)
     print(f"{len(rows)} rows of {args.name}: {counts.text}")
 
 

@@ -10,9 +10,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
+from chatglm.files import shorten
 from finetune.rows.formats import BadRow
 from finetune.rows.sources import find_files, read_file_items, read_lines
 
@@ -48,14 +50,18 @@ class CorpusRow:
         return ""
 
     def number(self, *keys: str) -> float:
-        """The number at the first of `keys` that is there, also as text; raises BadRow."""
+        """The finite number at the first of `keys` that is there, also as text; raises BadRow."""
         for key in keys:
             value = self.value.get(key)
+            if value is None or isinstance(value, bool):
+                continue
             try:
-                if value is not None and not isinstance(value, bool):
-                    return float(value)
-            except (TypeError, ValueError):
-                raise BadRow(f'{self.place}: "{key}" must be a number, got {value!r}') from None
+                found = float(value)
+            except (TypeError, ValueError, OverflowError):
+                found = nan
+            if not isfinite(found):
+                raise BadRow(f'{self.place}: "{key}" must be a number, got {shorten(value)}')
+            return found
         raise BadRow(f'{self.place}: wanted a number at "{keys[0]}"')
 
 
@@ -247,7 +253,8 @@ def zhidao(rows: Sequence[CorpusRow], seed: int) -> Iterator[Graded]:
         key = row.text("title"), row.text("question", needed=False)
         replies = questions.setdefault(key, {})
         if reply := row.text("reply", needed=False):
-            replies[reply] = max(row.number("is_best"), replies.get(reply, 0.0))
+            is_best = row.number("is_best")
+            replies[reply] = max(is_best, replies.get(reply, is_best))
     for (title, question), replies in questions.items():
         more = f" 内容：{question}" if question and question != title else ""
         if replies:

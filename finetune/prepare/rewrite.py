@@ -8,13 +8,16 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from uuid import UUID
 
 from tqdm import tqdm
 
 from finetune.files import written_whole
-from finetune.rows.formats import BadRow, Row
+from finetune.rows.formats import BadRow, Row, is_missing
 from finetune.rows.near_duplicates import group_prompts, normalise
 from finetune.rows.sources import RowReader, Source, read_items
 
@@ -41,8 +44,12 @@ def single_answer(read: ReadRow, layout: str) -> tuple[str, str]:
 
 
 def as_is(read: ReadRow) -> Value:
-    """The row unchanged."""
-    return read.value
+    """The row unchanged, but for the NaN of a table's empty cells, which is no JSON."""
+    found = {}
+    for key, value in read.value.items():
+        if value is None or not is_missing(value):
+            found[key] = value
+    return found
 
 
 def as_belle(read: ReadRow) -> Value:
@@ -91,6 +98,24 @@ LAYOUTS: dict[str, Callable[[ReadRow], Value]] = {
     "context": as_context,
     "openai": as_openai,
 }
+Written = tuple[Row, bytes]  # a row, and its line in a layout
+
+
+def written_row(value: Value, row: Row, layout: str) -> Written:
+    """A row with its line of JSON; raises BadRow where the layout or JSON does not hold it."""
+    laid_out = LAYOUTS[layout](ReadRow(value, row))
+    try:
+        return row, json.dumps(laid_out, ensure_ascii=False, default=as_text).encode() + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow(f"{row.place}: the row cannot be written as JSON: {error}") from None
+
+
+def as_text(value: object) -> str:
+    """A Parquet file's time or decimal number; raises TypeError for what is no text, as bytes."""
+    if isinstance(value, (date, time, timedelta, Decimal, UUID)):
+        return str(value)
+    raise TypeError(f"a value is {type(value).__name__}")
+
 
 # ---- which rows are written
 
@@ -166,31 +191,31 @@ class Selection:
 
 
 def read_all(
-    sources: list[Source], reader: RowReader, on_bad_row: str, title: str
-) -> Iterator[ReadRow | BadRow]:
+    sources: list[Source], reader: RowReader, on_bad_row: str, layout: str, title: str
+) -> Iterator[Written | BadRow]:
     """Every row of the sources in order, with a progress bar.
 
     Raises:
-        BadRow: the first bad row, with on_bad_row "error"; else it comes as BadRow.
+        BadRow: the first bad row, or one that the layout does not hold, with on_bad_row "error";
+            else it comes as BadRow.
     """
     with tqdm(desc=title, unit="row", disable=None, delay=1) as bar:
         for source in sources:
             for place, item in read_items(source):
                 bar.update()
+                found: Written | BadRow
                 try:
                     row = reader.row(item, place)
+                    found = written_row(cast(Value, item), row, layout)
                 except BadRow as error:
                     if on_bad_row == "error":
                         raise
-                    yield error
-                    continue
-                if isinstance(item, dict):
-                    yield ReadRow(item, row)
+                    found = error
+                yield found
 
 
 def rewrite(
-    read: Callable[[str], Iterator[ReadRow | BadRow]],
-    layout: str,
+    read: Callable[[str], Iterator[Written | BadRow]],
     selection: Selection,
     output: Path,
     held_out: Path | None = None,
@@ -201,7 +226,7 @@ def rewrite(
         read: title of a progress bar -> the rows; it is called twice.
         held_out: the file of the held-out part, where selection.share is above 0.
     Raises:
-        BadRow: a bad row, or one that the layout does not hold.
+        BadRow: as `read`.
         ValueError: no row is left for a file.
     """
     texts: list[str] = []
@@ -210,7 +235,7 @@ def rewrite(
         if isinstance(each, BadRow):
             bad += 1
         else:
-            texts.append(selection.text(each.row))
+            texts.append(selection.text(each[0]))
     kept = selection.kept(texts)
     del texts
     counts = [0, 0]
@@ -223,9 +248,9 @@ def rewrite(
             if number >= len(kept):
                 raise ValueError("the rows were changed while they were read; start again")
             if kept[number]:
-                side = int(held_out is not None and selection.holds_out(each.row.prompt))
-                line = json.dumps(LAYOUTS[layout](each), ensure_ascii=False)
-                opened[side].write(line.encode() + b"\n")
+                row, line = each
+                side = int(held_out is not None and selection.holds_out(row.prompt))
+                opened[side].write(line)
                 counts[side] += 1
             number += 1
         if number != len(kept):

@@ -13,7 +13,7 @@ import pytest
 import train as command_line
 from chatglm import load_model
 from finetune.checkpoint import committed_checkpoints
-from finetune.files import LastingStream, LineFile, locked_folder
+from finetune.files import LastingStream, LineFile, locked_folder, written_folder
 from finetune.record import read_run
 from tests.finetune.runs import ROOT, child_env, fill_disk, metrics
 from tests.finetune.test_checkpoint import stop_after
@@ -86,6 +86,30 @@ def test_t1_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeyp
     with locked_folder(tmp_path / "out", "--output_dir"):
         assert (tmp_path / "out").is_dir()
     assert "cannot be locked (No locks available)" in capsys.readouterr().out
+
+
+def test_two_that_write_one_folder(holder, tmp_path):
+    """The second is refused, and leaves what the first has written alone."""
+    aside = tmp_path / ".set.tmp"
+    aside.mkdir()
+    (aside / "half").touch()
+    first = holder(tmp_path / ".set.writing")
+    said = f"the folder {tmp_path / 'set'} is in use by another run"
+    with pytest.raises(ValueError, match=said), written_folder(tmp_path / "set"):
+        pass
+    assert (aside / "half").exists()
+    first.kill()
+    first.wait()
+    with written_folder(tmp_path / "set") as folder:
+        assert not (folder / "half").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_file_that_is_read_meanwhile_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as error, written_folder(tmp_path / "new" / "set"):
+        (tmp_path / "rows.jsonl").read_bytes()
+    assert error.value.filename == str(tmp_path / "rows.jsonl")
+    assert not list(tmp_path.iterdir())
 
 
 # ---- full disks
