@@ -13,15 +13,13 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .evidence import PANGU_TYPES, infer_family, is_glm_base
+from .evidence import LARGEST_SIZE, MOST_LAYERS, PANGU_TYPES, infer_family, is_glm_base
 from .files import read_json
 from .folders import reading, refuse_unknown_type
 from .remote_code import guard_code
 
 PTUNING_VERSIONS = ("v1", "v2")
 SHARED_LAYOUT = ("glm2", "glm3", "glm4")  # families whose weights and config.json are alike
-MOST_LAYERS = 1000  # the largest release has 40; 10**8 would be built before weights are missed
-LARGEST_SIZE = 2**24  # of any other dimension of a weight
 
 
 @strict

@@ -114,13 +114,29 @@ class LineFile:
         os.close(self.handle)
 
 
+def json_text(value: object, indent: int | None = None) -> str:
+    """A value as JSON, by default on one line; what UTF-8 cannot hold is escaped.
+
+    Raises:
+        ValueError: JSON has no such value: a time or bytes of a Parquet file.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, indent=indent)
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return json.dumps(value, indent=indent)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"no JSON: {error}") from None
+    return text
+
+
 class KeptLines:
     """Results on disk, a line of JSON each, beside the file that they are for: a command resumes.
 
     The first line says what all of them depend on; where that has changed, they are discarded.
 
     Attributes:
-        lines: what an earlier command has kept.
+        lines: what an earlier command has kept; damaged ones are not among them.
         file: open once something is kept: a command that fails before it leaves no file.
     """
 
@@ -132,17 +148,25 @@ class KeptLines:
         if self.path.is_file():
             lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         # What follows the last line's end was not written whole.
-        self.lines = lines[1:-1] if lines[:1] == [self._header] else []
+        kept = lines[1:-1] if lines[:1] == [self._header] else []
+        self.lines = list(filter(self.is_whole, kept))
         self.file: TextIO | None = None
 
+    def is_whole(self, line: str) -> bool:
+        """Whether a line is a result as `keep` writes it."""
+        try:
+            return isinstance(json.loads(line), list)
+        except (ValueError, RecursionError):
+            return False
+
     def keep(self, *entries: object) -> None:
-        """Append results."""
+        """Append results, each a list."""
         if self.file is None:
             earlier = (self._header, *self.lines)
             write_aside(self.path, "".join(line + "\n" for line in earlier))
             self.file = open(self.path, "a", encoding="utf-8")
         for entry in entries:
-            self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            self.file.write(json_text(entry) + "\n")
         self.file.flush()
 
     def replace_by(self, text: str) -> None:
@@ -166,6 +190,23 @@ def overwrite(path: Path, content: str) -> None:
         file.write(data)
         file.truncate()
         os.fsync(file.fileno())
+
+
+def check_folder_to_write(folder: Path, flag: str) -> None:
+    """Raises ValueError where files cannot be put into a folder, which need not be there yet.
+
+    For commands that write after long work; what it makes it removes.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{uuid.uuid4().hex[:12]}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{flag} {folder} cannot be written: {error.strerror}") from None
+    finally:
+        remove_empty(new)
 
 
 @contextmanager

@@ -39,8 +39,10 @@ class Continuation:
         extra = len(self) - longest
         if extra <= 0:
             return self
-        if extra > self.start - front - back:
-            wanted = len(self.ids) - self.start + front + back - 1
+        # One token at least stays before what is scored, which its first token is predicted from.
+        kept = max(front + back, 1)
+        if extra > self.start - kept:
+            wanted = len(self.ids) - self.start + kept - 1
             raise ValueError(f"--max_length {longest}: an answer alone needs {wanted} tokens")
         return Continuation(self.ids[:front] + self.ids[front + extra :], self.start - extra)
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 
 from chatglm.files import shorten
-from finetune.benchmark.tasks import BenchmarkTask
+from finetune.benchmark.tasks import BenchmarkTask, check_choices
 
 SEED = 1234  # of drawn shots, as the harness's
 Doc: TypeAlias = Mapping[str, Any]  # a row of a data set
@@ -51,6 +51,19 @@ def compiled(template: str) -> Template:
     return sandbox().from_string(template)
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is the number of a choice."""
+    return text.isdecimal() and len(text) < 10
+
+
+def literal(text: str) -> object:
+    """The value of a Python literal; None where the text is none."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return None
+
+
 @dataclass(frozen=True)
 class TaskTexts:
     """The texts of a task's rows.
@@ -65,18 +78,18 @@ class TaskTexts:
         if template in doc:
             return doc[template]
         try:
-            return compiled(template).render(**doc)
-        except (TemplateError, TypeError, ValueError, IndexError, KeyError) as error:
+            return compiled(template).render(doc)
+        except Exception as error:  # whatever its expressions raise
             row = shorten(dict(doc))
             raise ValueError(
                 f"{self.task.file}: the template {template!r:.80} does not fit the row {row}: "
-                f"{error}"
+                f"{error!s:.200}"
             ) from None
 
     def text(self, doc: Doc) -> str | int:
         """doc_to_text; an int says which choice is right where the choices are contexts."""
         text = self.render(self.task.doc_to_text, doc)
-        if isinstance(text, str) and text.isdigit() and self.task.doc_to_choice is not None:
+        if isinstance(text, str) and is_number(text) and self.task.doc_to_choice is not None:
             return int(text)
         return text if isinstance(text, int) else str(text)
 
@@ -88,13 +101,11 @@ class TaskTexts:
         target = self.render(template, doc)
         if not isinstance(target, str) or template in doc:
             return target
-        if target.isdigit() and self.task.doc_to_choice is not None:
+        if is_number(target) and self.task.doc_to_choice is not None:
             return int(target)
         if len(target) >= 2 and target[0] == "[" and target[-1] == "]":
-            try:
-                return list(ast.literal_eval(target))
-            except (SyntaxError, ValueError):
-                return target
+            found = literal(target)
+            return found if isinstance(found, list) else target
         return target
 
     def choices(self, doc: Doc) -> list[str]:
@@ -104,14 +115,19 @@ class TaskTexts:
             return template
         assert template is not None
         found = self.render(template, doc)
-        try:
-            choices = ast.literal_eval(found) if isinstance(found, str) else found
-        except (SyntaxError, ValueError):
-            choices = None
-        if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
-            got = shorten(found)
-            raise ValueError(f"{self.task.file}: doc_to_choice: wanted a list, got {got}")
-        return choices
+        parsed = literal(found) if isinstance(found, str) else found
+        return check_choices(self.task.file, found if parsed is None else parsed)
+
+    def number_of(self, answer: object, choices: list[str], doc: Doc) -> int:
+        """The number of the choice that a row calls right; raises ValueError for none of them."""
+        if isinstance(answer, str):
+            answer = choices.index(answer) if answer in choices else -1
+        if isinstance(answer, float) and answer.is_integer():  # of a table with empty cells
+            answer = int(answer)
+        if not isinstance(answer, int) or not 0 <= answer < len(choices):
+            row = shorten(dict(doc))
+            raise ValueError(f"{self.task.file}: no choice is right in the row {row}")
+        return int(answer)
 
     def description(self, doc: Doc) -> str:
         return str(self.render(self.task.description, doc)) if self.task.description else ""
@@ -122,11 +138,12 @@ class TaskTexts:
         text, target = self.text(doc), self.target(doc)
         choices = self.choices(doc) if task.doc_to_choice is not None else []
         if isinstance(text, int):
-            question, answer = choices[text], target
+            question, answer = choices[self.number_of(text, choices, doc)], target
         else:
-            question = text
-            answer = choices[target] if choices and isinstance(target, int) else target
-        answer = answer[0] if isinstance(answer, list) else answer
+            question, answer = text, target
+            if choices and isinstance(target, (int, float)):
+                answer = choices[self.number_of(target, choices, doc)]
+        answer = answer[0] if answer and isinstance(answer, list) else answer
         if not isinstance(answer, str):
             raise ValueError(f"{task.file}: an example's answer is no text: {answer!r:.80}")
         between = task.target_delimiter if answer else ""
@@ -147,13 +164,10 @@ class TaskTexts:
             contexts = [before + text] * len(choices)
             scored = list(map(task.target_delimiter.__add__, choices))
             gold = self.target(doc) if answered else []
-        right = []
-        for answer in gold if isinstance(gold, list) else [gold]:
-            if isinstance(answer, str):
-                answer = choices.index(answer) if answer in choices else -1
-            if not 0 <= answer < len(choices):
-                raise ValueError(f"{task.file}: no choice is right in the row {shorten(dict(doc))}")
-            right.append(int(answer))
+        answers = gold if isinstance(gold, list) else [gold]
+        if answered and not answers:
+            answers = [None]
+        right = [self.number_of(answer, choices, doc) for answer in answers]
         return Question(doc, tuple(contexts), tuple(scored), tuple(choices), tuple(right))
 
 

@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from chatglm.files import shorten
+from chatglm.files import read_text, shorten
+from finetune.plain_yaml import PlainLoader, parse_yaml
 
 CLUE = Path(__file__).resolve().parent / "clue"  # the task files that come with this project
 SAMPLERS = ("default", "first_n")
@@ -48,7 +49,7 @@ class FunctionName(str):
     """What a file writes as `!function module.name`. It is a name here; nothing is imported."""
 
 
-class TaskLoader(yaml.SafeLoader):
+class TaskLoader(PlainLoader):
     """YAML of plain values, and names of functions."""
 
 
@@ -143,7 +144,7 @@ class TaskIndex:
                 raise FileNotFoundError(f"--include_path: no such folder: {folder}")
             tagged: dict[str, list[str]] = {}
             for file in sorted(folder.rglob("*")):
-                if file.suffix in SUFFIXES:
+                if file.suffix in SUFFIXES and file.is_file():
                     index.add(file, tagged)
             for tag, names in tagged.items():
                 index.groups.setdefault(tag, TaskGroup(tag, tuple(names)))
@@ -157,74 +158,99 @@ class TaskIndex:
             self.groups[group.name] = group
         elif isinstance(name := values.get("task"), str):
             self.tasks[name] = file
-            tags = values.get("tag") or []
-            for tag in [tags] if isinstance(tags, str) else tags:
+            for tag in read_names(file, values, "tag"):
                 tagged.setdefault(tag, []).append(name)
 
-    def expand(self, names: Sequence[str]) -> list[str]:
+    def expand(self, names: Sequence[str], outer: tuple[str, ...] = ()) -> list[str]:
         """The tasks that names of tasks and groups mean, each once.
+
+        Args:
+            outer: the groups that the names are members of; there a name may be a task's alone.
 
         Raises ValueError for a name that is neither.
         """
         found: list[str] = []
         for name in names:
-            if name in self.groups:
-                members = self.expand(self.groups[name].members)
+            if name in self.groups and name not in outer:
+                members = self.expand(self.groups[name].members, (*outer, name))
             elif name in self.tasks:
                 members = [name]
+            elif name in outer:
+                raise ValueError(f"--tasks: the group {name} is a member of itself")
             else:
                 known = ", ".join([*sorted(self.groups), *sorted(self.tasks)])
                 raise ValueError(f"--tasks: no task {name!r}; there are {known:.400}")
             found += [member for member in members if member not in found]
         return found
 
-    def groups_of(self, names: Sequence[str]) -> list[TaskGroup]:
+    def groups_of(self, names: Sequence[str], outer: tuple[str, ...] = ()) -> list[TaskGroup]:
         """The groups that names mean, and those inside of them, the outer one first."""
         found: list[TaskGroup] = []
         for name in names:
-            if group := self.groups.get(name):
-                found += [group, *self.groups_of(group.members)]
+            group = None if name in outer else self.groups.get(name)
+            if group is not None:
+                found += [group, *self.groups_of(group.members, (*outer, name))]
         return found
 
     def load(self, name: str) -> BenchmarkTask:
         return read_task(self.tasks[name])
 
 
-def read_yaml(file: Path) -> Files:
+def read_yaml(file: Path, including: tuple[Path, ...] = ()) -> Files:
     """A file's mapping, with those of the files that it includes below it.
 
     Raises:
-        ValueError: it is no YAML, or no mapping.
+        ValueError: it is no YAML, or no mapping, or it includes itself.
         FileNotFoundError: an included file is not there.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no such file: {file}")
+    if file.resolve() in including:
+        raise ValueError(f"{file}: includes itself")
+    text = read_text(file)
     try:
-        values = TaskLoader(file.read_text(encoding="utf-8")).get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"{file}: not valid YAML: {message:.200}") from None
+        values = parse_yaml(text, TaskLoader)
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid YAML: {error!s:.200}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file}: wanted keys and values, got {shorten(values)}")
-    included = values.get("include") or []
     merged: Files = {}
-    for name in [included] if isinstance(included, str) else included:
-        merged |= read_yaml(file.parent / name)
+    for name in read_names(file, values, "include"):
+        merged |= read_yaml(file.parent / name, (*including, file.resolve()))
     return merged | values
+
+
+def read_names(file: Path, values: Files, key: str) -> list[str]:
+    """The names at a key, a text or a list of them; raises ValueError for anything else."""
+    found = values.get(key) or []
+    names = [found] if isinstance(found, str) else found
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{file}: {key}: wanted a list of names, got {shorten(found)}")
+    return names
+
+
+def read_metrics(file: Path, values: Files, key: str) -> list[dict[str, Any]]:
+    """The metrics at a key, each an object; raises ValueError where one is not a mean of rows."""
+    found = values.get(key) or []
+    metrics: list[dict[str, Any]] = []
+    for metric in found if isinstance(found, list) else [found]:
+        values = {"metric": metric} if isinstance(metric, str) else metric
+        if not isinstance(values, dict) or not isinstance(values.get("metric"), str):
+            raise ValueError(f"{file}: {key}: wanted a list of metrics, got {shorten(found)}")
+        if values.get("aggregation", "mean") != "mean":
+            raise unread(file, f"{key}: wanted the aggregation mean, got {shorten(metric)}")
+        metrics.append(values)
+    return metrics
 
 
 def read_group(file: Path, values: Files) -> TaskGroup:
     """Raises ValueError where a member is no name, or a metric is not weighted by rows."""
-    members = values.get("task")
-    if isinstance(members, str):
-        members = [members]
-    if not isinstance(members, list) or not all(isinstance(name, str) for name in members):
-        raise ValueError(f"{file}: task: wanted a list of names, got {shorten(members)}")
     metrics = []
-    for metric in values.get("aggregate_metric_list") or []:
-        if not metric.get("weight_by_size", True) or metric.get("aggregation", "mean") != "mean":
+    for metric in read_metrics(file, values, "aggregate_metric_list"):
+        if not metric.get("weight_by_size", True):
             raise ValueError(f"{file}: aggregate_metric_list: wanted means weighted by size")
-        metrics.append(str(metric["metric"]))
+        metrics.append(metric["metric"])
+    members = read_names(file, values, "task")
     return TaskGroup(str(values["group"]), tuple(members), tuple(metrics))
 
 
@@ -251,8 +277,8 @@ def read_task(file: Path) -> BenchmarkTask:
     if not {"test", "validation"} & set(splits):
         raise unread(file, "wanted test_split or validation_split")
     metrics = []
-    for metric in values.get("metric_list") or []:
-        metrics.append(str(metric.get("metric") if isinstance(metric, dict) else metric))
+    for metric in read_metrics(file, values, "metric_list"):
+        metrics.append(metric["metric"])
     optional = {}
     for name in ("description", "target_delimiter", "fewshot_delimiter", "num_fewshot"):
         if name in values:
@@ -293,10 +319,12 @@ def check_keys(file: Path, values: Files) -> None:
         kind = KINDS.get(key)
         if kind is None:
             raise unread(file, f"the key {key} is not read")
-        if not isinstance(value, kind) or (
-            isinstance(value, FunctionName) and key != "process_results"
-        ):
+        is_function = isinstance(value, FunctionName) and key != "process_results"
+        if not isinstance(value, kind) or is_function or isinstance(value, bool):
             raise unread(file, f"{key}: got {shorten(value)}")
+    name = values["task"]
+    if not name or name.startswith(".") or set(name) & set("/\\\0"):
+        raise ValueError(f"{file}: task: wanted a name that a file can have, got {shorten(name)}")
 
 
 def data_files(file: Path, dataset: Files) -> dict[str, str]:
@@ -311,17 +339,30 @@ def data_files(file: Path, dataset: Files) -> dict[str, str]:
 
 def written_options(file: Path, values: Files) -> dict[str, Any]:
     """The fields of a task whose answers are written; raises ValueError for sampling."""
+    results = values.get("process_results")
     if values.get("output_type", "generate_until") == "multiple_choice":
+        if results is not None:
+            raise unread(file, f"process_results of multiple_choice: got {shorten(results)}")
         return {}
     options = dict(values.get("generation_kwargs") or {})
-    until = options.pop("until", [])
+    until = read_names(file, options, "until")
     longest = options.pop("max_gen_toks", 256)
+    options.pop("until", None)
     if options.pop("do_sample", False) or options:
         raise unread(file, f"generation_kwargs: wanted greedy answers, got {shorten(options)}")
-    until = [until] if isinstance(until, str) else until
-    results = values.get("process_results")
+    if type(longest) is not int or longest < 1:
+        raise unread(file, f"max_gen_toks: wanted a whole number above 0, got {shorten(longest)}")
+    until = list(filter(None, until))
     name = results.rpartition(".")[2] if isinstance(results, FunctionName) else ""
     return {"until": tuple(until), "max_gen_toks": longest, "results": name}
+
+
+def check_choices(file: Path, found: object) -> list[str]:
+    """`found`; raises ValueError where it is no list of texts, each with something to score."""
+    is_list = isinstance(found, list) and found
+    if not is_list or not all(isinstance(text, str) and text for text in found):
+        raise ValueError(f"{file}: doc_to_choice: wanted a list of texts, got {shorten(found)}")
+    return found
 
 
 def check_metrics(task: BenchmarkTask) -> None:
@@ -330,6 +371,8 @@ def check_metrics(task: BenchmarkTask) -> None:
         known: Sequence[str] = CHOICE_METRICS
         if task.doc_to_choice is None:
             raise unread(task.file, "multiple_choice wants doc_to_choice")
+        if isinstance(task.doc_to_choice, list):
+            check_choices(task.file, task.doc_to_choice)
     elif task.output_type == "generate_until" and task.results in RESULTS:
         known = RESULTS[task.results]
     else:
