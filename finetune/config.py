@@ -153,7 +153,7 @@ class RunConfig(ModelFlags, DataFlags, LoopFlags, MethodFlags, EvalFlags, Output
     def save(self, path: Path) -> None:
         """Write the flags as JSON."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
-        Path(path).write_text(text + "\n")
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
     def changed_since(self, saved: dict[str, Any], but: tuple[str, ...] = ()) -> list[str]:
         """ "--name: was A, is B" of each flag that shapes training and differs from a checkpoint's.

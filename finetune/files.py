@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import shutil
-import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -13,65 +11,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from chatglm.checksums import hash_file
-from chatglm.saving import CANNOT, disk_errors, put_in_place
+from chatglm.saving import CANNOT, disk_errors, held_aside, put_in_place, remove_empty
 
-LOCK = ".lock"
 CACHE_GB = 20.0  # default limit of --data_cache
 
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     return hash_file(path, fast=False)["sha256"]
-
-
-@contextmanager
-def locked_folder(folder: Path, flag: str, named: Path | None = None) -> Iterator[None]:
-    """Make `folder` and hold its lock; the lock of a killed process is free again.
-
-    On NFS the lock holds between machines too, unless it is mounted with local_lock or nolock. On
-    a file system without locks a warning is printed and no lock is held.
-
-    Args:
-        named: what messages call the folder, where that is another one.
-    Raises:
-        ValueError: another process holds it; the message names `flag`, process and machine.
-    """
-    import fcntl
-
-    named = named or folder
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            # Not flock: a forked worker must not inherit the lock.
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            owner = os.read(handle, 200).decode(errors="replace").strip()
-            os.close(handle)
-            raise ValueError(
-                f"{flag} {named} is in use by another run ({owner or 'just started'}); "
-                f"wait for it or name another folder"
-            ) from None
-        except OSError as error:
-            print(
-                f"WARNING: {named} cannot be locked ({error.strerror}): start no second run in it",
-                flush=True,
-            )
-        with suppress(OSError):
-            if os.stat(path).st_ino == os.fstat(handle).st_ino:
-                break
-        os.close(handle)  # its owner has just ended and removed it
-    with suppress(OSError):  # a full disk
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
-        remove_empty(new)
 
 
 class LastingStream:
@@ -209,6 +156,13 @@ def check_folder_to_write(folder: Path, flag: str) -> None:
         remove_empty(new)
 
 
+def check_file_to_write(path: Path, flag: str) -> None:
+    """As `check_folder_to_write`, for a file."""
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a folder: name a file")
+    check_folder_to_write(path.parent, flag)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """A context in which errors of writing become an OSError that names `path`.
@@ -272,13 +226,6 @@ def written_whole(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
         remove_empty(new)
 
 
-def remove_empty(folders: list[Path]) -> None:
-    """Remove folders, inner ones first, up to the first that holds something."""
-    with suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
-
-
 @contextmanager
 def written_folder(output: Path) -> Iterator[Path]:
     """A new folder beside `output` to write into, renamed into its place when the block ends.
@@ -287,20 +234,9 @@ def written_folder(output: Path) -> Iterator[Path]:
         OSError: naming the folder that cannot be written, of which nothing is left.
         ValueError: another process is writing it.
     """
-    output = output.absolute()  # "." has no name
-    aside = output.with_name(f".{output.name}.tmp")
-    guard = output.with_name(f".{output.name}.writing")
-    try:
-        with writing(output), locked_folder(guard, "the folder", output):
-            shutil.rmtree(aside, ignore_errors=True)
-            try:
-                aside.mkdir()
-                yield aside
-                put_in_place(aside, output)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-    finally:
-        remove_empty([guard])  # a killed process leaves it
+    with writing(output), held_aside(output) as aside:
+        yield aside
+        put_in_place(aside, output)
 
 
 def write_json(path: str | Path, content: object) -> None:

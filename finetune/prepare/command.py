@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from chatglm.commands import Parser, number, run_command
 from finetune.config import TrainConfig, add_flag
-from finetune.files import write_aside, write_json
+from finetune.files import check_file_to_write, write_aside, write_json
 from finetune.prepare.corpora import CORPORA
 from finetune.prepare.fetch import BASE_URL, SETS, fetch_files
 from finetune.prepare.rewrite import (
@@ -213,7 +213,10 @@ def run_corpus(args: argparse.Namespace) -> None:
 
 
 def token_config(args: argparse.Namespace) -> TrainConfig:
-    """The flags as train.py's."""
+    """The flags as train.py's; raises ValueError where the figures cannot be written."""
+    for name in ("json", "picture"):
+        if path := getattr(args, name):
+            check_file_to_write(path, f"--{name}")
     given = {name: value for name, value in vars(args).items() if name in TOKEN_FLAGS}
     return TrainConfig(**given)
 

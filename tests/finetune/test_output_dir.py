@@ -12,14 +12,15 @@ import pytest
 
 import train as command_line
 from chatglm import load_model
+from chatglm.saving import locked_folder
 from finetune.checkpoint import committed_checkpoints
-from finetune.files import LastingStream, LineFile, locked_folder, written_folder
+from finetune.files import LastingStream, LineFile, check_file_to_write, written_folder
 from finetune.record import read_run
 from tests.finetune.runs import ROOT, child_env, fill_disk, metrics
 from tests.finetune.test_checkpoint import stop_after
 
 HOLDER = """\
-import sys; from pathlib import Path; from finetune.files import locked_folder
+import sys; from pathlib import Path; from chatglm.saving import locked_folder
 with locked_folder(Path(sys.argv[1]), 'x'): print('held', flush=True); sys.stdin.read()"""
 
 
@@ -103,6 +104,15 @@ def test_two_that_write_one_folder(holder, tmp_path):
     with written_folder(tmp_path / "set") as folder:
         assert not (folder / "half").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_files_that_cannot_be_written_are_found_before_the_work(tmp_path):
+    check_file_to_write(tmp_path / "new" / "a.json", "--json")
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "a.json", Path("/proc/x/a.json")):
+        with pytest.raises(ValueError, match="--json /"):
+            check_file_to_write(path, "--json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_file_that_is_read_meanwhile_keeps_its_name(tmp_path):
