@@ -57,9 +57,10 @@ def set_modes(folder: Path) -> None:
 def put_in_place(aside: Path, output: Path) -> None:
     """Write checksums in the folder `aside`, flush it and move it to `output`.
 
-    A folder at `output` is swapped with it, atomically where the system can, and is at `aside`
-    afterwards.
+    A folder at `output`, or where that is a link to, is swapped with it, atomically where the
+    system can, and is at `aside` afterwards.
     """
+    output = output.resolve()
     set_modes(aside)
     write_checksums(aside)
     flush_tree(aside)
@@ -110,7 +111,7 @@ def held_aside(output: Path) -> Iterator[Path]:
         ValueError: another process is writing `output`.
         OSError: it cannot be made.
     """
-    output = output.absolute()  # "." has no name
+    output = output.resolve()  # "." has no name, and of a link the folder is written
     aside = output.with_name(f".{output.name}.tmp")
     guard = output.with_name(f".{output.name}.writing")
     try:

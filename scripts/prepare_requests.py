@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.commands import Parser, number, run_command, whole  # noqa: E402
 from finetune.files import json_text, write_aside  # noqa: E402
-from finetune.rows.formats import BadRow  # noqa: E402
+from finetune.rows.formats import BadRow, is_missing  # noqa: E402
 from finetune.rows.sources import read_file_items  # noqa: E402
 from predictor.labels import Label, parse_prompt, read_examples  # noqa: E402
 from serving.run_requests.listed import listed_row  # noqa: E402
@@ -125,7 +125,7 @@ def with_objectives(
     for row, drawn in zip(rows, dealt):
         seconds = drawn if slo_s is None else slo_s
         seconds = int(seconds) if seconds == int(seconds) else seconds
-        has_one = row.get("SLO") is not None or row.get("slo_s") is not None
+        has_one = not (is_missing(row.get("SLO")) and is_missing(row.get("slo_s")))
         if has_one and not overwrite:
             prepared.append(dict(row))
         else:
@@ -144,7 +144,8 @@ def with_lengths(
         tokens = found.get(parse_prompt(row, place))
         if tokens is None:
             raise BadRow(f"{place}: its prompt is not among the measured of {flags.lengths}")
-        replaces = flags.overwrite or flags.length_key == "output" or row.get("length") is None
+        lacks_one = flags.length_key == "output" or is_missing(row.get("length"))
+        replaces = flags.overwrite or lacks_one
         prepared.append(row | {flags.length_key: tokens} if replaces else row)
     return prepared
 

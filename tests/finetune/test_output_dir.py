@@ -106,6 +106,15 @@ def test_two_that_write_one_folder(holder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
+def test_a_link_stays_one_when_its_folder_is_written(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "link").symlink_to("set")
+    with written_folder(tmp_path / "link") as aside:
+        (aside / "new").touch()
+    assert (tmp_path / "set" / "new").exists() and (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "set"]
+
+
 def test_files_that_cannot_be_written_are_found_before_the_work(tmp_path):
     check_file_to_write(tmp_path / "new" / "a.json", "--json")
     (tmp_path / "file").touch()
