@@ -61,7 +61,7 @@ class LineFile:
         os.close(self.handle)
 
 
-def json_text(value: object, indent: int | None = None) -> str:
+def utf8_json(value: object, indent: int | None = None) -> str:
     """A value as JSON, by default on one line; what UTF-8 cannot hold is escaped.
 
     Raises:
@@ -113,7 +113,7 @@ class KeptLines:
             write_aside(self.path, "".join(line + "\n" for line in earlier))
             self.file = open(self.path, "a", encoding="utf-8")
         for entry in entries:
-            self.file.write(json_text(entry) + "\n")
+            self.file.write(utf8_json(entry) + "\n")
         self.file.flush()
 
     def replace_by(self, text: str) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.commands import Parser, number, run_command, whole  # noqa: E402
-from finetune.files import json_text, write_aside  # noqa: E402
+from finetune.files import utf8_json, write_aside  # noqa: E402
 from finetune.rows.formats import BadRow, is_missing  # noqa: E402
 from finetune.rows.sources import read_file_items  # noqa: E402
 from predictor.labels import Label, parse_prompt, read_examples  # noqa: E402
@@ -152,7 +152,7 @@ def with_lengths(
 
 def list_text(rows: Sequence[dict[str, Any]], path: Path) -> str:
     """The rows as JSON lines, or as a list with a row on each line."""
-    lines = list(map(json_text, rows))
+    lines = list(map(utf8_json, rows))
     if path.suffix == ".jsonl":
         return "".join(f"{line}\n" for line in lines)
     return "[\n" + ",\n".join(lines) + "\n]\n"

@@ -158,7 +158,7 @@ class TaskIndex:
             self.groups[group.name] = group
         elif isinstance(name := values.get("task"), str):
             self.tasks[name] = file
-            for tag in read_names(file, values, "tag"):
+            for tag in names_at(file, values, "tag"):
                 tagged.setdefault(tag, []).append(name)
 
     def expand(self, names: Sequence[str], outer: tuple[str, ...] = ()) -> list[str]:
@@ -215,12 +215,12 @@ def read_yaml(file: Path, including: tuple[Path, ...] = ()) -> Files:
     if not isinstance(values, dict):
         raise ValueError(f"{file}: wanted keys and values, got {shorten(values)}")
     merged: Files = {}
-    for name in read_names(file, values, "include"):
+    for name in names_at(file, values, "include"):
         merged |= read_yaml(file.parent / name, (*including, file.resolve()))
     return merged | values
 
 
-def read_names(file: Path, values: Files, key: str) -> list[str]:
+def names_at(file: Path, values: Files, key: str) -> list[str]:
     """The names at a key, a text or a list of them; raises ValueError for anything else."""
     found = values.get(key) or []
     names = [found] if isinstance(found, str) else found
@@ -229,28 +229,28 @@ def read_names(file: Path, values: Files, key: str) -> list[str]:
     return names
 
 
-def read_metrics(file: Path, values: Files, key: str) -> list[dict[str, Any]]:
+def metrics_at(file: Path, values: Files, key: str) -> list[dict[str, Any]]:
     """The metrics at a key, each an object; raises ValueError where one is not a mean of rows."""
     found = values.get(key) or []
     metrics: list[dict[str, Any]] = []
     for metric in found if isinstance(found, list) else [found]:
-        values = {"metric": metric} if isinstance(metric, str) else metric
-        if not isinstance(values, dict) or not isinstance(values.get("metric"), str):
+        entry = {"metric": metric} if isinstance(metric, str) else metric
+        if not isinstance(entry, dict) or not isinstance(entry.get("metric"), str):
             raise ValueError(f"{file}: {key}: wanted a list of metrics, got {shorten(found)}")
-        if values.get("aggregation", "mean") != "mean":
+        if entry.get("aggregation", "mean") != "mean":
             raise unread(file, f"{key}: wanted the aggregation mean, got {shorten(metric)}")
-        metrics.append(values)
+        metrics.append(entry)
     return metrics
 
 
 def read_group(file: Path, values: Files) -> TaskGroup:
     """Raises ValueError where a member is no name, or a metric is not weighted by rows."""
     metrics = []
-    for metric in read_metrics(file, values, "aggregate_metric_list"):
+    for metric in metrics_at(file, values, "aggregate_metric_list"):
         if not metric.get("weight_by_size", True):
             raise ValueError(f"{file}: aggregate_metric_list: wanted means weighted by size")
         metrics.append(metric["metric"])
-    members = read_names(file, values, "task")
+    members = names_at(file, values, "task")
     return TaskGroup(str(values["group"]), tuple(members), tuple(metrics))
 
 
@@ -277,7 +277,7 @@ def read_task(file: Path) -> BenchmarkTask:
     if not {"test", "validation"} & set(splits):
         raise unread(file, "wanted test_split or validation_split")
     metrics = []
-    for metric in read_metrics(file, values, "metric_list"):
+    for metric in metrics_at(file, values, "metric_list"):
         metrics.append(metric["metric"])
     optional = {}
     for name in ("description", "target_delimiter", "fewshot_delimiter", "num_fewshot"):
@@ -345,7 +345,7 @@ def written_options(file: Path, values: Files) -> dict[str, Any]:
             raise unread(file, f"process_results of multiple_choice: got {shorten(results)}")
         return {}
     options = dict(values.get("generation_kwargs") or {})
-    until = read_names(file, options, "until")
+    until = names_at(file, options, "until")
     longest = options.pop("max_gen_toks", 256)
     options.pop("until", None)
     if options.pop("do_sample", False) or options:
@@ -359,10 +359,10 @@ def written_options(file: Path, values: Files) -> dict[str, Any]:
 
 def check_choices(file: Path, found: object) -> list[str]:
     """`found`; raises ValueError where it is no list of texts, each with something to score."""
-    is_list = isinstance(found, list) and found
-    if not is_list or not all(isinstance(text, str) and text for text in found):
+    choices = found if isinstance(found, list) else []
+    if not choices or not all(isinstance(text, str) and text for text in choices):
         raise ValueError(f"{file}: doc_to_choice: wanted a list of texts, got {shorten(found)}")
-    return found
+    return choices
 
 
 def check_metrics(task: BenchmarkTask) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from chatglm.files import shorten
-from finetune.files import json_text
+from finetune.files import utf8_json
 from finetune.rows.formats import BadRow, Row, is_missing
 from finetune.rows.sources import DELIMITERS, RowReader, parse_sources, read_items
 from serving.endpoints.replies import CHAT_PATH, NumberedRequest, last_question
@@ -119,7 +119,7 @@ def batch_row(item: object, place: str, reader: RowReader) -> BatchRow:
         return openai_row(item, place)
     columns = item if is_of_table(place) else None
     try:
-        json_text(item)  # a Parquet file's rows may hold times and bytes
+        utf8_json(item)  # a Parquet file's rows may hold times and bytes
         values, settings = split_settings(item)
         row = chat_row(values, place, reader)
     except (ValueError, TypeError) as error:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetune.files import KeptLines, json_text
+from finetune.files import KeptLines, utf8_json
 from finetune.rows.sources import DELIMITERS
 from serving.batch.inputs import BatchRow
 from serving.endpoints.replies import AnswerRefused, ChatReply
@@ -58,7 +58,7 @@ def output_text(rows: Sequence[BatchRow], outcomes: Mapping[int, Outcome], suffi
     lines = []
     for row, outcome in zip(rows, entries):
         entry = own_entry(row, outcome) if row.custom_id is None else openai_entry(row, outcome)
-        lines.append(json_text(entry) + "\n")
+        lines.append(utf8_json(entry) + "\n")
     return "".join(lines)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from chatglm.files import read_json
-from finetune.files import json_text, write_aside
+from finetune.files import utf8_json, write_aside
 
 MessageDicts = list[dict[str, Any]]
 ROLES_READ = ("system", "user", "assistant", "tool")
@@ -95,7 +95,7 @@ class Conversation:
         row: dict[str, Any] = {"messages": self.messages}
         if self.tools and any(message.get("tool_calls") for message in self.messages):
             row["tools"] = self.tools
-        write_aside(path, json_text(row, indent=1) + "\n")
+        write_aside(path, utf8_json(row, indent=1) + "\n")
 
     def load(self, path: Path) -> None:
         """Take a file's messages in place of these. Raises ValueError, OSError."""
