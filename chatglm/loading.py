@@ -491,7 +491,7 @@ def set_stop_ids(model: ChatGLMCausalLM, path: Path, base: Path, mode: str) -> N
             return
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: FamilyTokenizer) -> None:
+def check_vocabulary(model: "PreTrainedModel | PeftModel", tokenizer: FamilyTokenizer) -> None:
     """Raises ValueError where a tokenizer writes ids that a ChatGLM or relative does not know."""
     rows, family = model.config.get_text_config().vocab_size, tokenizer.family
     if family not in OWN_FAMILIES:
