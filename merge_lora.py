@@ -119,7 +119,7 @@ def merge(
     from chatglm import load_tokenizer
     from chatglm.adapters import read_adapter, refuse_layout
     from chatglm.loading import resolve_mode
-    from chatglm.saving import put_in_place
+    from chatglm.saving import held_aside, put_in_place
     from finetune.merging import merge_weights
 
     base, adapter, save_dir = base.resolve(), adapter.resolve(), save_dir.resolve()
@@ -131,10 +131,7 @@ def merge(
         print(f"WARNING: {word}", file=sys.stderr)
 
     tokenizer = load_tokenizer(base, mode=mode, verify=verify)
-    aside = save_dir.with_name(f".{save_dir.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
+    with held_aside(save_dir) as aside:
         merged = merge_weights(base, adapter, aside, mode=mode, dtype=dtype, device=device)
         write_others(tokenizer, base, adapter, aside)
         if save_dir == adapter:
@@ -142,8 +139,6 @@ def merge(
             # ambiguous.
             shutil.copytree(adapter, aside / "adapter", copy_function=link_or_copy)
         put_in_place(aside, save_dir)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return merged
 
 
@@ -186,7 +181,7 @@ def write_others(tokenizer: "FamilyTokenizer", base: Path, adapter: Path, folder
     if (adapter / "train_config.json").is_file():  # prediction cuts prompts as training did
         shutil.copyfile(adapter / "train_config.json", folder / "train_config.json")
     note = {"base": str(base), "adapter": str(adapter), "adapter_sha256": adapter_hash(adapter)}
-    (folder / MERGED_NOTE).write_text(json.dumps(note, indent=2) + "\n")
+    (folder / MERGED_NOTE).write_text(json.dumps(note, indent=2) + "\n", "utf-8")
 
 
 def link_or_copy(source: str, target: str) -> None:

@@ -34,11 +34,11 @@ class KeptCells:
         self.note_keys = note_keys
         self.rows: list[dict[str, Any]] = []
         self.notes: dict[str, dict[str, Any]] = {}
+        self.settings = settings  # which are not in the file yet
         lines = read_whole_lines(path)
-        if settings is not None:
-            if not lines:
-                self._write(settings)
-            elif lines[0] != settings:
+        if settings is not None and lines:
+            self.settings = None
+            if lines[0] != settings:
                 raise ValueError(f"--cells {path}: made with other settings; name another file")
             lines = lines[1:]
         for line in lines:
@@ -91,8 +91,10 @@ class KeptCells:
 
     def _write(self, line: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        first, self.settings = self.settings, None
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            for each in ([] if first is None else [first]) + [line]:
+                file.write(json.dumps(each, ensure_ascii=False) + "\n")
 
     def _take(self, line: dict[str, Any]) -> None:
         for key in self.note_keys:
@@ -116,7 +118,7 @@ def read_whole_lines(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(content[:whole].splitlines(), 1):
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             line = None
         if not isinstance(line, dict):
             raise ValueError(f"--cells {path}:{number}: wanted a JSON object; got {text[:60]!r}")

@@ -26,6 +26,7 @@ import os
 import shutil
 import sys
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,7 @@ from benchmarks.methods_figures import BASE, column, draw, print_tables
 from benchmarks.methods_tasks import TASKS, Row, pretraining_rows, skill_rows
 from benchmarks.rows import read_lines, write_rows
 from chatglm.commands import Parser, number, run_command, whole
+from predictor.pictures import check_picture
 
 LAYERS_LEFT = 5  # of a frozen model's layers one in so many is trained, the last ones
 ROWS_PER_STEP = 16
@@ -273,7 +275,7 @@ class Comparison:
         answers.parent.mkdir(exist_ok=True)
         answers.unlink(missing_ok=True)
         in_process(partial(self.work, cell, folder, answers), log)
-        figures = json.loads((folder / "figures.json").read_text())
+        figures = json.loads((folder / "figures.json").read_text("utf-8"))
         shutil.rmtree(folder)
         return figures
 
@@ -305,7 +307,7 @@ class Comparison:
             run_evaluate(asking)
             found = json.loads((folder / "probe.json").read_text())["answers"]
             figures["probe"] = self.probe_figures(found)
-        (folder / "figures.json").write_text(json.dumps(figures, ensure_ascii=False))
+        (folder / "figures.json").write_text(json.dumps(figures), "utf-8")
 
     def training_words(self, cell: Cell, output: Path) -> list[object]:
         task, method = TASKS[cell["task"]], METHODS[cell["method"]]
@@ -363,7 +365,10 @@ def parse_rates(text: str) -> dict[str, float]:
         name, _, value = part.partition("=")
         if name not in METHODS:
             raise ValueError(f"--rates: wanted METHOD=RATE of {', '.join(METHODS)}; got {part!r}")
-        rates[name] = number(above=True)(value)
+        try:
+            rates[name] = number(above=True)(value)
+        except ArgumentTypeError as error:
+            raise ValueError(f"--rates {name}: {error}") from None
     return rates
 
 
@@ -375,7 +380,15 @@ def compare(flags: QualityFlags) -> int:
         for given in getattr(flags, flag).split(","):
             if given not in known:
                 raise ValueError(f"--{flag}: wanted some of {', '.join(known)}; got {given!r}")
+    for flag in ("base", "start"):
+        folder = getattr(flags, flag)
+        if folder and not (folder / "config.json").is_file():
+            raise ValueError(f"--{flag}: no model in {folder}")
+    if flags.picture:
+        check_picture(flags.picture)
     kept = KeptCells(flags.cells, flags.settings())
+    if flags.tables and not kept.rows:
+        raise ValueError(f"--cells {flags.cells}: no cells yet")
     if not flags.tables:
         comparison = Comparison(flags)
         wanted = flags.cell_list(list(comparison.rows))

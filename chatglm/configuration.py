@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from .evidence import PANGU_TYPES, infer_family, is_glm_base
+from .evidence import LARGEST_SIZE, MOST_LAYERS, PANGU_TYPES, infer_family, is_glm_base
 from .files import read_json
 from .folders import reading, refuse_unknown_type
 from .remote_code import guard_code
 
 PTUNING_VERSIONS = ("v1", "v2")
 SHARED_LAYOUT = ("glm2", "glm3", "glm4")  # families whose weights and config.json are alike
-MOST_LAYERS = 1000  # the largest release has 40; 10**8 would be built before weights are missed
-LARGEST_SIZE = 2**24  # of any other dimension of a weight
 
 
 @strict
@@ -54,7 +53,10 @@ class ChatGLMConfig(PreTrainedConfig):
             cls = config_class_of(config_dict)
         config_dict = {k: v for k, v in config_dict.items() if k != "num_key_value_heads"}
         asked = {"glm_family": family} if (family := kwargs.pop("glm_family", None)) else {}
-        return super().from_dict(config_dict | asked, **kwargs)
+        try:
+            return super().from_dict(config_dict | asked, **kwargs)
+        except StrictDataclassError as error:  # no ValueError, and of several lines
+            raise ValueError(f"config.json: {' '.join(str(error).split())}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers', with the number of key heads, which peft reads here."""
@@ -365,7 +367,7 @@ class GLMBaseConfig(ChatGLMConfig):
             block_position_encoding=True,
             relative_encoding=False,
         )
-        if self.pad_token_id is None or not self.pad_token_id + 9 < self.vocab_size:
+        if self.pad_token_id is None or not 0 <= self.pad_token_id < self.vocab_size - 9:
             raise ValueError(
                 "pad_token_id must be the id of <|endoftext|>, which 9 more tokens follow in "
                 f"vocab_size {self.vocab_size}, got {self.pad_token_id}"

@@ -9,7 +9,6 @@ GlmForCausalLM, and prefixes of peft's PREFIX_TUNING. Written is a folder that e
 import json
 import math
 import re
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +111,7 @@ def convert_adapter(
     from .configuration import ChatGLMConfig
     from .folders import check_folder, read_model_config
     from .loading import resolve_mode
+    from .saving import held_aside
 
     base = check_folder(base, weights=True).resolve()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -122,10 +122,7 @@ def convert_adapter(
         title = FAMILIES[family].title
         raise ValueError(f"--base {base}: adapters are converted for ChatGLM, this is {title}")
     config = ChatGLMConfig.from_dict(read_model_config(base) | {"glm_family": family})
-    aside = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
+    with held_aside(output) as aside:
         if any(PROMPT in name for name in source.state):
             words = write_prefix(source, base, config, aside)
         else:
@@ -133,8 +130,6 @@ def convert_adapter(
         if output.is_dir():
             output.rmdir()
         aside.rename(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return words
 
 
@@ -361,7 +356,7 @@ def write_prefix(source: AdapterSource, base: Path, config: "ChatGLMConfig", fol
     config.save_pretrained(str(folder))
     path = folder / "config.json"
     values = read_json(path) | {"_name_or_path": str(base)}
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     name = f"{PREFIX}embedding.weight"
     save_file({name: tensor.contiguous()}, folder / "model.safetensors", {"format": "pt"})
     return f"a P-Tuning v2 prefix of {len(tensor)} virtual tokens"

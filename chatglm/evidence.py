@@ -37,6 +37,8 @@ _NAME_PATTERNS = [
 # transformers' causal models that the family `causal` takes: their layers have the same parts.
 CAUSAL_TYPES = ("glm", "glm4", "llama", "qwen2", "qwen3")
 PANGU_TYPES = ("pangu", "gpt_pangu")  # of the releases' config.json, and of their code
+MOST_LAYERS = 1000  # the largest release has 40; 10**8 would be built before weights are missed
+LARGEST_SIZE = 2**24  # of any other dimension of a weight
 GLM4_VOCABULARY = 151552  # rows of the embedding in every release
 
 

@@ -491,6 +491,27 @@ def set_stop_ids(model: ChatGLMCausalLM, path: Path, base: Path, mode: str) -> N
             return
 
 
+def check_vocabulary(model: "PreTrainedModel | PeftModel", tokenizer: FamilyTokenizer) -> None:
+    """Raises ValueError where a tokenizer writes ids that a ChatGLM or relative does not know."""
+    rows, family = model.config.get_text_config().vocab_size, tokenizer.family
+    if family not in OWN_FAMILIES:
+        return  # other models' tokenizers may have tokens that no text becomes
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"{model.name_or_path}: its tokenizer has {tokenizer.vocab_size} tokens, the model "
+            f"{rows}: they belong to different models"
+        )
+    begins = {"glm": "<sop>", "glm_base": "<|startofpiece|>"}.get(family)
+    body = getattr(model, "transformer", None)
+    if begins and body is not None:
+        own, known = tokenizer.convert_tokens_to_ids(begins), body.marks.sop
+        if own != known:
+            raise ValueError(
+                f"{model.name_or_path}: its tokenizer's {begins} is {own}, by config.json it is "
+                f"{known}: they belong to different models"
+            )
+
+
 def stop_ids(tokenizer: FamilyTokenizer) -> list[int]:
     """Ids that end an answer in the tokenizer's family."""
     return tokenizer.stop_ids

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from .checksums import write_checksums
 
 CANNOT = "cannot be written: "
+LOCK = ".lock"
 
 
 class NoRoom(OSError):
@@ -55,9 +57,10 @@ def set_modes(folder: Path) -> None:
 def put_in_place(aside: Path, output: Path) -> None:
     """Write checksums in the folder `aside`, flush it and move it to `output`.
 
-    A folder at `output` is swapped with it, atomically where the system can, and is at `aside`
-    afterwards.
+    A folder at `output`, or where that is a link to, is swapped with it, atomically where the
+    system can, and is at `aside` afterwards.
     """
+    output = output.resolve()
     set_modes(aside)
     write_checksums(aside)
     flush_tree(aside)
@@ -98,3 +101,83 @@ def disk_errors(path: Path) -> Iterator[None]:
         if by_torch or isinstance(error, SafetensorError):
             raise OSError(errno.EIO, CANNOT + text[:200], str(path)) from error
         raise
+
+
+@contextmanager
+def held_aside(output: Path) -> Iterator[Path]:
+    """A new folder beside `output` to write into; what is left of it goes when the block ends.
+
+    Raises:
+        ValueError: another process is writing `output`.
+        OSError: it cannot be made.
+    """
+    output = output.resolve()  # "." has no name, and of a link the folder is written
+    aside = output.with_name(f".{output.name}.tmp")
+    guard = output.with_name(f".{output.name}.writing")
+    try:
+        with locked_folder(guard, "the folder", output):
+            shutil.rmtree(aside, ignore_errors=True)
+            try:
+                aside.mkdir()
+                yield aside
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        remove_empty([guard])  # a killed process leaves it
+
+
+@contextmanager
+def locked_folder(folder: Path, flag: str, named: Path | None = None) -> Iterator[None]:
+    """Make `folder` and hold its lock; the lock of a killed process is free again.
+
+    On NFS the lock holds between machines too, unless it is mounted with local_lock or nolock. On
+    a file system without locks a warning is printed and no lock is held.
+
+    Args:
+        named: what messages call the folder, where that is another one.
+    Raises:
+        ValueError: another process holds it; the message names `flag`, process and machine.
+    """
+    import fcntl
+
+    named = named or folder
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            # Not flock: a forked worker must not inherit the lock.
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            owner = os.read(handle, 200).decode(errors="replace").strip()
+            os.close(handle)
+            raise ValueError(
+                f"{flag} {named} is in use by another run ({owner or 'just started'}); "
+                f"wait for it or name another folder"
+            ) from None
+        except OSError as error:
+            print(
+                f"WARNING: {named} cannot be locked ({error.strerror}): start no second run in it",
+                flush=True,
+            )
+        with suppress(OSError):
+            if os.stat(path).st_ino == os.fstat(handle).st_ino:
+                break
+        os.close(handle)  # its owner has just ended and removed it
+    with suppress(OSError):  # a full disk
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+        remove_empty(new)
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders, inner ones first, up to the first that holds something."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()

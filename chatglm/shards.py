@@ -109,4 +109,4 @@ def write_index(files: dict[str, str], total: int, output: Path) -> None:
     if len(set(files.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": files}
         text = json.dumps(index, indent=2, sort_keys=True)
-        (output / "model.safetensors.index.json").write_text(text + "\n")
+        (output / "model.safetensors.index.json").write_text(text + "\n", "utf-8")

@@ -22,7 +22,7 @@ from .chat_template import TEMPLATES, ChatText, render_conversation
 from .evidence import contradicts, infer_family
 from .families import FAMILIES, OWN_FAMILIES, family_of
 from .family_tokenizer import FamilyTokenizer, checked_style
-from .files import is_lfs_pointer, pointer_error
+from .files import is_lfs_pointer, pointer_error, shorten
 from .folders import check_json_files, reading, without_marks
 from .histories import History
 from .prompts import glm3_message
@@ -77,6 +77,10 @@ class ChatGLMTokenizer(FamilyTokenizer, PreTrainedTokenizer):
         kwargs["glm_family"] = self.family
         added = kwargs.pop("added_tokens_decoder", None) or {}
         super().__init__(**kwargs)
+        if not isinstance(self.model_max_length, (int, float)):
+            raise ValueError(
+                f"model_max_length must be a number, got {shorten(self.model_max_length)}"
+            )
         self.prompt_style = checked_style(kwargs.get("prompt_style"))
         for index, token in added.items():
             if self._convert_token_to_id(str(token)) != int(index):

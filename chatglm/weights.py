@@ -238,16 +238,19 @@ def check_fit(
         )
     tied = model.all_tied_weights_keys
     state = model.state_dict()
-    wanted = {name: list(tensor.shape) for name, tensor in state.items() if name not in tied}
     # A body may be saved alone, without its own name before its tensors'.
     body = f"{model.base_model_prefix}."
     stored = {name.removeprefix(body): shape for name, shape in shapes.items()}
-    for name, shape in wanted.items():
+    for name, tensor in state.items():  # a tied copy is read too
+        shape = list(tensor.shape)
         found = stored.get(name.removeprefix(body), shape)
         if found != shape:
             raise ValueError(f"{path}: {name} has shape {found}, config.json asks for {shape}")
-    lost = [name for name in wanted if name.removeprefix(body) not in stored]
-    lost = sorted(name for name in lost if not any(part in name for part in ignored))
+    lost = []
+    for name in sorted(state):
+        is_wanted = name not in tied and not any(part in name for part in ignored)
+        if is_wanted and name.removeprefix(body) not in stored:
+            lost.append(name)
     refuse_missing(path, lost)
     known = {name.removeprefix(body) for name in state}
     check_extra(path, [name for name in shapes if name.removeprefix(body) not in known])

@@ -294,7 +294,7 @@ def export_prefix(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     config.pop("quantization_config", None)  # of the base in this run's memory
     # The base, as the official P-Tuning checkpoints name it.
     config["_name_or_path"] = model.config.name_or_path
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def checkpoint_bytes(model: nn.Module, saves: str) -> int:
@@ -419,7 +419,7 @@ class Checkpointer:
         self.task.export(self.model, state, aside)
         self.config.save(aside / "train_config.json")
         text = json.dumps(self.manifest(progress), indent=2, ensure_ascii=False)
-        (aside / MANIFEST).write_text(text + "\n")
+        (aside / MANIFEST).write_text(text + "\n", "utf-8")
         set_modes(aside)
         write_checksums(aside)
         flush_tree(aside)

@@ -34,9 +34,10 @@ from finetune.flag_groups import (
     check_not_negative,
     check_share,
 )
-from finetune.flags import add_flag, fixed_flag, flag_type
+from finetune.flags import LARGEST_COUNT, add_flag, fixed_flag, flag_type
 from finetune.flags import parse_bool as parse_bool  # for the other commands' flags
 from finetune.flags import parse_positive as parse_positive
+from finetune.plain_yaml import parse_yaml
 from finetune.rows.formats import COLUMN_NAMES
 from finetune.start_adapter import add_adapter_flags
 
@@ -113,6 +114,10 @@ class RunConfig(ModelFlags, DataFlags, LoopFlags, MethodFlags, EvalFlags, Output
                 raise ValueError(f"--{f.name} must be one of {names}; got {value!r}")
             if f.metadata["positive"] and value < 1:
                 raise ValueError(f"--{f.name} must be at least 1; got {value}")
+            if f.metadata["positive"] and value > LARGEST_COUNT:
+                raise ValueError(
+                    f"--{f.name} must be at most {LARGEST_COUNT}; got {str(value)[:20]}"
+                )
 
     def check_paths(self) -> None:
         """Raises ValueError where the base model or the training rows are not given."""
@@ -148,7 +153,7 @@ class RunConfig(ModelFlags, DataFlags, LoopFlags, MethodFlags, EvalFlags, Output
     def save(self, path: Path) -> None:
         """Write the flags as JSON."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
-        Path(path).write_text(text + "\n")
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
     def changed_since(self, saved: dict[str, Any], but: tuple[str, ...] = ()) -> list[str]:
         """ "--name: was A, is B" of each flag that shapes training and differs from a checkpoint's.
@@ -441,34 +446,13 @@ def read_mapping(path: str) -> dict[str, Any]:
         raise ValueError(f"--config: {error}") from None
     try:
         values = parse_yaml(text) or {}
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"--config: {path} is not valid YAML: {reason}") from None
+    except ValueError as error:
+        raise ValueError(f"--config: {path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(
             f"--config: {path} must hold a mapping of flags, got {type(values).__name__}"
         )
     return values
-
-
-def parse_yaml(text: str) -> object:
-    """The value of a YAML document; raises ValueError where it is none.
-
-    Aliases of collections are refused: nested, a few lines of them make billions of values.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-            alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
-            if alias and isinstance(self.anchors.get(alias.anchor), yaml.CollectionNode):
-                raise yaml.YAMLError(f"the alias *{alias.anchor} stands for more than one value")
-            return super().compose_node(parent, index)
-
-    try:
-        return Loader(text).get_single_data()
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
 
 
 def our_values(path: str, known: frozenset[str], data_dir: str) -> dict[str, Any]:

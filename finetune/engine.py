@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from chatglm.commands import describe
 from chatglm.loading import base_fingerprint, read_config, stored_prefix
-from chatglm.saving import NoRoom, check_disk
+from chatglm.saving import NoRoom, check_disk, locked_folder
 from finetune.checkpoint import (
     PREDICTIONS,
     Checkpointer,
@@ -52,7 +52,7 @@ from finetune.distributed import (
 )
 from finetune.epochs import StepBatches
 from finetune.evaluation.metrics import check_packages
-from finetune.files import LastingStream, locked_folder
+from finetune.files import LastingStream
 from finetune.lora import use_lean_lora
 from finetune.memory_trace import MemoryTrace
 from finetune.out_of_memory import explained, training_advice

@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import shutil
-import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -13,64 +11,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from chatglm.checksums import hash_file
-from chatglm.saving import CANNOT, disk_errors, put_in_place
+from chatglm.saving import CANNOT, disk_errors, held_aside, put_in_place, remove_empty
 
-LOCK = ".lock"
 CACHE_GB = 20.0  # default limit of --data_cache
 
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     return hash_file(path, fast=False)["sha256"]
-
-
-@contextmanager
-def locked_folder(folder: Path, flag: str) -> Iterator[None]:
-    """Make `folder` and hold its lock; the lock of a killed process is free again.
-
-    On NFS the lock holds between machines too, unless it is mounted with local_lock or nolock. On
-    a file system without locks a warning is printed and no lock is held.
-
-    Raises:
-        ValueError: another process holds it; the message names `flag`, process and machine.
-    """
-    import fcntl
-
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            # Not flock: a forked worker must not inherit the lock.
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            owner = os.read(handle, 200).decode(errors="replace").strip()
-            os.close(handle)
-            raise ValueError(
-                f"{flag} {folder} is in use by another run ({owner or 'just started'}); "
-                f"wait for it or name another folder"
-            ) from None
-        except OSError as error:
-            print(
-                f"WARNING: {folder} cannot be locked ({error.strerror}): start no second run in it",
-                flush=True,
-            )
-        with suppress(OSError):
-            if os.stat(path).st_ino == os.fstat(handle).st_ino:
-                break
-        os.close(handle)  # its owner has just ended and removed it
-    with suppress(OSError):  # a full disk
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
-        with suppress(OSError):  # remove the folders that are still empty
-            for made in new:
-                made.rmdir()
 
 
 class LastingStream:
@@ -113,13 +61,29 @@ class LineFile:
         os.close(self.handle)
 
 
+def utf8_json(value: object, indent: int | None = None) -> str:
+    """A value as JSON, by default on one line; what UTF-8 cannot hold is escaped.
+
+    Raises:
+        ValueError: JSON has no such value: a time or bytes of a Parquet file.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, indent=indent)
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return json.dumps(value, indent=indent)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"no JSON: {error}") from None
+    return text
+
+
 class KeptLines:
     """Results on disk, a line of JSON each, beside the file that they are for: a command resumes.
 
     The first line says what all of them depend on; where that has changed, they are discarded.
 
     Attributes:
-        lines: what an earlier command has kept.
+        lines: what an earlier command has kept; damaged ones are not among them.
         file: open once something is kept: a command that fails before it leaves no file.
     """
 
@@ -131,17 +95,25 @@ class KeptLines:
         if self.path.is_file():
             lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         # What follows the last line's end was not written whole.
-        self.lines = lines[1:-1] if lines[:1] == [self._header] else []
+        kept = lines[1:-1] if lines[:1] == [self._header] else []
+        self.lines = list(filter(self.is_whole, kept))
         self.file: TextIO | None = None
 
+    def is_whole(self, line: str) -> bool:
+        """Whether a line is a result as `keep` writes it."""
+        try:
+            return isinstance(json.loads(line), list)
+        except (ValueError, RecursionError):
+            return False
+
     def keep(self, *entries: object) -> None:
-        """Append results."""
+        """Append results, each a list."""
         if self.file is None:
             earlier = (self._header, *self.lines)
             write_aside(self.path, "".join(line + "\n" for line in earlier))
             self.file = open(self.path, "a", encoding="utf-8")
         for entry in entries:
-            self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            self.file.write(utf8_json(entry) + "\n")
         self.file.flush()
 
     def replace_by(self, text: str) -> None:
@@ -167,20 +139,54 @@ def overwrite(path: Path, content: str) -> None:
         os.fsync(file.fileno())
 
 
+def check_folder_to_write(folder: Path, flag: str) -> None:
+    """Raises ValueError where files cannot be put into a folder, which need not be there yet.
+
+    For commands that write after long work; what it makes it removes.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{uuid.uuid4().hex[:12]}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{flag} {folder} cannot be written: {error.strerror}") from None
+    finally:
+        remove_empty(new)
+
+
+def check_file_to_write(path: Path, flag: str) -> None:
+    """As `check_folder_to_write`, for a file."""
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a folder: name a file")
+    check_folder_to_write(path.parent, flag)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """A context in which errors of writing become an OSError that names `path`.
 
-    The original error may name a temporary file, or none.
+    The original error may name a temporary file, or none; one that names a file elsewhere, such as
+    one that is read meanwhile, stays.
     """
     try:
         with disk_errors(path):
             yield
     except OSError as error:
+        if error.filename and not belongs_to(Path(os.fsdecode(error.filename)), path):
+            raise
         reason = (error.strerror or str(error)).removeprefix(CANNOT)
         if error.filename and Path(os.fsdecode(error.filename)) in path.parents:
             reason = f"{os.fsdecode(error.filename)}: {reason}"
         raise OSError(error.errno or errno.EIO, CANNOT + reason, str(path)) from None
+
+
+def belongs_to(named: Path, path: Path) -> bool:
+    """Whether a file is written on behalf of `path`: itself, inside or above it, or aside."""
+    if named == path or named in path.parents or path in named.parents:
+        return True
+    return any(part.startswith(f".{path.name}.") for part in named.parts)
 
 
 def write_aside(path: Path, content: str | bytes) -> None:
@@ -189,25 +195,24 @@ def write_aside(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: it cannot be written; the error names the file.
     """
-    aside = path.with_name(f".{path.name}.tmp")
-    new = [folder for folder in path.parents if not folder.exists()]
-    with writing(path):
-        try:
-            with written_whole(path, aside) as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-        finally:
-            with suppress(OSError):
-                for folder in new:  # removes those that are empty
-                    folder.rmdir()
+    with writing(path), written_whole(path, path.with_name(f".{path.name}.tmp")) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def written_whole(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
     """A file to write, which is moved to `path` once the block ends without an error.
 
-    Until then it is `aside`; by default a name that no other process uses.
+    Until then it is `aside`; by default a name that no other process uses. Folders that are made
+    for it go again where it is not written.
+
+    Raises:
+        IsADirectoryError: `path` is a folder; before anything is written.
     """
     aside = aside or path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    new = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
@@ -218,6 +223,7 @@ def written_whole(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):  # the first error says more
             aside.unlink(missing_ok=True)
+        remove_empty(new)
 
 
 @contextmanager
@@ -226,17 +232,11 @@ def written_folder(output: Path) -> Iterator[Path]:
 
     Raises:
         OSError: naming the folder that cannot be written, of which nothing is left.
+        ValueError: another process is writing it.
     """
-    aside = output.with_name(f".{output.name}.tmp")
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            aside.mkdir()
-            yield aside
-            put_in_place(aside, output)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    with writing(output), held_aside(output) as aside:
+        yield aside
+        put_in_place(aside, output)
 
 
 def write_json(path: str | Path, content: object) -> None:

@@ -174,7 +174,7 @@ ESTIMATING: dict[str, Effect] = {
         lambda c: not (c.compare_seeds or c.guide),
     ),
     **dict.fromkeys(("gpus", "label_share", "suggest"), ONE_RUN),
-    **dict.fromkeys(("mode", "real_tokens", "ds_file"), DESCRIBED),
+    **dict.fromkeys(("mode", "real_tokens", "ds_file", "num_stages"), DESCRIBED),
     **dict.fromkeys(("host_gb", "write"), SUGGESTED),
     "json": Effect("a run without --guide", lambda c: not c.guide),
     "model": Effect(

@@ -21,11 +21,15 @@ def parse_bool(text: str | bool) -> bool:
     raise argparse.ArgumentTypeError(f"wanted True or False, got {text!r}")
 
 
+LARGEST_COUNT = 10**12  # of a flag: products of such numbers are floats still
+
+
 def parse_positive(text: str) -> int:
-    """A whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"wanted a whole number from 1, got {text!r}")
-    return int(text)
+    """A whole number from 1 to LARGEST_COUNT."""
+    value = int(text) if text.isdecimal() and len(text) < 20 else 0
+    if not 1 <= value <= LARGEST_COUNT:
+        raise argparse.ArgumentTypeError(f"wanted a whole number from 1, got {text[:40]!r}")
+    return value
 
 
 def parse_checkpointing(text: str | bool) -> str:

@@ -59,7 +59,7 @@ def host_memory_gb(name: str) -> float:
     Where /proc does not say, both are the peak since the process began.
     """
     with suppress(OSError, ValueError, IndexError):
-        for line in STATUS.read_text().splitlines():
+        for line in STATUS.read_text(encoding="utf-8").splitlines():
             if line.startswith(name + ":"):
                 return int(line.split()[1]) * 1024 / 1e9
     import resource

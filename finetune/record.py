@@ -178,7 +178,7 @@ def git_commit() -> str | None:
 def processor() -> str:
     """Name of this machine's CPU."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         for line in lines:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()

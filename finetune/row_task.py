@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from chatglm.families import Family, family_of
 from chatglm.folders import check_folder, position_limit
-from chatglm.loading import load_model, load_tokenizer, resolve_mode
+from chatglm.loading import check_vocabulary, load_model, load_tokenizer, resolve_mode
 from finetune.checkpoint import export_model
 from finetune.config import RowsConfig, RunConfig
 from finetune.distributed import (
@@ -283,6 +283,7 @@ class RowTask(Generic[Config, Rows]):
         self.dtype = dtype
         options = self.method.model_options()
         model = load_model(self.model_path, mode=self.family.name, dtype=dtype, **options)
+        check_vocabulary(model, self.tokenizer)
         return self.method.make_trainable(model)
 
     @cached_property

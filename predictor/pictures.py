@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from finetune.files import write_aside
+from finetune.files import check_file_to_write, write_aside
 from predictor.scores import quantiles
 
 if TYPE_CHECKING:
@@ -61,6 +61,18 @@ def new_figure() -> "Figure":
     figure = Figure(figsize=(11, 5), layout="constrained")
     FigureCanvasAgg(figure)  # opens no window and leaves the program's backend as it is
     return figure
+
+
+def check_picture(path: Path, flag: str = "--picture") -> None:
+    """For commands that draw after long work.
+
+    Raises ValueError for another ending, where the picture cannot be written, or where matplotlib
+    is not installed.
+    """
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{flag} {path}: wanted .png, .svg or .pdf")
+    check_file_to_write(path, flag)
+    new_figure()
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

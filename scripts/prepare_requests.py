@@ -12,7 +12,6 @@ several answers what UELLM takes, halfway between their mean and the longest.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -26,8 +25,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.commands import Parser, number, run_command, whole  # noqa: E402
-from finetune.files import write_aside  # noqa: E402
-from finetune.rows.formats import BadRow  # noqa: E402
+from finetune.files import utf8_json, write_aside  # noqa: E402
+from finetune.rows.formats import BadRow, is_missing  # noqa: E402
 from predictor.labels import Label, parse_prompt, read_examples  # noqa: E402
 from serving.run_requests.listed import listed_row, read_request_items  # noqa: E402
 from serving.simulate.uellm_published import dealt_objectives  # noqa: E402
@@ -110,7 +109,7 @@ def with_objectives(
     for row, drawn in zip(rows, dealt):
         seconds = drawn if slo_s is None else slo_s
         seconds = int(seconds) if seconds == int(seconds) else seconds
-        has_one = row.get("SLO") is not None or row.get("slo_s") is not None
+        has_one = not (is_missing(row.get("SLO")) and is_missing(row.get("slo_s")))
         if has_one and not overwrite:
             prepared.append(dict(row))
         else:
@@ -129,14 +128,15 @@ def with_lengths(
         tokens = found.get(parse_prompt(row, place))
         if tokens is None:
             raise BadRow(f"{place}: its prompt is not among the measured of {flags.lengths}")
-        replaces = flags.overwrite or flags.length_key == "output" or row.get("length") is None
+        lacks_one = flags.length_key == "output" or is_missing(row.get("length"))
+        replaces = flags.overwrite or lacks_one
         prepared.append(row | {flags.length_key: tokens} if replaces else row)
     return prepared
 
 
 def list_text(rows: Sequence[dict[str, Any]], path: Path) -> str:
     """The rows as JSON lines, or as a list with a row on each line."""
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    lines = list(map(utf8_json, rows))
     if path.suffix == ".jsonl":
         return "".join(f"{line}\n" for line in lines)
     return "[\n" + ",\n".join(lines) + "\n]\n"

@@ -272,6 +272,25 @@ def test_nothing_from_outside_is_run(path):
             assert given.get("weights_only") == "True", node.lineno
 
 
+# A file of text -> how many arguments say its encoding, which is the machine's otherwise.
+TEXT_CALLS = {"read_text": 1, "write_text": 2}
+SHIPPED = [p for p in SOURCES if p.relative_to(ROOT).parts[0] in LAYERS or p.parent == ROOT]
+
+
+def test_text_files_are_utf_8_on_every_machine():
+    """train_config.json with Chinese in it was of another encoding where the locale had one."""
+    found = []
+    for path in SHIPPED:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            wanted = TEXT_CALLS.get(node.func.attr)
+            keywords = [keyword.arg for keyword in node.keywords]
+            if wanted and "encoding" not in keywords and len(node.args) < wanted:
+                found.append(f"{named(path)}:{node.lineno}")
+    assert found == []
+
+
 def test_files_stay_short():
     """A file is read at one go: none over 700 lines, most under 450."""
     files = [p for p in SOURCES if p.relative_to(ROOT).parts[0] in LAYERS]

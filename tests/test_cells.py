@@ -36,6 +36,15 @@ def test_no_cell_is_begun_after_the_minutes(tmp_path, capsys):
     assert capsys.readouterr().err == "4 cells are left\n"
 
 
+def test_a_file_appears_with_its_first_row(tmp_path):
+    """Flags that are refused after it was opened leave no file of other settings."""
+    path = tmp_path / "cells.jsonl"
+    KeptCells(path, {"rows": 3})
+    assert not path.exists()
+    KeptCells(path, {"rows": 4}).add(CELLS[0])
+    assert KeptCells(path, {"rows": 4}).rows == CELLS[:1]
+
+
 @pytest.mark.parametrize(
     "text, said",
     [

@@ -23,7 +23,7 @@ from ..files import read_json, shorten
 from ..folders import check_folder, check_json_files, read_model_config
 from ..loading import base_of_adapter, load_tokenizer, resolve_mode
 from ..lora_layouts import Update
-from ..saving import put_in_place
+from ..saving import held_aside, put_in_place
 from ..shards import BaseWeights
 from ..tokenization import ChatGLMTokenizer
 from ..weights import check_fit, refuse_missing, refuse_quantized, stored_prefix, stored_shapes
@@ -63,14 +63,9 @@ def written_aside(output: Path, write: Callable[[Path], str]) -> str:
     output = output.absolute()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"--output {output} is there already: name a new folder")
-    aside = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
+    with held_aside(output) as aside:
         words = write(aside)
         put_in_place(aside, output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return words
 
 

@@ -6,7 +6,6 @@ pairs as ChatGLM does: tensors change their names and their types alone.
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..configuration import ChatGLM2Config
 from ..families import FAMILIES
 from ..loading import load_tokenizer
 from ..lora_layouts import Update
-from ..saving import check_disk
+from ..saving import check_disk, held_aside
 from ..tokenization import ChatGLMTokenizer
 from .folders import GlmExport, export_source
 from .layout import BASE, CHATGLM_LAYER
@@ -99,10 +98,7 @@ def export_gguf(
             raise ValueError(f"--output {file} is there already: name a new file")
     tokenizer = load_tokenizer(folder, mode=family, base=base)
     assert isinstance(tokenizer, ChatGLMTokenizer)
-    aside = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
+    with held_aside(output) as aside:
         with verified(model, verify):
             export = GlmExport(model, family, adapter)
             check_sizes(model, export.config)
@@ -115,8 +111,6 @@ def export_gguf(
             write_adapter(updates, aside / beside.name)
             (aside / beside.name).replace(beside)
         (aside / output.name).replace(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return f"{FAMILIES[family].title} in {kind}{kept or export.folded_words()}"
 
 

@@ -21,6 +21,7 @@ from finetune.benchmark.pictures import scores_picture
 from finetune.benchmark.questions import Doc, Question, build_questions
 from finetune.benchmark.results import (
     TaskResult,
+    check_references,
     first_highest,
     group_lines,
     keep_result,
@@ -33,7 +34,7 @@ from finetune.benchmark.tasks import CLUE, BenchmarkTask, TaskIndex
 from finetune.config import PRECISIONS, parse_positive
 from finetune.evaluation.generation import model_fingerprint
 from finetune.evaluation.inference import load_ready
-from finetune.files import write_aside, write_json
+from finetune.files import check_folder_to_write, write_aside, write_json
 from finetune.record import print_columns
 
 if TYPE_CHECKING:
@@ -95,11 +96,13 @@ def task_index(flags: BenchmarkFlags) -> TaskIndex:
 
 
 def task_names(flags: BenchmarkFlags) -> list[str]:
-    """The names of tasks and groups in --tasks."""
+    """The names of tasks and groups in --tasks; raises ValueError where there are none."""
     names = []
     for name in flags.tasks.split(","):
         if name.strip():
             names.append(name.strip())
+    if not names:
+        raise ValueError("--tasks: wanted names of tasks or groups")
     return names
 
 
@@ -109,6 +112,7 @@ def questions_of(task: BenchmarkTask, shots: int, flags: BenchmarkFlags) -> Task
     split = "test" if flags.submission else task.evaluated_split
     docs = read_docs(task, split, folder)[: flags.limit]
     pool: Sequence[Doc] = read_docs(task, task.shots_split, folder) if shots else []
+    check_references(task, docs)
     answered = not flags.submission
     return TaskRun(task, shots, build_questions(task, docs, pool, shots, answered))
 
@@ -151,14 +155,16 @@ def run_tasks(flags: BenchmarkFlags) -> None:
     Raises:
         ValueError, FileNotFoundError: of the model, the tasks or their rows.
     """
-    names = task_names(flags)
     index = task_index(flags)
+    names = task_names(flags)
     tasks = [index.load(name) for name in index.expand(names)]
+    folder = Path(flags.output) if flags.output else None
+    if folder:
+        check_folder_to_write(folder, "--output")
     runs = []
     for shots in flags.shots:
         for task in tasks:
             runs.append(questions_of(task, shots, flags))
-    folder = Path(flags.output) if flags.output else None
     scorer = load_scorer(flags)
     model = model_fingerprint(scorer.model)
     results = []
@@ -205,10 +211,11 @@ def write_submission(flags: BenchmarkFlags) -> None:
     runs = []
     for name in index.expand(task_names(flags)):
         task = index.load(name)
-        if task.dataset_path != CEVAL:
+        if task.dataset_path != CEVAL or task.output_type != "multiple_choice":
             raise ValueError(f"--submission is of tasks on {CEVAL}, such as ceval-valid: {name}")
         runs.append(questions_of(task, flags.shots[0], flags))
     scorer = load_scorer(flags)
+    check_folder_to_write(Path(str(flags.submission)).parent, "--submission")
     letters: dict[str, dict[str, str]] = {}
     for run in runs:
         scores_of_rows = scorer.scores(run.questions, lambda count: None)
@@ -226,7 +233,7 @@ def parse_shots(text: str) -> tuple[int, ...]:
     """ "0,1,5" -> (0, 1, 5), each once."""
     numbers = []
     for part in text.split(","):
-        if not part.strip().isdigit():
+        if not part.strip().isdecimal() or len(part) > 6:
             raise argparse.ArgumentTypeError(f"wanted numbers such as 0,1,5; got {text!r}")
         numbers.append(int(part))
     return tuple(dict.fromkeys(numbers))

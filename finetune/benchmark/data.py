@@ -9,7 +9,7 @@ from chatglm.files import shorten
 from finetune.benchmark.questions import Doc
 from finetune.benchmark.tasks import BenchmarkTask
 from finetune.rows.formats import BadRow
-from finetune.rows.sources import read_file_items
+from finetune.rows.sources import LINE_LIMIT, read_file_items, text_lines
 
 # Where a split of a hub's data set lies: as its authors pack it, then as a hub's clone has it.
 PLACES = (
@@ -79,9 +79,11 @@ def read_mmlu(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Raises ValueError for a row of other than six cells, or whose answer is no letter.
     """
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        for number, cells in enumerate(csv.reader(lines), 1):
-            place = f"{file}:{number}"
+    csv.field_size_limit(LINE_LIMIT)
+    reader = csv.reader(text_lines(file), strict=True)
+    try:
+        for cells in reader:
+            place = f"{file}:{reader.line_num}"
             row = dict(zip(MMLU_COLUMNS, cells))
             if len(cells) != len(MMLU_COLUMNS) or row["answer"] not in tuple(LETTERS):
                 got = shorten(cells)
@@ -90,3 +92,5 @@ def read_mmlu(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             choices = [row[letter] for letter in LETTERS]
             answer = LETTERS.index(row["answer"])
             yield place, {"question": row["question"], "choices": choices, "answer": answer}
+    except csv.Error as error:
+        raise BadRow(f"{file}:{reader.line_num}: not valid CSV: {error}") from None

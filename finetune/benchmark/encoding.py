@@ -43,7 +43,9 @@ class Continuation:
         excess = len(self) - longest
         if excess <= 0:
             return self
-        removable = self.start - front - back
+        # One token at least stays before what is scored, which its first token is predicted from.
+        kept = max(front + back, 1)
+        removable = self.start - kept
         if excess > removable:
             needed = len(self) - removable
             raise ValueError(f"--max_length {longest}: an answer alone needs {needed} tokens")

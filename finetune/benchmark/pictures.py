@@ -42,7 +42,8 @@ def scores_picture(results: Sequence[TaskResult], title: str) -> bytes:
         if result.chance is not None:
             row = tasks.index(result.task)
             axes.plot([result.chance] * 2, [row - 0.45, row + 0.45], color="black", linewidth=1)
-    axes.set_yticks(range(len(tasks)), list(names.values()))
+    labels = [name.replace("$", r"\$") for name in names.values()]
+    axes.set_yticks(range(len(tasks)), labels)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("score; black: chance")

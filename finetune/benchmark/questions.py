@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 
 from chatglm.files import shorten
-from finetune.benchmark.tasks import BenchmarkTask
+from finetune.benchmark.tasks import BenchmarkTask, check_choices
 
 SEED = 1234  # of drawn shots, as the harness's
 Doc: TypeAlias = Mapping[str, Any]  # a row of a data set
@@ -53,6 +53,19 @@ def compiled(template: str) -> Template:
     return sandbox().from_string(template)
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is the number of a choice."""
+    return text.isdecimal() and len(text) < 10
+
+
+def literal(text: str) -> object:
+    """The value of a Python literal; None where the text is none."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return None
+
+
 @dataclass(frozen=True)
 class TaskTexts:
     """The texts of a task's rows.
@@ -67,12 +80,12 @@ class TaskTexts:
         if template in doc:
             return doc[template]
         try:
-            return compiled(template).render(**doc)
-        except (TemplateError, TypeError, ValueError, IndexError, KeyError) as error:
+            return compiled(template).render(doc)
+        except Exception as error:  # whatever its expressions raise
             row = shorten(dict(doc))
             raise ValueError(
                 f"{self.task.file}: the template {template!r:.80} does not fit the row {row}: "
-                f"{error}"
+                f"{error!s:.200}"
             ) from None
 
     def text(self, doc: Doc) -> str | int:
@@ -83,7 +96,7 @@ class TaskTexts:
         if not isinstance(text, str):
             return str(text)
         has_choices = self.task.doc_to_choice is not None
-        return int(text) if has_choices and text.isdigit() else text
+        return int(text) if has_choices and is_number(text) else text
 
     def target(self, doc: Doc) -> str | int | list[Any]:
         """doc_to_target: a text, the number of a choice, or several of either."""
@@ -93,13 +106,11 @@ class TaskTexts:
         target = self.render(template, doc)
         if not isinstance(target, str) or template in doc:
             return target
-        if target.isdigit() and self.task.doc_to_choice is not None:
+        if is_number(target) and self.task.doc_to_choice is not None:
             return int(target)
         if len(target) >= 2 and target[0] == "[" and target[-1] == "]":
-            try:
-                return list(ast.literal_eval(target))
-            except (SyntaxError, ValueError):
-                return target
+            found = literal(target)
+            return found if isinstance(found, list) else target
         return target
 
     def choices(self, doc: Doc) -> list[str]:
@@ -109,16 +120,20 @@ class TaskTexts:
             return template
         assert template is not None
         rendered = self.render(template, doc)
-        choices = rendered
-        if isinstance(rendered, str):
-            try:
-                choices = ast.literal_eval(rendered)
-            except (SyntaxError, ValueError):
-                choices = None
-        if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
-            got = shorten(rendered)
-            raise ValueError(f"{self.task.file}: doc_to_choice: wanted a list, got {got}")
-        return choices
+        choices = literal(rendered) if isinstance(rendered, str) else rendered
+        return check_choices(self.task.file, rendered if choices is None else choices)
+
+    def number_of(self, answer: object, choices: list[str], doc: Doc) -> int:
+        """The number of the choice that a row calls right; raises ValueError for none of them."""
+        number = answer
+        if isinstance(answer, str):
+            number = choices.index(answer) if answer in choices else -1
+        if isinstance(answer, float) and answer.is_integer():  # of a table with empty cells
+            number = int(answer)
+        if not isinstance(number, int) or not 0 <= number < len(choices):
+            row = shorten(dict(doc))
+            raise ValueError(f"{self.task.file}: no choice is right in the row {row}")
+        return int(number)
 
     def description(self, doc: Doc) -> str:
         return str(self.render(self.task.description, doc)) if self.task.description else ""
@@ -129,12 +144,12 @@ class TaskTexts:
         text, answer = self.text(doc), self.target(doc)
         choices = self.choices(doc) if task.doc_to_choice is not None else []
         if isinstance(text, int):  # the choices are contexts, and the target follows the right one
-            question = choices[text]
+            question = choices[self.number_of(text, choices, doc)]
         else:
             question = text
-            if choices and isinstance(answer, int):
-                answer = choices[answer]
-        if isinstance(answer, list):
+            if choices and isinstance(answer, (int, float)):
+                answer = choices[self.number_of(answer, choices, doc)]
+        if isinstance(answer, list) and answer:
             answer = answer[0]
         if not isinstance(answer, str):
             raise ValueError(f"{task.file}: an example's answer is no text: {answer!r:.80}")
@@ -159,21 +174,11 @@ class TaskTexts:
             continuations = [task.target_delimiter + choice for choice in choices]
             if answered:
                 gold = self.target(doc)
-        right = self.right_choices(doc, gold, choices)
-        return Question(doc, tuple(contexts), tuple(continuations), tuple(choices), right)
-
-    def right_choices(self, doc: Doc, gold: Any, choices: list[str]) -> tuple[int, ...]:
-        """The numbers of the right choices, which `gold` names: a number, a text or a list."""
-        numbers = []
-        for answer in gold if isinstance(gold, list) else [gold]:
-            number = answer
-            if isinstance(answer, str):
-                number = choices.index(answer) if answer in choices else -1
-            if not 0 <= number < len(choices):
-                row = shorten(dict(doc))
-                raise ValueError(f"{self.task.file}: no choice is right in the row {row}")
-            numbers.append(int(number))
-        return tuple(numbers)
+        answers = gold if isinstance(gold, list) else [gold]
+        if answered and not answers:
+            answers = [None]  # which is none of the choices
+        right = [self.number_of(answer, choices, doc) for answer in answers]
+        return Question(doc, tuple(contexts), tuple(continuations), tuple(choices), tuple(right))
 
 
 def choose_shots(

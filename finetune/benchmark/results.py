@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from chatglm.files import read_json
+from chatglm.files import read_json, shorten
 from finetune.benchmark.clue.answers import extraction_scores
 from finetune.benchmark.questions import Doc, Question
 from finetune.benchmark.tasks import BenchmarkTask, TaskGroup
@@ -72,6 +72,18 @@ def choice_metrics(question: Question, scores: Sequence[float]) -> dict[str, flo
 
 def written_metrics(task: BenchmarkTask, question: Question, answer: str) -> dict[str, float]:
     return RESULT_FUNCTIONS[task.results](question.doc, [answer])
+
+
+def check_references(task: BenchmarkTask, docs: Sequence[Doc]) -> None:
+    """Raises ValueError for a row of a task of written answers that has none to compare with."""
+    for doc in docs if task.output_type != "multiple_choice" else ():
+        answers = doc.get("answers")
+        texts = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
+        if not (answers and texts):
+            raise ValueError(
+                f"{task.name}: {task.results} wants a list of texts at answers; "
+                f"got the row {shorten(dict(doc))}"
+            )
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -156,17 +168,19 @@ def group_lines(
     lines = []
     for group in groups:
         tasks = set(members(group))
-        rows: Counter[int] = Counter()  # by shots
-        totals: defaultdict[tuple[int, str], float] = defaultdict(float)  # by (shots, metric)
+        rows: Counter[tuple[int, str]] = Counter()  # by (shots, metric)
+        totals: defaultdict[tuple[int, str], float] = defaultdict(float)
         for result in results:
             if result.task not in tasks:
                 continue
-            rows[result.shots] += result.rows
             for metric in group.metrics:
-                totals[result.shots, metric] += result.metrics[metric] * result.rows
-        for (shots, metric), total in totals.items():
-            mean = total / rows[shots]
-            lines.append([group.name, str(shots), str(rows[shots]), metric, f"{mean:.4f}"])
+                if metric in result.metrics:  # as the harness: of the tasks that have the metric
+                    rows[result.shots, metric] += result.rows
+                    totals[result.shots, metric] += result.metrics[metric] * result.rows
+        for shots, metric in sorted(totals, key=lambda key: (key[0], group.metrics.index(key[1]))):
+            count = rows[shots, metric]
+            mean = totals[shots, metric] / count
+            lines.append([group.name, str(shots), str(count), metric, f"{mean:.4f}"])
     return lines
 
 

@@ -7,6 +7,7 @@ What all rows of a task begin with, the examples mostly, is computed once and ke
 """
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -81,13 +82,19 @@ class ChoiceScorer:
     def scores(self, questions: Sequence[Question], report: Report) -> list[list[float]]:
         """The log-likelihood of each question's continuations.
 
-        Raises ValueError where one has nothing to score, or no room in the model.
+        Raises ValueError where one has nothing to score, no room in the model, or comes out NaN.
         """
         encoded = [self.encoder.question(question) for question in questions]
         with torch.inference_mode():
-            if self.grows_trees:
-                return self.score_trees(encoded, report)
-            return self.score_ragged(encoded, report)
+            scored = self.score_trees if self.grows_trees else self.score_ragged
+            found = scored(encoded, report)
+        for number, values in enumerate(found, 1):
+            if any(map(math.isnan, values)):
+                raise ValueError(
+                    f"row {number}: the model's log-likelihoods are no numbers: its weights are "
+                    "damaged, or too large for their type (--precision fp32)"
+                )
+        return found
 
     # ---- trees
 
@@ -267,7 +274,7 @@ class ChoiceScorer:
         Raises ValueError where the model has no room for a context and an answer.
         """
         max_prompt = self.max_length - max_new
-        if max_prompt < 1:
+        if max_prompt <= self.encoder.front + len(self.encoder.after):
             raise ValueError(f"--max_length {self.max_length} has no room for {max_new} new tokens")
         encoded = []
         for question in questions:

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from chatglm.files import shorten
+from chatglm.files import read_text, shorten
+from finetune.plain_yaml import PlainLoader, parse_yaml
 
 CLUE = Path(__file__).resolve().parent / "clue"  # the task files that come with this project
 SAMPLERS = ("default", "first_n")
@@ -49,7 +50,7 @@ class FunctionName(str):
     """What a file writes as `!function module.name`. It is a name here; nothing is imported."""
 
 
-class TaskLoader(yaml.SafeLoader):
+class TaskLoader(PlainLoader):
     """YAML of plain values, and names of functions."""
 
 
@@ -144,7 +145,7 @@ class TaskIndex:
                 raise FileNotFoundError(f"--include_path: no such folder: {folder}")
             tagged: dict[str, list[str]] = {}
             for file in sorted(folder.rglob("*")):
-                if file.suffix in SUFFIXES:
+                if file.suffix in SUFFIXES and file.is_file():
                     index.add(file, tagged)
             for tag, names in tagged.items():
                 index.groups.setdefault(tag, TaskGroup(tag, tuple(names)))
@@ -161,23 +162,25 @@ class TaskIndex:
         if not isinstance(name, str):
             return
         self.tasks[name] = file
-        tags = values.get("tag") or []
-        if isinstance(tags, str):
-            tags = [tags]
-        for tag in tags:
+        for tag in names_at(file, values, "tag"):
             tagged.setdefault(tag, []).append(name)
 
-    def expand(self, names: Sequence[str]) -> list[str]:
+    def expand(self, names: Sequence[str], outer: tuple[str, ...] = ()) -> list[str]:
         """The tasks that names of tasks and groups mean, each once.
+
+        Args:
+            outer: the groups that the names are members of; there a name may be a task's alone.
 
         Raises ValueError for a name that is neither.
         """
         tasks: list[str] = []
         for name in names:
-            if name in self.groups:
-                members = self.expand(self.groups[name].members)
+            if name in self.groups and name not in outer:
+                members = self.expand(self.groups[name].members, (*outer, name))
             elif name in self.tasks:
                 members = [name]
+            elif name in outer:
+                raise ValueError(f"--tasks: the group {name} is a member of itself")
             else:
                 known = ", ".join([*sorted(self.groups), *sorted(self.tasks)])
                 raise ValueError(f"--tasks: no task {name!r}; there are {known:.400}")
@@ -186,57 +189,75 @@ class TaskIndex:
                     tasks.append(member)
         return tasks
 
-    def groups_of(self, names: Sequence[str]) -> list[TaskGroup]:
+    def groups_of(self, names: Sequence[str], outer: tuple[str, ...] = ()) -> list[TaskGroup]:
         """The groups that names mean, and those inside of them, the outer one first."""
         groups: list[TaskGroup] = []
         for name in names:
-            if name in self.groups:
+            if name in self.groups and name not in outer:
                 group = self.groups[name]
-                groups += [group, *self.groups_of(group.members)]
+                groups += [group, *self.groups_of(group.members, (*outer, name))]
         return groups
 
     def load(self, name: str) -> BenchmarkTask:
         return read_task(self.tasks[name])
 
 
-def read_yaml(file: Path) -> Files:
+def read_yaml(file: Path, including: tuple[Path, ...] = ()) -> Files:
     """A file's mapping, with those of the files that it includes below it.
 
     Raises:
-        ValueError: it is no YAML, or no mapping.
+        ValueError: it is no YAML, or no mapping, or it includes itself.
         FileNotFoundError: an included file is not there.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no such file: {file}")
+    if file.resolve() in including:
+        raise ValueError(f"{file}: includes itself")
+    text = read_text(file)
     try:
-        values = TaskLoader(file.read_text(encoding="utf-8")).get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"{file}: not valid YAML: {message:.200}") from None
+        values = parse_yaml(text, TaskLoader)
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid YAML: {error!s:.200}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file}: wanted keys and values, got {shorten(values)}")
-    included = values.get("include") or []
-    if isinstance(included, str):
-        included = [included]
     merged: Files = {}
-    for name in included:
-        merged.update(read_yaml(file.parent / name))
+    for name in names_at(file, values, "include"):
+        merged.update(read_yaml(file.parent / name, (*including, file.resolve())))
     merged.update(values)
     return merged
 
 
+def names_at(file: Path, values: Files, key: str) -> list[str]:
+    """The names at a key, a text or a list of them; raises ValueError for anything else."""
+    found = values.get(key) or []
+    names = [found] if isinstance(found, str) else found
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{file}: {key}: wanted a list of names, got {shorten(found)}")
+    return names
+
+
+def metrics_at(file: Path, values: Files, key: str) -> list[dict[str, Any]]:
+    """The metrics at a key, each an object; raises ValueError where one is not a mean of rows."""
+    found = values.get(key) or []
+    metrics: list[dict[str, Any]] = []
+    for metric in found if isinstance(found, list) else [found]:
+        entry = {"metric": metric} if isinstance(metric, str) else metric
+        if not isinstance(entry, dict) or not isinstance(entry.get("metric"), str):
+            raise ValueError(f"{file}: {key}: wanted a list of metrics, got {shorten(found)}")
+        if entry.get("aggregation", "mean") != "mean":
+            raise unread(file, f"{key}: wanted the aggregation mean, got {shorten(metric)}")
+        metrics.append(entry)
+    return metrics
+
+
 def read_group(file: Path, values: Files) -> TaskGroup:
     """Raises ValueError where a member is no name, or a metric is not weighted by rows."""
-    members = values.get("task")
-    if isinstance(members, str):
-        members = [members]
-    if not isinstance(members, list) or not all(isinstance(name, str) for name in members):
-        raise ValueError(f"{file}: task: wanted a list of names, got {shorten(members)}")
     metrics = []
-    for metric in values.get("aggregate_metric_list") or []:
-        if not metric.get("weight_by_size", True) or metric.get("aggregation", "mean") != "mean":
+    for metric in metrics_at(file, values, "aggregate_metric_list"):
+        if not metric.get("weight_by_size", True):
             raise ValueError(f"{file}: aggregate_metric_list: wanted means weighted by size")
-        metrics.append(str(metric["metric"]))
+        metrics.append(metric["metric"])
+    members = names_at(file, values, "task")
     return TaskGroup(str(values["group"]), tuple(members), tuple(metrics))
 
 
@@ -263,8 +284,8 @@ def read_task(file: Path) -> BenchmarkTask:
     if "test" not in splits and "validation" not in splits:
         raise unread(file, "wanted test_split or validation_split")
     metrics = []
-    for metric in values.get("metric_list") or []:
-        metrics.append(str(metric.get("metric") if isinstance(metric, dict) else metric))
+    for metric in metrics_at(file, values, "metric_list"):
+        metrics.append(metric["metric"])
     optional = {}
     for name in ("description", "target_delimiter", "fewshot_delimiter", "num_fewshot"):
         if name in values:
@@ -306,8 +327,12 @@ def check_keys(file: Path, values: Files) -> None:
         if kind is None:
             raise unread(file, f"the key {key} is not read")
         is_misplaced_function = isinstance(value, FunctionName) and key != "process_results"
-        if is_misplaced_function or not isinstance(value, kind):
+        is_of_kind = isinstance(value, kind) and not isinstance(value, bool)
+        if is_misplaced_function or not is_of_kind:
             raise unread(file, f"{key}: got {shorten(value)}")
+    name = values["task"]
+    if not name or name.startswith(".") or set(name) & set("/\\\0"):
+        raise ValueError(f"{file}: task: wanted a name that a file can have, got {shorten(name)}")
 
 
 def data_files(file: Path, dataset: Files) -> dict[str, str]:
@@ -322,19 +347,32 @@ def data_files(file: Path, dataset: Files) -> dict[str, str]:
 
 def written_options(file: Path, values: Files) -> dict[str, Any]:
     """The fields of a task whose answers are written; raises ValueError for sampling."""
+    results = values.get("process_results")
     if values.get("output_type", "generate_until") == "multiple_choice":
+        if results is not None:
+            raise unread(file, f"process_results of multiple_choice: got {shorten(results)}")
         return {}
     options = dict(values.get("generation_kwargs") or {})
-    until = options.pop("until", [])
-    if isinstance(until, str):
-        until = [until]
+    until = names_at(file, options, "until")
+    options.pop("until", None)
     max_gen_toks = options.pop("max_gen_toks", 256)
     is_sampled = options.pop("do_sample", False)
     if is_sampled or options:
         raise unread(file, f"generation_kwargs: wanted greedy answers, got {shorten(options)}")
-    results = values.get("process_results")
+    if type(max_gen_toks) is not int or max_gen_toks < 1:
+        got = shorten(max_gen_toks)
+        raise unread(file, f"max_gen_toks: wanted a whole number above 0, got {got}")
+    until = [text for text in until if text]
     name = results.rpartition(".")[2] if isinstance(results, FunctionName) else ""
     return {"until": tuple(until), "max_gen_toks": max_gen_toks, "results": name}
+
+
+def check_choices(file: Path, found: object) -> list[str]:
+    """`found`; raises ValueError where it is no list of texts, each with something to score."""
+    choices = found if isinstance(found, list) else []
+    if not choices or not all(isinstance(text, str) and text for text in choices):
+        raise ValueError(f"{file}: doc_to_choice: wanted a list of texts, got {shorten(found)}")
+    return choices
 
 
 def check_metrics(task: BenchmarkTask) -> None:
@@ -343,6 +381,8 @@ def check_metrics(task: BenchmarkTask) -> None:
         known: Sequence[str] = CHOICE_METRICS
         if task.doc_to_choice is None:
             raise unread(task.file, "multiple_choice wants doc_to_choice")
+        if isinstance(task.doc_to_choice, list):
+            check_choices(task.file, task.doc_to_choice)
     elif task.output_type == "generate_until" and task.results in RESULTS:
         known = RESULTS[task.results]
     else:

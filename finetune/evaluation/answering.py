@@ -227,6 +227,9 @@ class KeptAnswers(KeptLines):
         super().__init__(final, depends_on)
         self.found: dict[int, str] = dict(map(json.loads, self.lines))
 
+    def is_whole(self, line: str) -> bool:
+        return super().is_whole(line) and list(map(type, json.loads(line))) == [int, str]
+
     def add(self, batch: dict[int, str]) -> None:
         """Keep the answers of a batch."""
         self.found |= batch

@@ -16,13 +16,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from chatglm.commands import Parser, run_command, whole
-from chatglm.files import read_text, shorten
+from chatglm.files import shorten
 from finetune.files import write_aside
 from finetune.record import print_columns
-from finetune.rows.sources import read_file_items
+from finetune.rows.formats import BadRow
+from finetune.rows.sources import read_file_items, read_table, text_lines
 
 CRITERIA = {  # column of the sheet -> the fault that a 1 in it says
     "near_duplicate": "nearly the same as an earlier question of the document",
@@ -74,6 +75,8 @@ def make_sheet(predictions: str, sheet: Path, documents: int | None) -> int:
     for number, (place, item) in enumerate(read_file_items(predictions), 1):
         if documents is not None and number > documents:
             break
+        if isinstance(item, BadRow):
+            raise ValueError(f"--predictions {item}")
         prompt, answers = marked_answers(item, place)
         for answer in answers:
             writer.writerow({"document": number, "prompt": prompt, "answer": answer})
@@ -91,6 +94,10 @@ def marked_answers(item: Any, place: str) -> tuple[str, list[str]]:
         answers = [answers] if isinstance(answers, str) else answers
         strings = isinstance(answers, list) and all(isinstance(one, str) for one in answers)
         if isinstance(prompt, str) and answers and strings:
+            try:
+                "".join([prompt, *answers]).encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"--predictions {place}: half a surrogate pair in it") from None
             return prompt, answers
     raise ValueError(
         f"--predictions {place}: wanted finetune.evaluate's prompt and answer; got {shorten(item)}"
@@ -100,16 +107,15 @@ def marked_answers(item: Any, place: str) -> tuple[str, list[str]]:
 def read_marks(sheet: Path) -> dict[str, DocumentMarks]:
     """{document: its marks} of a sheet; raises ValueError with the line of what is no mark."""
     found: dict[str, DocumentMarks] = {}
-    for line, row in sheet_rows(sheet):
+    for place, row in sheet_rows(sheet):
         marks = found.setdefault(row["document"], DocumentMarks())
         marks.questions += 1
         values = {}
         for name in (READ, *CRITERIA):
-            value = (row[name] or "").strip()
+            value = row[name].strip()
             if value not in YES + NO:
                 raise ValueError(
-                    f"--marked {sheet}:{line}: {name}: wanted 1, or 0 or nothing; "
-                    f"got {shorten(value)!r}"
+                    f"--marked {place}: {name}: wanted 1, or 0 or nothing; got {shorten(value)!r}"
                 )
             values[name] = value in YES
         marks.unread += not values[READ]
@@ -120,16 +126,21 @@ def read_marks(sheet: Path) -> dict[str, DocumentMarks]:
     return found
 
 
-def sheet_rows(sheet: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line, row) of a sheet; raises ValueError where a column is missing."""
-    text = read_text(sheet).removeprefix("\ufeff")
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    columns = reader.fieldnames or ()
+def sheet_rows(sheet: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """(file and line, row) of a sheet, without the blank rows that spreadsheets leave.
+
+    Raises ValueError for a row of other than the header's cells, or where a column is missing.
+    """
+    header = next(csv.reader(text_lines(sheet)), [])
     for name in COLUMNS:
-        if name not in columns:
+        if name not in header:
             raise ValueError(f"--marked {sheet}:1: no column {name!r}; wanted a sheet of --sheet")
-    for row in reader:
-        yield reader.line_num, row
+    for place, item in read_table(sheet, ","):
+        if isinstance(item, BadRow):
+            raise ValueError(f"--marked {item}")
+        row = cast(dict[str, str], item)
+        if any(row.values()):
+            yield place, row
 
 
 def sum_marks(marks: dict[str, DocumentMarks]) -> tuple[int, float, float, float]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+from finetune.flags import LARGEST_COUNT
 from finetune.memory.layers import Code, Layer
 from finetune.memory.shapes import ModelShape, short_name
 from finetune.methods import METHODS
@@ -90,8 +91,10 @@ class Run:
     def __post_init__(self):
         counts = ("batch", "sequences", "length", "gpus", "accumulation", "lora_dim", "pre_seq_len")
         for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value > LARGEST_COUNT:
+                raise ValueError(f"{name} must be at most {LARGEST_COUNT}, got {str(value)[:20]}")
         if self.gpus % self.stages:
             raise ValueError(
                 f"--num_stages {self.stages} needs a multiple of {self.stages} GPUs, "

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chatglm.evidence import PANGU_TYPES, is_glm_base
-from chatglm.files import read_json
+from chatglm.evidence import LARGEST_SIZE, MOST_LAYERS, PANGU_TYPES, is_glm_base
+from chatglm.files import read_json, shorten
 from chatglm.hub import resolve_folder
 from finetune.stages import layer_bounds
 
@@ -195,10 +195,15 @@ class ModelShape:
     def __post_init__(self):
         for name in ("layers", "hidden", "heads", "head_dim", "kv_heads", "ffn", "vocab"):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1):
+            if type(value) is not int or value < 1:
                 raise ValueError(
                     f"config.json: the model's {name} must be a whole number of at least 1, "
                     f"got {value!r}"
+                )
+            most = MOST_LAYERS if name == "layers" else LARGEST_SIZE
+            if value > most:
+                raise ValueError(
+                    f"config.json: the model's {name} must be at most {most}, got {shorten(value)}"
                 )
 
     @property

@@ -21,17 +21,18 @@ from tqdm import tqdm
 
 from chatglm.commands import Parser, number, run_command
 from finetune.config import TrainConfig, add_flag
-from finetune.files import write_aside, write_json
+from finetune.files import check_file_to_write, write_aside, write_json
 from finetune.prepare.corpora import CORPORA
 from finetune.prepare.fetch import BASE_URL, SETS, fetch_files
 from finetune.prepare.rewrite import (
     COMPARED,
     DUPLICATES,
     LAYOUTS,
-    ReadRow,
     Selection,
+    Written,
     read_all,
     rewrite,
+    written_row,
 )
 from finetune.rows.formats import COLUMN_NAMES, FORMATS, BadRow, parse_columns
 from finetune.rows.sources import RowReader, Source, parse_sources
@@ -188,10 +189,10 @@ def run_merge(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
 
-    def read(title: str) -> Iterator[ReadRow | BadRow]:
-        return read_all(sources, reader, args.on_bad_row, title)
+    def read(title: str) -> Iterator[Written | BadRow]:
+        return read_all(sources, reader, args.on_bad_row, args.to, title)
 
-    print(rewrite(read, args.to, selection, args.output, args.held_out).text)
+    print(rewrite(read, selection, args.output, args.held_out).text)
 
 
 def run_corpus(args: argparse.Namespace) -> None:
@@ -207,17 +208,24 @@ def run_corpus(args: argparse.Namespace) -> None:
 
     reader = RowReader(data_format="scored")
 
-    def read(title: str) -> Iterator[ReadRow | BadRow]:
+    def read(title: str) -> Iterator[Written | BadRow]:
         bar = tqdm(corpus.make(rows, args.seed), desc=title, unit="row", disable=None, delay=1)
         for value in bar:
-            yield ReadRow(value, reader.row(value, args.name))
+            yield written_row(value, reader.row(value, args.name), "as_is")
 
-    counts = rewrite(read, "as_is", selection, args.output, args.held_out)
+    counts = rewrite(read, selection, args.output, args.held_out)
     print(f"{len(rows)} rows of {args.name}: {counts.text}")
 
 
 def token_config(args: argparse.Namespace) -> TrainConfig:
-    """The flags as train.py's. Those that are not given have no attribute (add_flag)."""
+    """The flags as train.py's. Those that are not given have no attribute (add_flag).
+
+    Raises ValueError where the figures cannot be written.
+    """
+    for name in ("json", "picture"):
+        path = getattr(args, name)
+        if path:
+            check_file_to_write(path, f"--{name}")
     values = {name: value for name, value in vars(args).items() if name in TOKEN_FLAGS}
     return TrainConfig(**values)
 

@@ -11,9 +11,11 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
+from chatglm.files import shorten
 from finetune.rows.formats import BadRow
 from finetune.rows.sources import find_files, read_file_items, read_lines
 
@@ -49,15 +51,18 @@ class CorpusRow:
         return ""
 
     def number(self, *keys: str) -> float:
-        """The number at the first of `keys` that is there, also as text; raises BadRow."""
+        """The finite number at the first of `keys` that is there, also as text; raises BadRow."""
         for key in keys:
             value = self.value.get(key)
             if value is None or isinstance(value, bool):
                 continue
             try:
-                return float(value)
-            except (TypeError, ValueError):
-                raise BadRow(f'{self.place}: "{key}" must be a number, got {value!r}') from None
+                number = float(value)
+            except (TypeError, ValueError, OverflowError):
+                number = nan
+            if not isfinite(number):
+                raise BadRow(f'{self.place}: "{key}" must be a number, got {shorten(value)}')
+            return number
         raise BadRow(f'{self.place}: wanted a number at "{keys[0]}"')
 
 
@@ -262,7 +267,8 @@ def zhidao(rows: Sequence[CorpusRow], seed: int) -> Iterator[Graded]:
         replies = questions.setdefault(key, {})
         reply = row.text("reply", needed=False)
         if reply:
-            replies[reply] = max(row.number("is_best"), replies.get(reply, 0.0))
+            is_best = row.number("is_best")
+            replies[reply] = max(is_best, replies.get(reply, is_best))
     for (title, question), replies in questions.items():
         if not replies:
             continue

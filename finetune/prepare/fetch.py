@@ -4,9 +4,9 @@ The main function is `fetch_files`; SETS lists the files. Free of torch.
 """
 
 import hashlib
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from tqdm import tqdm
@@ -161,14 +161,18 @@ def download_bytes(url: str) -> bytes:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
             size = int(answer.headers.get("Content-Length") or 0) or None
             blocks: list[bytes] = []
+            received = 0  # not bar.n, which stays 0 where no bar is shown
             with tqdm(total=size, unit="B", unit_scale=True, desc=url, disable=None) as bar:
                 while block := answer.read(BLOCK):
                     blocks.append(block)
+                    received += len(block)
                     bar.update(len(block))
-                    if bar.n > SIZE_LIMIT:
-                        raise OSError(f"{url}: more than {SIZE_LIMIT:,} bytes")
+                    if received > SIZE_LIMIT:
+                        raise ValueError(f"more than {SIZE_LIMIT:,} bytes")
+            if size is not None and received < size:
+                raise ValueError(f"the connection ended after {received:,} of {size:,} bytes")
             return b"".join(blocks)
-    except (urllib.error.URLError, ValueError, TimeoutError) as error:
+    except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise OSError(
             f"{url}: {reason}; fetch it otherwise and name it to --train_path, or give the "

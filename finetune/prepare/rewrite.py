@@ -8,13 +8,16 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from uuid import UUID
 
 from tqdm import tqdm
 
 from finetune.files import written_whole
-from finetune.rows.formats import BadRow, Row
+from finetune.rows.formats import BadRow, Row, is_missing
 from finetune.rows.near_duplicates import group_prompts, normalise
 from finetune.rows.sources import RowReader, Source, read_items
 
@@ -41,8 +44,12 @@ def single_answer(read: ReadRow, layout: str) -> tuple[str, str]:
 
 
 def as_is(read: ReadRow) -> Value:
-    """The row unchanged."""
-    return read.value
+    """The row unchanged, but for the NaN of a table's empty cells, which is no JSON."""
+    found = {}
+    for key, value in read.value.items():
+        if value is None or not is_missing(value):
+            found[key] = value
+    return found
 
 
 def as_belle(read: ReadRow) -> Value:
@@ -96,6 +103,24 @@ LAYOUTS: dict[str, Callable[[ReadRow], Value]] = {
     "context": as_context,
     "openai": as_openai,
 }
+Written = tuple[Row, bytes]  # a row, and its line in a layout
+
+
+def written_row(value: Value, row: Row, layout: str) -> Written:
+    """A row with its line of JSON; raises BadRow where the layout or JSON does not hold it."""
+    laid_out = LAYOUTS[layout](ReadRow(value, row))
+    try:
+        return row, json.dumps(laid_out, ensure_ascii=False, default=as_text).encode() + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow(f"{row.place}: the row cannot be written as JSON: {error}") from None
+
+
+def as_text(value: object) -> str:
+    """A Parquet file's time or decimal number; raises TypeError for what is no text, as bytes."""
+    if isinstance(value, (date, time, timedelta, Decimal, UUID)):
+        return str(value)
+    raise TypeError(f"a value is {type(value).__name__}")
+
 
 # ---- which rows are written
 
@@ -173,31 +198,31 @@ class Selection:
 
 
 def read_all(
-    sources: list[Source], reader: RowReader, on_bad_row: str, title: str
-) -> Iterator[ReadRow | BadRow]:
+    sources: list[Source], reader: RowReader, on_bad_row: str, layout: str, title: str
+) -> Iterator[Written | BadRow]:
     """Every row of the sources in order, with a progress bar.
 
     Raises:
-        BadRow: the first bad row, with on_bad_row "error"; else it comes as BadRow.
+        BadRow: the first bad row, or one that the layout does not hold, with on_bad_row "error";
+            else it comes as BadRow.
     """
     with tqdm(desc=title, unit="row", disable=None, delay=1) as bar:
         for source in sources:
             for place, item in read_items(source):
                 bar.update()
+                found: Written | BadRow
                 try:
                     row = reader.row(item, place)
+                    found = written_row(cast(Value, item), row, layout)
                 except BadRow as error:
                     if on_bad_row == "error":
                         raise
-                    yield error
-                    continue
-                if isinstance(item, dict):
-                    yield ReadRow(item, row)
+                    found = error
+                yield found
 
 
 def rewrite(
-    read: Callable[[str], Iterator[ReadRow | BadRow]],
-    layout: str,
+    read: Callable[[str], Iterator[Written | BadRow]],
     selection: Selection,
     output: Path,
     held_out: Path | None = None,
@@ -208,7 +233,7 @@ def rewrite(
         read: title of a progress bar -> the rows; it is called twice.
         held_out: the file of the held-out part, where selection.share is above 0.
     Raises:
-        BadRow: a bad row, or one that the layout does not hold.
+        BadRow: as `read`.
         ValueError: no row is left for a file.
     """
     texts: list[str] = []
@@ -217,16 +242,16 @@ def rewrite(
         if isinstance(item, BadRow):
             bad += 1
         else:
-            texts.append(selection.text(item.row))
+            row, _ = item
+            texts.append(selection.text(row))
     is_kept = selection.kept(texts)
     del texts
     written = held = 0
     with ExitStack() as files:
         output_file = files.enter_context(written_whole(output))
         held_out_file = files.enter_context(written_whole(held_out)) if held_out else None
-        for item in kept_rows(read("writing"), is_kept):
-            line = json.dumps(LAYOUTS[layout](item), ensure_ascii=False).encode() + b"\n"
-            if held_out_file is not None and selection.holds_out(item.row.prompt):
+        for row, line in kept_rows(read("writing"), is_kept):
+            if held_out_file is not None and selection.holds_out(row.prompt):
                 held_out_file.write(line)
                 held += 1
             else:
@@ -239,7 +264,7 @@ def rewrite(
     return Counts(len(is_kept) + bad, bad, is_kept.count(False), written, held)
 
 
-def kept_rows(items: Iterable[ReadRow | BadRow], is_kept: Sequence[bool]) -> Iterator[ReadRow]:
+def kept_rows(items: Iterable[Written | BadRow], is_kept: Sequence[bool]) -> Iterator[Written]:
     """The good rows that are kept.
 
     Raises:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from chatglm.files import shorten
+from finetune.files import utf8_json
 from finetune.rows.formats import BadRow, Row, is_missing
 from finetune.rows.sources import DELIMITERS, RowReader, parse_sources, read_items
 from serving.endpoints.replies import CHAT_PATH, NumberedRequest, last_question
@@ -117,6 +119,7 @@ def batch_row(item: object, place: str, reader: RowReader) -> BatchRow:
         return openai_row(item, place)
     columns = item if is_of_table(place) else None
     try:
+        utf8_json(item)  # a Parquet file's rows may hold times and bytes
         values, settings = split_settings(item)
         row = chat_row(values, place, reader)
     except (ValueError, TypeError) as error:
@@ -164,7 +167,10 @@ def split_settings(item: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         if is_missing(value) or value == "":
             continue
         if isinstance(value, str) and key not in ("adapter", "stop"):
-            value = json.loads(value)
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                raise ValueError(f"{key}: wanted a number, got {shorten(value)}") from None
         settings["model" if key == "adapter" else key] = value
     return values, settings
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetune.files import KeptLines
+from finetune.files import KeptLines, utf8_json
 from finetune.rows.sources import DELIMITERS
 from serving.batch.inputs import BatchRow
 from serving.endpoints.replies import AnswerRefused, ChatReply
@@ -26,10 +26,16 @@ class KeptReplies(KeptLines):
         replies = {}
         for line in self.lines:
             number, digest, body, seconds = json.loads(line)
-            is_asked = number < len(rows) and rows[number].body is not None
+            is_asked = 0 <= number < len(rows) and rows[number].body is not None
             if is_asked and rows[number].digest() == digest:
                 replies[number] = ChatReply(body, seconds)
         return replies
+
+    def is_whole(self, line: str) -> bool:
+        if not super().is_whole(line):
+            return False
+        kinds = list(map(type, json.loads(line)))
+        return len(kinds) == 4 and kinds[:3] == [int, str, dict] and kinds[3] in (int, float)
 
     def add(self, number: int, row: BatchRow, reply: ChatReply) -> None:
         self.keep([number, row.digest(), reply.body, round(reply.seconds, 4)])
@@ -52,7 +58,7 @@ def output_text(rows: Sequence[BatchRow], outcomes: Mapping[int, Outcome], suffi
     lines = []
     for row, outcome in zip(rows, entries):
         entry = own_entry(row, outcome) if row.custom_id is None else openai_entry(row, outcome)
-        lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+        lines.append(utf8_json(entry) + "\n")
     return "".join(lines)
 
 
@@ -118,4 +124,5 @@ def table_text(rows: Sequence[BatchRow], outcomes: Sequence[Outcome], delimiter:
         for name in OUTPUT_COLUMNS:
             line[name] = entry.get(name)
         table.writerow(line)
-    return text.getvalue()
+    # Half a surrogate pair, which a row's JSON can hold, has no bytes in a table.
+    return text.getvalue().encode("utf-8", "replace").decode("utf-8")

@@ -97,6 +97,8 @@ def settings_of(flags: ChatFlags) -> dict[str, Any]:
 def chat(flags: ChatFlags) -> int:
     """Talk, or answer a pipe's lines; the exit code."""
     screen = Screen(sys.stdin, sys.stdout, flags.history_file)
+    if flags.load:
+        Conversation().load(Path(flags.load))  # a wrong file is found before the model is loaded
     tools = open_tools(flags, screen)
     try:
         endpoint = open_endpoint(flags)

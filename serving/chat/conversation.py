@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.files import write_aside
+from chatglm.files import read_json
+from finetune.files import utf8_json, write_aside
 
 MessageDicts = list[dict[str, Any]]
 ROLES_READ = ("system", "user", "assistant", "tool")
@@ -94,15 +95,11 @@ class Conversation:
         row: dict[str, Any] = {"messages": self.messages}
         if self.tools and any(message.get("tool_calls") for message in self.messages):
             row["tools"] = self.tools
-        text = json.dumps(row, ensure_ascii=False, indent=1)
-        write_aside(path, text + "\n")
+        write_aside(path, utf8_json(row, indent=1) + "\n")
 
     def load(self, path: Path) -> None:
         """Take a file's messages in place of these. Raises ValueError, OSError."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: no JSON: {error}") from None
+        content = read_json(path, object)
         self.messages = checked_messages(content, str(path))
         if isinstance(content, dict) and not self.tools:
             self.tools = object_list(content.get("tools"))
@@ -127,9 +124,8 @@ def checked_messages(content: Any, place: str) -> MessageDicts:
     messages: MessageDicts = []
     for number, message in enumerate(found):
         is_message = isinstance(message, dict) and message.get("role") in ROLES_READ
-        if not is_message or not (
-            isinstance(message.get("content"), str) or "tool_calls" in message
-        ):
+        calls = is_message and message["role"] == "assistant" and "tool_calls" in message
+        if not is_message or not (isinstance(message.get("content"), str) or calls):
             roles = ", ".join(ROLES_READ)
             raise ValueError(
                 f"{place}: message {number} must have a role of {roles} and a text as its content"
@@ -150,7 +146,7 @@ def parse_setting(words: Sequence[str]) -> tuple[str, Any]:
         return name, None
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 

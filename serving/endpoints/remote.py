@@ -148,6 +148,10 @@ class RemoteServer:
         started_s = time.perf_counter()
         asked = {"model": self.name} | dict(request.body)
         asked.pop("stream", None)
+        try:
+            check_body(asked)
+        except AnswerRefused as refusal:
+            return refusal
         status, found = self.post_patiently(request.path, asked)
         if status >= 400:
             return refusal_of(found, status)
@@ -203,6 +207,14 @@ class RemoteServer:
         self.client.close()
 
 
+def check_body(body: Mapping[str, Any]) -> None:
+    """Raises AnswerRefused for what JSON or UTF-8 does not hold: NaN, half a surrogate pair."""
+    try:
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise AnswerRefused(f"the request cannot be sent: {error}") from None
+
+
 class RemoteAnswer:
     """One answer of a server, read in a thread of its own: a stop need not wait for the network.
 
@@ -212,6 +224,7 @@ class RemoteAnswer:
     def __init__(self, server: RemoteServer, body: dict[str, Any]) -> None:
         self.server = server
         self.body = body | {"stream": True, "stream_options": {"include_usage": True}}
+        check_body(self.body)
         self.news: SimpleQueue[str | Exception | None] = SimpleQueue()
         self.stopped = False
         self._started_s = time.perf_counter()
@@ -267,9 +280,7 @@ class RemoteAnswer:
                     return
         except (AnswerRefused, EndpointDown) as error:
             end = error
-        except self.server.failures() as error:
-            end = self.server.down(error)
-        except RuntimeError as error:  # the client was closed meanwhile
+        except Exception as error:  # nobody would hear of it, and wait for ever
             end = self.server.down(error)
         self.news.put(end)
 

@@ -40,23 +40,33 @@ class ChatReply(NamedTuple):
     seconds: float
 
     @property
+    def choice(self) -> dict[str, Any]:
+        """The first of OpenAI's choices; empty where a server's reply is of another kind."""
+        choices = self.body.get("choices")
+        first = choices[0] if isinstance(choices, list) and choices else None
+        return first if isinstance(first, dict) else {}
+
+    @property
     def message(self) -> dict[str, Any]:
         """OpenAI's assistant message."""
-        message: dict[str, Any] = self.body["choices"][0]["message"]
-        return message
+        message = self.choice.get("message")
+        return message if isinstance(message, dict) else {}
 
     @property
     def text(self) -> str:
-        return self.message.get("content") or ""
+        """Of a chat's message, or of a completion."""
+        text = self.message.get("content") or self.choice.get("text")
+        return text if isinstance(text, str) else ""
 
     @property
     def finish_reason(self) -> str:
         """OpenAI's; "cancelled" where it was stopped from here."""
-        return str(self.body["choices"][0].get("finish_reason") or "unknown")
+        return str(self.choice.get("finish_reason") or "unknown")
 
     @property
     def output_tokens(self) -> int | None:
-        tokens = (self.body.get("usage") or {}).get("completion_tokens")
+        usage = self.body.get("usage")
+        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
         return tokens if isinstance(tokens, int) else None
 
     @property

@@ -86,7 +86,7 @@ class VllmServer:
         command = [python, "-m", "chatglm", "vllm", "serve", os.path.abspath(folder)]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--served-model-name", NAME, *(words or [])]
-        with self.log.open("w") as output:
+        with self.log.open("w", encoding="utf-8") as output:
             self.process = subprocess.Popen(
                 command,
                 cwd=self._place.name,

@@ -119,7 +119,7 @@ class CpuMeter:
     def _times(self) -> list[tuple[int, int]]:
         """(busy, all) ticks of each core since the machine's start."""
         times = []
-        for line in (self._proc / "stat").read_text().splitlines():
+        for line in (self._proc / "stat").read_text("utf-8").splitlines():
             name, *fields = line.split()
             if not name.startswith("cpu") or name == "cpu":
                 continue
@@ -132,7 +132,7 @@ class CpuMeter:
 
     def _used_mib(self) -> float:
         kib: dict[str, int] = {}
-        for line in (self._proc / "meminfo").read_text().splitlines():
+        for line in (self._proc / "meminfo").read_text("utf-8").splitlines():
             name, _, value = line.partition(":")
             kib[name] = int(value.split()[0])
         return (kib["MemTotal"] - kib["MemAvailable"]) / 1024

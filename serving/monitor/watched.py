@@ -50,7 +50,7 @@ class WatchedProcess:
 def process_start(pid: int) -> str | None:
     """When a process began, in ticks; None where it has ended (a zombie has)."""
     try:
-        text = (PROC / str(pid) / "stat").read_text()
+        text = (PROC / str(pid) / "stat").read_text("utf-8")
     except OSError:
         return None
     fields = text.rpartition(")")[2].split()  # a name may hold spaces and brackets

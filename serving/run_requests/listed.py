@@ -5,7 +5,6 @@ A row is an object as in UELLM's data sets (dataset/deal.py of its repository):
 the first two.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from finetune.rows.formats import BadRow, is_missing
 from finetune.rows.sources import read_file_items
 from serving.simulate.uellm_published import dealt_objectives
 from serving.simulate.workload import poisson_arrivals
+
+MOST = 10**9  # seconds, and tokens
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ def seconds_of(item: dict, keys: Sequence[str], place: str) -> float | None:
             continue
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise BadRow(f'{place}: "{key}" must be seconds, a number, got {shorten(value)}')
-        if not 0 <= value < math.inf:
-            raise BadRow(f'{place}: "{key}" must be seconds, at least 0, got {value}')
+        if not 0 <= value <= MOST:
+            raise BadRow(f'{place}: "{key}" must be seconds, at least 0, got {shorten(value)}')
         return float(value)
     return None
 
@@ -109,7 +110,7 @@ def length_of(item: dict, place: str) -> int | None:
         key = "length"
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
         raise BadRow(f'{place}: "{key}" must be tokens, a whole number, got {shorten(value)}')
     return value
 

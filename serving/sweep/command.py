@@ -16,12 +16,12 @@ from typing import Any
 
 from chatglm.commands import Parser, run_command, whole
 from finetune.evaluation.inference import LoadingFlags, add_loading_flags, add_packing_flag
-from finetune.files import write_json
+from finetune.files import check_file_to_write, write_json
 from finetune.flag_effects import Effect, check_given
 from finetune.memory.shapes import shape_source
 from finetune.out_of_memory import explained, memory_there
 from finetune.placing import DEPLOYER_NAMES
-from predictor.pictures import new_figure
+from predictor.pictures import check_picture
 from serving.cost_model.devices import GIB, MAX_DEVICES
 from serving.cost_model.model import ModelSizes, read_profile
 from serving.simulate.experiment_common import print_markdown
@@ -120,15 +120,6 @@ def sweep_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_picture(path: Path | None) -> None:
-    """Raises ValueError for another ending, or where matplotlib is not installed."""
-    if path is None:
-        return
-    new_figure()
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--picture {path}: wanted .png, .svg or .pdf")
-
-
 def rows_on_paper(flags: SweepFlags) -> tuple[list[SweepRow], str]:
     """(rows, title)."""
     profile = read_profile(flags.profile or "datasheet")
@@ -175,7 +166,10 @@ def measured_rows(flags: SweepFlags) -> tuple[list[SweepRow], str]:
 
 def run_sweep(flags: SweepFlags) -> None:
     """Everything after the flags. Raises ValueError, OSError in one line."""
-    check_picture(flags.picture)
+    if flags.picture is not None:
+        check_picture(flags.picture)
+    if flags.json is not None:
+        check_file_to_write(flags.json, "--json")
     rows, title = measured_rows(flags) if flags.run else rows_on_paper(flags)
     title = f"{title}; {flags.prompt_tokens} + {flags.output_tokens} tokens a request"
     print_markdown(title, table_rows(rows))

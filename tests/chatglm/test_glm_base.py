@@ -1,15 +1,17 @@
 """GLM-10B: golden numbers of the original, its tokenizer on a stand-in, blanks and pieces."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from chatglm.configuration import GLMBaseConfig
 from chatglm.evidence import infer_family
 from chatglm.families import FAMILIES
-from chatglm.loading import load_model, load_tokenizer
+from chatglm.loading import check_vocabulary, load_model, load_tokenizer
 from tests.conftest import shared_file, tiny_model, write_tokenizer
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -211,3 +213,42 @@ def test_folders_show_the_family(tiny_folders, tmp_path):
     assert config["model_type"] == "glm_base" and infer_family(tmp_path) == "glm_base"
     with pytest.raises(ValueError, match="mode 'causal' does not fit"):
         load_model(golden, mode="causal")
+
+
+@pytest.fixture
+def folder(tiny_folders, tmp_path):
+    return shutil.copytree(tiny_folders["glm_base"], tmp_path / "m")
+
+
+def change(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | values), "utf-8")
+
+
+def test_a6_a_tied_copy_of_another_shape_is_named(folder):
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"lm_head.weight": torch.zeros(44, 8)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight has shape .44, 8., config.json asks for"):
+        load_model(folder)
+
+
+def test_values_of_wrong_kinds_are_one_line(folder):
+    change(folder / "tokenizer_config.json", model_max_length="x")
+    with pytest.raises(ValueError, match='model_max_length must be a number, got "x"'):
+        load_tokenizer(folder)
+    for changes in ({"pad_token_id": -3}, {"num_layers": "2"}):
+        values = json.loads((folder / "config.json").read_text("utf-8")) | changes
+        with pytest.raises(ValueError, match=next(iter(changes))) as error:
+            GLMBaseConfig.from_dict(values)
+        assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder):
+    """Before it trains: its ids would be other tokens, or none."""
+    tokenizer, first = load_tokenizer(folder), load_model(folder).config.pad_token_id
+    check_vocabulary(load_model(folder), tokenizer)
+    change(folder / "config.json", pad_token_id=first - 3)
+    with pytest.raises(ValueError, match="<.startofpiece.> is .*, by config.json it is"):
+        check_vocabulary(load_model(folder), tokenizer)
+    small = tiny_model("glm_base", vocab_size=tokenizer.vocab_size - 1, pad_token_id=5)
+    with pytest.raises(ValueError, match="they belong to different models"):
+        check_vocabulary(small, tokenizer)

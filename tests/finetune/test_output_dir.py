@@ -12,14 +12,15 @@ import pytest
 
 import train as command_line
 from chatglm import load_model
+from chatglm.saving import locked_folder
 from finetune.checkpoint import committed_checkpoints
-from finetune.files import LastingStream, LineFile, locked_folder
+from finetune.files import LastingStream, LineFile, check_file_to_write, written_folder
 from finetune.record import read_run
 from tests.finetune.runs import ROOT, child_env, fill_disk, metrics
 from tests.finetune.test_checkpoint import stop_after
 
 HOLDER = """\
-import sys; from pathlib import Path; from finetune.files import locked_folder
+import sys; from pathlib import Path; from chatglm.saving import locked_folder
 with locked_folder(Path(sys.argv[1]), 'x'): print('held', flush=True); sys.stdin.read()"""
 
 
@@ -86,6 +87,48 @@ def test_t1_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeyp
     with locked_folder(tmp_path / "out", "--output_dir"):
         assert (tmp_path / "out").is_dir()
     assert "cannot be locked (No locks available)" in capsys.readouterr().out
+
+
+def test_two_that_write_one_folder(holder, tmp_path):
+    """The second is refused, and leaves what the first has written alone."""
+    aside = tmp_path / ".set.tmp"
+    aside.mkdir()
+    (aside / "half").touch()
+    first = holder(tmp_path / ".set.writing")
+    said = f"the folder {tmp_path / 'set'} is in use by another run"
+    with pytest.raises(ValueError, match=said), written_folder(tmp_path / "set"):
+        pass
+    assert (aside / "half").exists()
+    first.kill()
+    first.wait()
+    with written_folder(tmp_path / "set") as folder:
+        assert not (folder / "half").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_link_stays_one_when_its_folder_is_written(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "link").symlink_to("set")
+    with written_folder(tmp_path / "link") as aside:
+        (aside / "new").touch()
+    assert (tmp_path / "set" / "new").exists() and (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "set"]
+
+
+def test_files_that_cannot_be_written_are_found_before_the_work(tmp_path):
+    check_file_to_write(tmp_path / "new" / "a.json", "--json")
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "a.json", Path("/proc/x/a.json")):
+        with pytest.raises(ValueError, match="--json /"):
+            check_file_to_write(path, "--json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_that_is_read_meanwhile_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as error, written_folder(tmp_path / "new" / "set"):
+        (tmp_path / "rows.jsonl").read_bytes()
+    assert error.value.filename == str(tmp_path / "rows.jsonl")
+    assert not list(tmp_path.iterdir())
 
 
 # ---- full disks

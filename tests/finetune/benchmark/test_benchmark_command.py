@@ -94,6 +94,22 @@ def test_what_is_scored_again(words, tmp_path, capsys):
     assert "not a result of finetune.benchmark; remove it" in capsys.readouterr().err
 
 
+def test_weights_that_give_no_numbers(words, monkeypatch, tmp_path, capsys):
+    """No accuracy of a guess: an error, and nothing is written."""
+    load = command.load_ready
+
+    def damaged(*args, **options):
+        model = load(*args, **options)
+        next(model.parameters()).data.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(command, "load_ready", damaged)
+    out = tmp_path / "out"
+    assert command.main([*words, "--tasks", "clue_afqmc", "--output", str(out)]) == 1
+    assert "row 1: the model's log-likelihoods are no numbers" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.fixture(scope="module")
 def exams(tmp_path_factory):
     """Task files as the harness has C-Eval's, and rows as its authors pack them."""
@@ -147,6 +163,10 @@ def test_a_submission(words, exams, tmp_path, capsys):
         (["--include_path", "/nowhere"], "--include_path: no such folder: /nowhere"),
         (["--submission", "x", "--output", "y"], "--submission takes one number of --shots"),
         (["--model", "/nowhere"], "/nowhere"),
+        (["--tasks", " , "], "--tasks: wanted names of tasks or groups"),
+        (["--shots", "²"], "wanted numbers such as 0,1,5; got '²'"),
+        (["--output", "/proc/x"], "--output /proc/x cannot be written: No such file"),
+        (["--output", __file__], f"--output {__file__} cannot be written: File exists"),
     ],
 )
 def test_refusals_in_one_line(words, tmp_path, capsys, more, message):

@@ -7,9 +7,16 @@ import yaml
 
 from finetune.benchmark.clue import answers
 from finetune.benchmark.data import read_docs
+from finetune.benchmark.encoding import Continuation
 from finetune.benchmark.questions import TaskTexts, build_questions, choose_shots
-from finetune.benchmark.results import RESULT_FUNCTIONS, choice_metrics
-from finetune.benchmark.tasks import CLUE, RESULTS, TaskIndex, read_task
+from finetune.benchmark.results import (
+    RESULT_FUNCTIONS,
+    TaskResult,
+    check_references,
+    choice_metrics,
+    group_lines,
+)
+from finetune.benchmark.tasks import CLUE, RESULTS, TaskGroup, TaskIndex, read_task
 from tests.finetune.benchmark.miniature import exam_rows, prepared, write_lines, write_table
 
 INDEX = TaskIndex.of_folders([CLUE])
@@ -110,6 +117,20 @@ def test_words_of_some_tasks(folder):
         ({"fewshot_config": {"sampler": "last_n"}}, "wanted sampler default or first_n"),
         ({"dataset_kwargs": {"revision": "x"}}, "dataset_kwargs: wanted data_files"),
         ({"validation_split": None}, "wanted test_split or validation_split"),
+        ({"doc_to_target": True}, "doc_to_target: got true"),
+        ({"doc_to_choice": [1, 2]}, "doc_to_choice: wanted a list of texts, got"),
+        ({"doc_to_choice": ["a", ""]}, "doc_to_choice: wanted a list of texts, got"),
+        ({"task": "../exam"}, "task: wanted a name that a file can have, got"),
+        ({"process_results": "x"}, "process_results of multiple_choice"),
+        ({"metric_list": 3}, "metric_list: got 3"),
+        ({"metric_list": [{"metric": "acc", "aggregation": "f1"}]}, "wanted the aggregation mean"),
+        ({"include": ["exam.yaml"]}, "exam.yaml: includes itself"),
+        ({"include": 3}, "include: wanted a list of names, got 3"),
+        ({"output_type": "generate_until", "generation_kwargs": {"until": 5}}, "until: wanted"),
+        (
+            {"output_type": "generate_until", "generation_kwargs": {"max_gen_toks": -1}},
+            "max_gen_toks: wanted a whole number above 0, got -1",
+        ),
     ],
 )
 def test_what_is_not_read_is_refused(tmp_path, changes, words):
@@ -128,6 +149,80 @@ def test_functions_of_other_files_are_not_run(tmp_path):
     file.write_text("task: !!python/object/apply:os.system [true]\n")
     with pytest.raises(ValueError, match="not valid YAML"):
         read_task(file)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a: &a [x]\nb: [*a, *a]", "not valid YAML: the alias"),
+        ("x: 2020-99-99", "not valid YAML: month must be"),
+        ("[" * 3000, "not valid YAML: maximum recursion"),
+        ("task: a\ntag: 3", "tag: wanted a list of names, got 3"),
+        ("group: g\ntask: [g]", "the group g is a member of itself"),
+        ("group: g\ntask: []\naggregate_metric_list: [{}]", "wanted a list of metrics"),
+    ],
+)
+def test_files_that_are_none(text, words, tmp_path):
+    (tmp_path / "x.yaml").write_text(text)
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(ValueError, match=words) as error:
+        TaskIndex.of_folders([tmp_path]).expand(["g"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, row",
+    [
+        ({"doc_to_text": "{{1/0}}"}, {}),
+        ({"doc_to_text": "{% macro f() %}{{f()}}{% endmacro %}{{f()}}"}, {}),
+        ({"doc_to_choice": "{{c}}"}, {"c": "-" * 100_000 + "1"}),
+        ({"doc_to_choice": "c"}, {"c": []}),
+        *(({"doc_to_target": "label"}, {"label": label}) for label in (None, 1.5, {}, [[0]], -1)),
+        *(({"doc_to_target": "{{label}}"}, {"label": label}) for label in ("²", "9" * 5000)),
+    ],
+)
+def test_rows_that_do_not_fit_are_one_line(changes, row, tmp_path):
+    """As a question, and as an example before another."""
+    task = read_task(write_task(tmp_path / "t", **changes))
+    good = {"question": "q", "A": "a", "answer": "A", "label": 0, "c": ["a"]}
+    for docs, pool, shots in (([good | row], [], 0), ([good], [good | row], 1)):
+        if shots and not isinstance(row.get("label", ""), (int, float)):
+            continue  # the good row does not fit either, or a text may be an example's answer
+        with pytest.raises(ValueError, match="exam.yaml: ") as error:
+            build_questions(task, docs, pool, shots)
+        assert len(str(error.value)) < 500 and "\n" not in str(error.value)
+
+
+def test_a_column_may_have_any_name(tmp_path):
+    task = read_task(write_task(tmp_path / "t"))
+    doc = {"question": "q", "A": "a", "answer": "B", "self": "x"}
+    assert build_questions(task, [doc], [], 0)[0].gold == (1,)
+
+
+@pytest.mark.parametrize("answers", [None, [], "abc", [1], 5])
+def test_rows_without_references(answers):
+    """Found before a model is asked."""
+    task = INDEX.load("clue_cmrc")
+    check_references(task, [{"answers": ["a"]}])
+    with pytest.raises(ValueError, match="clue_cmrc: extraction_scores wants a list of texts"):
+        check_references(task, [{"answers": ["a"]}, {"answers": answers}])
+
+
+def test_a_group_of_tasks_with_other_metrics():
+    """As the harness: the mean over those that have the metric."""
+    group = TaskGroup("g", ("a", "b"), ("acc", "acc_norm"))
+    results = []
+    for name, rows, metrics in (("a", 4, {"acc": 1.0}), ("b", 4, {"acc": 0.0, "acc_norm": 0.5})):
+        results.append(TaskResult(name, 0, rows, metrics, metrics, None, 1.0))
+    lines = group_lines([group], lambda group: group.members, results)
+    assert lines == [["g", "0", "8", "acc", "0.5000"], ["g", "0", "4", "acc_norm", "0.5000"]]
+
+
+def test_an_answer_needs_a_token_before_it():
+    pair = Continuation([1, 2, 3, 4, 5], 2)
+    assert pair.cut(3, 0, 0) == Continuation([2, 3, 4, 5], 1)
+    with pytest.raises(ValueError, match="--max_length 2: an answer alone needs 3 tokens"):
+        pair.cut(2, 0, 0)
 
 
 def test_includes_tags_and_groups(tmp_path):
@@ -184,6 +279,9 @@ def test_mmlus_own_tables(tmp_path):
     assert doc == {"question": "why", "choices": ["1", "2", "3", "4"], "answer": 2}
     [question] = build_questions(task, [doc], [], 0)
     assert question.contexts[0].endswith("why 4") and question.gold == (2,)
+    file.write_text('why,1,2,3,4,C\n"why,1\n')
+    with pytest.raises(ValueError, match="pumps_val.csv:2: not valid CSV"):
+        read_docs(task, "val", tmp_path)
     file.write_text("why,1,2,3,4,E\n")
     with pytest.raises(ValueError, match="pumps_val.csv:1: wanted question, four choices and"):
         read_docs(task, "val", tmp_path)

@@ -67,6 +67,9 @@ def test_all_faults_leave_nothing(sheet):
     [
         (lambda text: text.replace("harmful", "bad"), "sheet.csv:1: no column 'harmful'"),
         (lambda text: text.splitlines()[0], "no rows"),
+        (lambda text: "", "sheet.csv:1: no column 'document'"),
+        (lambda text: text + "3,half\r\n", "sheet.csv:18: wanted 9 cells, as the header has"),
+        (lambda text: text + '3,"half', "not valid CSV: unexpected end of data"),
         (lambda text: text.replace(",,,,,", ",maybe,,,,", 1), "read: wanted 1, or 0 or nothing"),
     ],
 )
@@ -92,6 +95,27 @@ def test_a_sheet_is_not_overwritten_and_rows_are_checked(sheet, tmp_path, capsys
     for wrong in (words[:2], ["--marked", str(sheet), "--documents", "2"]):
         with pytest.raises(SystemExit):
             main(wrong)
+
+
+def test_blank_rows_and_long_documents(sheet):
+    """A spreadsheet leaves blank rows; a document may be longer than csv's limit of a cell."""
+    with sheet.open("a", encoding="utf-8", newline="") as file:
+        file.write(f'3,"{"文" * 140_000}",a,1,,,,,\r\n,,,,,,,,\r\n')
+    limit = csv.field_size_limit(131_072)
+    assert list(read_marks(sheet)) == ["1", "2", "3"]
+    csv.field_size_limit(limit)
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [("{bad", "answers.jsonl:1: not valid JSON"), ('{"prompt": "\\ud800", "answer": "a"}', "half")],
+)
+def test_predictions_that_are_none(row, said, tmp_path, capsys):
+    (tmp_path / "answers.jsonl").write_text(row)
+    words = ["--predictions", str(tmp_path / "answers.jsonl"), "--sheet", str(tmp_path / "s.csv")]
+    assert main(words) == 1 and not (tmp_path / "s.csv").exists()
+    error = capsys.readouterr().err
+    assert error.startswith("finetune.marks: error: --predictions ") and said in error
 
 
 def test_some_documents(tmp_path, sheet):

@@ -1,11 +1,13 @@
 """The parts of the memory formula, each against a value worked by hand, and docs/results.md's."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from finetune.memory import activations, formula, layers
 from finetune.memory.cards import GIB
+from finetune.memory.command import main
 from finetune.memory.layers import Layer
 from finetune.memory.published import a40_rows
 from finetune.memory.run import Run, Zero
@@ -355,3 +357,29 @@ def test_a_pipeline_needs_what_its_largest_stage_does():
         replace(STAGED, gpus=6)
     with pytest.raises(ValueError, match="--num_stages 4: this model has 2 layers"):
         formula.estimate(replace(STAGED, shape=GLM2))
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--gpus", "9" * 400], "gpus must be at most 1000000000000, got 9"),
+        (["--max_len", "9" * 400], "--max_len must be at most 1000000000000; got 9"),
+        (["--suggest", "--num_stages", "2"], "--num_stages needs --model, without --suggest"),
+    ],
+)
+def test_numbers_that_are_none(words, said, capsys):
+    try:
+        code = main(["--model", "chatglm2-6b", *words])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, value", [("num_layers", 10**12), ("hidden_size", 2**25)])
+def test_a9_sizes_that_no_model_has_are_refused_on_paper(name, value, tmp_path, capsys):
+    """At once: a billion layers would be listed first."""
+    sizes = {"model_type": "pangu", "hidden_size": 64, "num_heads": 4, "vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"num_layers": 2, name: value}))
+    assert main(["--model", str(tmp_path)]) == 1
+    assert f"must be at most {1000 if name == 'num_layers' else 2**24}" in capsys.readouterr().err

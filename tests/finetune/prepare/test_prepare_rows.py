@@ -3,6 +3,10 @@
 import gzip
 import json
 import random
+import threading
+from datetime import date
+from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -150,7 +154,48 @@ def test_what_does_not_fit_is_one_line(words, said, tmp_path, monkeypatch, capsy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "h.jsonl"]
 
 
+def test_columns_that_json_does_not_have(tmp_path, capsys):
+    """A Parquet file's times are text, its NaN is absent; a row with bytes is bad."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    row = {"prompt": "问", "response": "答", "day": date(2026, 11, 3), "price": Decimal("1.5")}
+    rows = [row | {"x": float("nan")}, row | {"prompt": "q", "image": b"x"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows[:1]), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows[1:]), tmp_path / "b.parquet")
+    out = tmp_path / "new" / "o.jsonl"
+    words = ["rows", "--input", str(tmp_path / "*.parquet"), "--output", str(out)]
+    assert main(words) == 1 and not out.parent.exists()
+    assert "b.parquet[0]: the row cannot be written as JSON" in capsys.readouterr().err
+    assert main([*words, "--on_bad_row", "skip"]) == 0
+    assert read(out) == [row | {"day": "2026-11-03", "price": "1.5"}]
+
+
+def test_a_row_that_the_layout_does_not_hold_is_a_bad_one(tmp_path, capsys):
+    good = {"prompt": "问", "response": "答"}
+    file = write(tmp_path / "a.jsonl", good, good | {"history": [["q", "a"]]})
+    out = tmp_path / "o.jsonl"
+    words = ["rows", "--input", str(file), "--output", str(out), "--to", "belle"]
+    assert main([*words, "--on_bad_row", "skip"]) == 0 and len(read(out)) == 1
+    assert "2 rows read, 1 bad ones skipped, 1 written" in capsys.readouterr().out
+
+
+def test_a_folder_is_no_file_to_write(tmp_path, capsys):
+    file = write(tmp_path / "a.jsonl", {"prompt": "问", "response": "答"})
+    (tmp_path / "o.jsonl").mkdir()
+    assert main(["rows", "--input", str(file), "--output", str(tmp_path / "o.jsonl")]) == 1
+    assert capsys.readouterr().err.endswith(f"{tmp_path / 'o.jsonl'}: Is a directory\n")
+
+
 # ---- corpora
+
+
+@pytest.mark.parametrize("likes", ["NaN", "1e999", "1" + "0" * 400, '"nan"'])
+def test_numbers_that_are_none(likes, tmp_path, capsys):
+    file = tmp_path / "w.jsonl"
+    file.write_text(f'{{"article": "a", "abstract": "b", "comments": [["x", {likes}]]}}\n')
+    words = ["--input", str(file), "--output", str(tmp_path / "o.jsonl")]
+    assert main(["corpus", "weibo", *words]) == 1
+    assert 'w.jsonl:1: "likes" must be a number, got ' in capsys.readouterr().err
 
 
 def corpus(name: str, path: Path, out: Path, *more: str) -> list[dict]:
@@ -299,6 +344,36 @@ def test_fetch(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "--base_url" in error and error.count("\n") == 1
     assert not list((tmp_path / "x").rglob("*.json"))
+
+
+class BrokenOff(BaseHTTPRequestHandler):
+    """Says that 99 bytes come, and closes the connection after a whole row."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "99")
+        self.end_headers()
+        self.wfile.write(b'{"instruction": "a", "output": "b"}\n')
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+def test_a_download_that_breaks_off(tmp_path, capsys, monkeypatch):
+    server = HTTPServer(("127.0.0.1", 0), BrokenOff)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    words = ["fetch", "uellm", "--output", str(tmp_path / "x"), "--base_url"]
+    assert main([*words, url]) == 1
+    assert "the connection ended after 36 of 99 bytes" in capsys.readouterr().err
+    server.server_close()
+    assert main([*words, "http://a b"]) == 1
+    assert "http://a b/HYIUYOU/" in capsys.readouterr().err
+    (tmp_path / "long").write_bytes(b"x" * 200_000)
+    monkeypatch.setattr(fetching, "SIZE_LIMIT", 100_000)
+    with pytest.raises(OSError, match="more than 100,000 bytes"):
+        fetching.download_bytes((tmp_path / "long").as_uri())
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="public data in ../shared")

@@ -15,6 +15,8 @@ from chatglm import load_model
 from finetune.rows.sources import RowReader
 from serving.batch.command import main
 from serving.batch.inputs import RowDefaults, batch_row, read_batch
+from serving.batch.results import KeptReplies, output_text
+from serving.endpoints.replies import AnswerRefused
 from tests.finetune.runs import ROOT, child_env
 from tests.predictor import synthetic
 from tests.serving.chat_models import Greedy, endless_copy, said
@@ -362,3 +364,40 @@ def test_errors_are_one_line(tiny_folders, tmp_path, capsys, words, message):
     assert code in (1, 2) and not out
     [line] = [line for line in err.splitlines() if "error: " in line]
     assert message in line
+
+
+def test_a_row_that_json_does_not_hold_is_refused_alone(tmp_path):
+    """A Parquet file's bytes, a cell of brackets: the other rows stay as they are."""
+    reader, defaults = RowReader(), RowDefaults({"temperature": 0.0})
+    rows = [
+        {"messages": [{"role": "user", "content": b"x"}]},
+        {"prompt": "a", "seed": "[" * 100_000},
+        {"prompt": "a", "seed": "7"},
+    ]
+    found = []
+    for item in rows:
+        found.append(defaults.applied(batch_row(item, "f.csv:2", reader), 0))
+    assert "no JSON: " in found[0].refusal and "seed: wanted a number" in found[1].refusal
+    assert found[2].body["seed"] == 7
+
+
+def test_half_a_surrogate_pair_costs_no_other_row(tmp_path):
+    """It is refused by the model, and written as JSON's escape, in a table as a question mark."""
+    row = batch_row({"messages": [{"role": "user", "content": "a\ud800"}]}, "f:1", RowReader())
+    outcome = {0: AnswerRefused("no")}
+    [line] = output_text([row], outcome, ".jsonl").splitlines()
+    assert json.loads(line)["prompt"] == "a\ud800" and line.encode()
+    assert "a?" in output_text([row], outcome, ".csv")
+
+
+@pytest.mark.parametrize(
+    "line", ["{bad", "null", "[0]", '["a", "b", {}, 0]', '[-1, "DIGEST", {}, 0]', "[" * 100_000]
+)
+def test_damaged_lines_of_what_is_kept_are_asked_again(line, tmp_path):
+    row = batch_row({"prompt": "a"}, "f:1", RowReader())
+    kept = KeptReplies(tmp_path / "o.jsonl", {"model": 1})
+    kept.keep([0, row.digest(), {"choices": []}, 0.5])
+    kept.file.write(line.replace("DIGEST", row.digest()) + "\n")
+    kept.file.flush()
+    again = KeptReplies(tmp_path / "o.jsonl", {"model": 1})
+    assert again.found([row]) == {0: ({"choices": []}, 0.5)}

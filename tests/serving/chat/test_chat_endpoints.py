@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -13,7 +14,7 @@ from serving.chat.conversation import Conversation, checked_messages, parse_sett
 from serving.chat.screen import CONTROLS, Screen
 from serving.chat.session import ChatSession, summary_line
 from serving.endpoints.remote import RemoteServer, api_base, joined_pairs
-from serving.endpoints.replies import AnswerRefused, ChatReply, EndpointDown
+from serving.endpoints.replies import AnswerRefused, ChatReply, EndpointDown, NumberedRequest
 from serving.tools.samples import sample_registry
 from tests.predictor import synthetic
 from tests.serving.chat_models import Greedy, endless_copy, opened, said
@@ -339,6 +340,27 @@ def test_streams_that_break_off(other):
         list(other.ask({"messages": said("a")}))
     OtherServer.lines = ["data: {"]
     with pytest.raises(AnswerRefused, match="no JSON"):
+        list(other.ask({"messages": said("a")}))
+
+
+def test_what_cannot_be_sent_is_refused_alone(other):
+    """No answer is waited for, and a batch goes on."""
+    OtherServer.lines = [json.dumps({"choices": [{"message": {"content": "好"}}], "usage": []})]
+    OtherServer.kind = "application/json"
+    rows = [said("a\ud800"), said("a")]
+    for wrong in ({"messages": rows[0]}, {"messages": rows[1], "temperature": math.nan}):
+        with pytest.raises(AnswerRefused, match="the request cannot be sent: "):
+            other.ask(wrong)
+    requests = [NumberedRequest(number, {"messages": row}) for number, row in enumerate(rows)]
+    found = dict(other.replies(requests))
+    assert isinstance(found[0], AnswerRefused) and found[1].text == "好"
+    assert found[1].output_tokens is None
+
+
+def test_chunks_of_other_kinds_end_the_answer(other):
+    OtherServer.kind = "text/event-stream"
+    OtherServer.lines = ["data: " + json.dumps({"choices": [{"delta": {"tool_calls": 5}}]})]
+    with pytest.raises(EndpointDown, match="not iterable"):
         list(other.ask({"messages": said("a")}))
 
 

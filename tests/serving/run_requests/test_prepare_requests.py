@@ -1,6 +1,7 @@
 """scripts/prepare_requests.py: objectives and measured lengths in a user's list."""
 
 import json
+import math
 
 import pytest
 
@@ -45,6 +46,13 @@ def test_objectives_by_place(tmp_path):
     assert other != rows and other[3] == rows[3]
     fixed = prepared(path, tmp_path / "fixed.json", "--slo_s", 2.5, "--overwrite")
     assert {row["SLO"] for row in fixed} == {2.5}
+
+
+def test_empty_cells_have_no_objective(tmp_path):
+    """NaN, as tables have it, is no SLO; half a surrogate pair costs no other row."""
+    given = [{"prompt": "a", "SLO": math.nan}, {"prompt": "b\ud800"}]
+    rows = prepared(write_rows(tmp_path, given), tmp_path / "o.jsonl", "--slo_s", 2.5)
+    assert rows == [{"prompt": "a", "SLO": 2.5}, {"prompt": "b\ud800", "SLO": 2.5}]
 
 
 def test_lengths_of_what_was_measured(tmp_path):

@@ -93,6 +93,8 @@ def test_rows_of_uellm_and_of_our_own(tmp_path):
         ({"instruction": "a", "SLO": 0}, '"SLO" must be seconds above 0'),
         ({"instruction": "a", "SLO": -1}, '"SLO" must be seconds, at least 0, got -1'),
         ({"instruction": "a", "arrival": True}, '"arrival" must be seconds'),
+        ({"instruction": "a", "SLO": 10**400}, '"SLO" must be seconds, at least 0, got 1000'),
+        ({"instruction": "a", "length": 10**20}, '"length" must be tokens, a whole number'),
         ({"instruction": "a", "length": "long"}, '"length" must be tokens'),
         ({"instruction": "a", "output": 0}, '"output" must be tokens, a whole number, got 0'),
         ("a", "wanted an object"),
