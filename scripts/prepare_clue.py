@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from chatglm.commands import run_command  # noqa: E402
+from chatglm.commands import Parser, run_command  # noqa: E402
 from finetune.benchmark.questions import Doc, TaskTexts  # noqa: E402
 from finetune.benchmark.tasks import CLUE, read_task  # noqa: E402
 from finetune.config import parse_positive  # noqa: E402
@@ -64,12 +64,24 @@ def among_four(names: list[str], label: int, sentence: str) -> Row:
     return {"four": four, "four_label": four.index(names[label])}
 
 
+def label_below(count: int, value: Any) -> int:
+    """A label as a number, or as its digits; raises ValueError for one that is not below `count`."""
+    label = int(value)
+    if isinstance(value, float) or not 0 <= label < count:
+        raise ValueError(f"wanted a label from 0 to {count - 1}, got {value!r:.40}")
+    return label
+
+
+def texts_of(value: Any) -> list[str]:
+    """The value; raises ValueError where it is no list of texts."""
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"wanted a list of texts, got {value!r:.40}")
+    return value
+
+
 def pair_row(row: Row, file: Path) -> Iterator[Row]:
-    yield {
-        "sentence1": row["sentence1"],
-        "sentence2": row["sentence2"],
-        "label": int(row["label"]),
-    }
+    label = label_below(2, row["label"])
+    yield {"sentence1": row["sentence1"], "sentence2": row["sentence2"], "label": label}
 
 
 def ocnli_row(row: Row, file: Path) -> Iterator[Row]:
@@ -80,8 +92,8 @@ def ocnli_row(row: Row, file: Path) -> Iterator[Row]:
 
 
 def csl_row(row: Row, file: Path) -> Iterator[Row]:
-    keywords = "+".join(row["keyword"])
-    yield {"abst": row["abst"], "keywords": keywords, "label": int(row["label"])}
+    keywords = "+".join(texts_of(row["keyword"]))
+    yield {"abst": row["abst"], "keywords": keywords, "label": label_below(2, row["label"])}
 
 
 def wsc_row(row: Row, file: Path) -> Iterator[Row]:
@@ -91,7 +103,7 @@ def wsc_row(row: Row, file: Path) -> Iterator[Row]:
     if text[start : start + len(pronoun)] != pronoun:
         raise ValueError(f"no {pronoun!r} at {start} in {text!r:.60}")
     marked = f"{text[:start]}[{pronoun}]{text[start + len(pronoun) :]}"
-    label = int(str(row["label"]).lower() == "true")
+    label = {"false": 0, "0": 0, "true": 1, "1": 1}[str(row["label"]).lower()]
     yield {"marked": marked, "pronoun": pronoun, "noun": target["span1_text"], "label": label}
 
 
@@ -102,7 +114,8 @@ def tnews_row(row: Row, file: Path) -> Iterator[Row]:
 
 
 def iflytek_row(row: Row, file: Path) -> Iterator[Row]:
-    names, label = labels_of("iflytek"), int(row["label"])
+    names = labels_of("iflytek")
+    label = label_below(len(names), row["label"])
     if names[label] != row["label_des"]:
         raise ValueError(f"label {label} is {names[label]}, not {row['label_des']}")
     sentence = row["sentence"]
@@ -126,7 +139,7 @@ def c3_row(row: Any, file: Path) -> Iterator[Row]:
         context, questions = row["context"], [row]
     for question in questions:
         yield {
-            "context": "\n".join(context),
+            "context": "\n".join(texts_of(context)),
             "question": question["question"],
             "choices": question["choice"],
             "label": question["choice"].index(question["answer"]),
@@ -136,7 +149,7 @@ def c3_row(row: Any, file: Path) -> Iterator[Row]:
 def cmrc_row(row: Row, file: Path) -> Iterator[Row]:
     """A question; of CLUE's own file all of it, in SQuAD's form."""
     if "data" not in row and "paragraphs" not in row:
-        answers = list(dict.fromkeys(row["answers"]))
+        answers = list(dict.fromkeys(texts_of(row["answers"])))
         yield {"context": row["context"], "question": row["question"], "answers": answers}
         return
     for article in row.get("data", [row]):
@@ -158,7 +171,7 @@ def chid_row(row: Row, file: Path) -> Iterator[Row]:
     candidates = row["candidates"]
     if isinstance(row["content"], str):
         before, after = row["content"].split(f"{BLANK}#")
-        label = int(row["answer"])
+        label = label_below(len(candidates), row["answer"])
         yield {"before": before, "after": after, "candidates": candidates, "label": label}
         return
     answers = chid_answers(file)
@@ -171,10 +184,11 @@ def chid_row(row: Row, file: Path) -> Iterator[Row]:
                     idiom = candidates[answers[f"{BLANK}{other}#"]]
                     filled = filled.replace(f"{BLANK}{other}#", idiom)
             before, after = filled.split(f"{BLANK}{tag}#")
-            label = answers[f"{BLANK}{tag}#"]
+            label = label_below(len(candidates), answers[f"{BLANK}{tag}#"])
             yield {"before": before, "after": after, "candidates": candidates, "label": label}
 
 
+@cache
 def chid_answers(file: Path) -> dict[str, int]:
     """{blank: number of its idiom} of the file beside a file of texts: dev_answer.json."""
     path = file.with_name(f"{file.stem}_answer.json")
@@ -289,8 +303,10 @@ def prepare(source: Path, output: Path, shots: int, training_file: Path | None =
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="prepare_clue",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--input", required=True, help="folder of downloaded tasks")
     parser.add_argument("--output", required=True, help="folder that is written")

@@ -76,6 +76,14 @@ def test_training_rows(tmp_path):
     assert by_task["chid"]["output"] == "画蛇添足，终于修好了水泵。"
 
 
+def test_a_label_may_be_a_word_or_a_number(tmp_path):
+    rows = [sampled_rows(i)["cluewsc"] | {"label": i % 2} for i in range(6)]
+    write_lines(tmp_path / "cluewsc.jsonl", rows)
+    prepare_clue.prepare(tmp_path, tmp_path / "out", 2)
+    labels = [row["label"] for row in rows_of(tmp_path / "out" / "wsc" / "test.jsonl")]
+    assert labels == [0, 1, 0, 1]
+
+
 def test_a_bad_row_leaves_nothing_behind(tmp_path):
     """The other tasks are not written either."""
     source = write_sampled(tmp_path / "in")
@@ -129,6 +137,11 @@ def test_folders_as_clue_packs_them(tmp_path):
         ("iflytek", {"label_des": "保险"}, "label 99 is 银行, not 保险"),
         ("eprstmt", {"label": "Neutral"}, "eprstmt.jsonl:1: not a row of this task"),
         ("cluewsc", {"text": "太短"}, "no '它' at 7"),
+        ("cluewsc", {"label": "maybe"}, "not a row of this task: KeyError"),
+        ("afqmc", {"label": 2}, "wanted a label from 0 to 1, got 2"),
+        ("csl", {"keyword": "水泵"}, "wanted a list of texts, got '水泵'"),
+        ("chid", {"answer": -1}, "wanted a label from 0 to 2, got -1"),
+        ("iflytek", {"label": -1}, "wanted a label from 0 to 118, got -1"),
     ],
 )
 def test_a_row_that_is_another_tasks_is_named(tmp_path, name, change, words):
