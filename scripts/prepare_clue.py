@@ -65,7 +65,7 @@ def among_four(names: list[str], label: int, sentence: str) -> Row:
 
 
 def label_below(count: int, value: Any) -> int:
-    """A label as a number, or as its digits; raises ValueError for one that is not below `count`."""
+    """A label as a number, or as its digits; raises ValueError where it is not below `count`."""
     label = int(value)
     if isinstance(value, float) or not 0 <= label < count:
         raise ValueError(f"wanted a label from 0 to {count - 1}, got {value!r:.40}")
