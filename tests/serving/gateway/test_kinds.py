@@ -70,7 +70,7 @@ def test_every_kind_says_the_length(kind):
 def test_what_is_added_to_the_body():
     assert KINDS["vllm"].added(SHORT, UNTOLD).fields == {"priority": 20 - 256}
     assert KINDS["vllm"].added(SOON, UNTOLD).fields == {"priority": 4000}
-    lengths = {"predicted_tokens": 20, "predicted_q90_tokens": 50}
+    lengths = {"predicted_tokens": 20}
     assert KINDS["vllm-length"].added(SHORT, UNTOLD).fields == {"vllm_xargs": lengths}
     assert not KINDS["vllm-length"].added(Hints(1.0, True, 0.0), UNTOLD).fields
     hints = KINDS["dynamo"].added(SHORT, UNTOLD).fields["nvext"]["agent_hints"]
