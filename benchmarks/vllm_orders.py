@@ -194,8 +194,8 @@ def is_order(name: str) -> bool:
 def run_cells(flags: argparse.Namespace) -> list[dict[str, Any]]:
     """Run what is missing; the rows of all that are asked for."""
     cells = cell_list(flags)
-    kept = KeptCells(flags.cells, {name: str(getattr(flags, name)) for name in KEPT})
     rows = lengths_of(flags)
+    kept = KeptCells(flags.cells, {name: str(getattr(flags, name)) for name in KEPT})
     python = flags.python or environment_python("vllm")
     missing = kept.missing(cells)
     runs = [run_of(cell, rows, flags) for cell in missing]

@@ -629,7 +629,7 @@ def test_vllm_orders(tmp_path):
     for seed in range(2):
         times = {row["order"]: row["mean_s"] for row in found if row["seed"] == seed}
         assert times["vllm"] == times["fcfs"] == times["LengthScheduler@1000"]
-        assert times["sjf+true"] < times["LengthScheduler+true"] < times["vllm"]
+        assert max(times["sjf+true"], times["LengthScheduler+true"]) < times["vllm"]
     assert "2 at once, 2.0 of capacity" in done.stdout and "| `sjf+true` |" in done.stdout
     words[words.index("--grain") + 1] = 2
     done = run_any("benchmarks/vllm_scheduler.py", *words)
