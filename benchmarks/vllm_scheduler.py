@@ -11,6 +11,9 @@ they are; the second has `vllm` with one trait of `fcfs` at a time, to show what
 
 vLLM runs in an environment of its own (benchmarks/client_env.py vllm: 3.4 GB, made once); with
 --traces FILE.json.gz only once: what it did is kept there and read again.
+
+With --orders (benchmarks/vllm_orders.py; --orders --help) latencies under vLLM's scheduler are
+compared instead: its own order, the gateway's priorities and LengthScheduler.
 """
 
 import argparse
@@ -30,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from benchmarks import vllm_orders
 from benchmarks.client_env import environment_python
 from chatglm.commands import run_command
 from serving.policies.published import Fcfs
@@ -332,6 +336,9 @@ def run(flags: SchedulerFlags) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    if "--orders" in words:
+        return vllm_orders.main(words)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -340,7 +347,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--python", help="of an environment with vLLM [made where it is missing]")
     parser.add_argument("--traces", type=Path, help=".json.gz, read where it exists, else written")
-    flags = SchedulerFlags(**vars(parser.parse_args(argv)))
+    flags = SchedulerFlags(**vars(parser.parse_args(words)))
     return run_command("vllm_scheduler", lambda: run(flags))
 
 

@@ -76,6 +76,8 @@ ELSEWHERE = {  # file -> the test that runs it
     "benchmarks/vllm_trace.py": (
         "tests/serving/simulate/test_vllm.py::test_decisions_of_vllm_itself"
     ),
+    "benchmarks/vllm_orders.py": "tests/test_miniatures.py::test_vllm_orders",
+    "benchmarks/vllm_clock.py": "tests/test_miniatures.py::test_vllm_orders",
     "examples/curl.sh": "tests/test_examples.py::test_curl",
     "examples/langchain_client.py": "tests/test_examples.py::test_langchain_client",
     "examples/openai_client.py": "tests/test_examples.py::test_openai_client",
@@ -607,6 +609,30 @@ def test_vllm_priorities(tmp_path):
         assert 0 < cell["short_s"] <= cell["p99_s"] and cell["tokens"] >= 4, cell
         assert cell["tokens_per_cpu_s"] > 0 and f"| {cell['system']} | 1 |" in done.stdout
     done = run_any("benchmarks/vllm_priorities.py", *words[:-1], "--cap", 9)
+    assert done.returncode == 1 and "made with other settings" in done.stderr
+
+
+@pytest.mark.slow
+def test_vllm_orders(tmp_path):
+    """Where vLLM's environment was made: orders that are by arrival are vLLM's own; sjf is not."""
+    made_python()
+    rows = [{"prompt": f"hello world {n}", "output_tokens": 1 + n * n} for n in range(8)]
+    lengths, cells = tmp_path / "rows.jsonl", tmp_path / "cells.jsonl"
+    lengths.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    predictor = train_lexical(tmp_path)
+    words = ["--orders", "--lengths", lengths, "--predictor", predictor, "--cells", cells]
+    words += ["--seeds", 2, "--requests", 20, "--max_batch", 2, "--loads", 2, "--grain", 1]
+    by_arrival = ("vllm", "fcfs", "LengthScheduler@1000")
+    words += ["--order", ",".join((*by_arrival, "sjf+true", "LengthScheduler+true"))]
+    done = run("benchmarks/vllm_scheduler.py", *words, timeout=1200)
+    _, *found = map(json.loads, cells.read_text().splitlines())
+    for seed in range(2):
+        times = {row["order"]: row["mean_s"] for row in found if row["seed"] == seed}
+        assert times["vllm"] == times["fcfs"] == times["LengthScheduler@1000"]
+        assert max(times["sjf+true"], times["LengthScheduler+true"]) < times["vllm"]
+    assert "2 at once, 2.0 of capacity" in done.stdout and "| `sjf+true` |" in done.stdout
+    words[words.index("--grain") + 1] = 2
+    done = run_any("benchmarks/vllm_scheduler.py", *words)
     assert done.returncode == 1 and "made with other settings" in done.stderr
 
 

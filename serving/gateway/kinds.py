@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 LENGTH_HEADER = "x-glm-predicted-tokens"  # the expected answer, for whatever reads it
 Q90_HEADER = "x-glm-predicted-q90-tokens"
-PREDICTED_TOKENS, PREDICTED_Q90 = "predicted_tokens", "predicted_q90_tokens"  # in vllm_xargs
+PREDICTED_TOKENS = "predicted_tokens"  # in vllm_xargs
 NEUTRAL_TOKENS = 256.0  # an answer of so many gets priority 0, as requests without one have
 CENTISECONDS = 100
 PREEMPT_S = 10.0  # SGLang: a waiting request that is so much more urgent displaces one that runs
@@ -184,8 +184,7 @@ class VllmLengthKind(VllmKind):
         headers = length_headers(hints)
         if hints.expected is None:
             return Added(headers=headers)
-        lengths = {PREDICTED_TOKENS: hints.expected, PREDICTED_Q90: hints.q90}
-        return Added({"vllm_xargs": lengths}, headers)
+        return Added({"vllm_xargs": {PREDICTED_TOKENS: hints.expected}}, headers)
 
 
 class SglangKind(Kind):

@@ -70,7 +70,7 @@ def test_every_kind_says_the_length(kind):
 def test_what_is_added_to_the_body():
     assert KINDS["vllm"].added(SHORT, UNKNOWN_FACTS).fields == {"priority": 20 - 256}
     assert KINDS["vllm"].added(SOON, UNKNOWN_FACTS).fields == {"priority": 4000}
-    lengths = {"predicted_tokens": 20, "predicted_q90_tokens": 50}
+    lengths = {"predicted_tokens": 20}
     assert KINDS["vllm-length"].added(SHORT, UNKNOWN_FACTS).fields == {"vllm_xargs": lengths}
     assert not KINDS["vllm-length"].added(Hints(1.0, True, 0.0), UNKNOWN_FACTS).fields
     hints = KINDS["dynamo"].added(SHORT, UNKNOWN_FACTS).fields["nvext"]["agent_hints"]

@@ -37,7 +37,7 @@ def steps_of(scheduler, rows):
 
 
 def known(tokens):
-    return {"predicted_tokens": tokens, "predicted_q90_tokens": tokens}
+    return {"predicted_tokens": tokens}
 
 
 ALONE = [(8, 100, 0, 0, known(100))] * 4  # all slots, until step 100
@@ -56,7 +56,7 @@ CASES = {
     "waits": [*ALONE, (8, 300, 1, 0, known(300)), *[(8, 9, 99, 0, known(9))] * 9],
     # 4 answers of 160 tokens in memory for two.
     "memory": [(8, 160, 0, 0, known(160))] * 4,
-    "wrong": [(8, 20, 0, 0, {"predicted_tokens": "many", "predicted_q90_tokens": -3})],
+    "wrong": [(8, 20, 0, 0, {"predicted_tokens": "many"})],
 }
 MEMORY = {"memory": 22}
 
@@ -72,5 +72,6 @@ if __name__ == "__main__":
                 if kind is not None:  # as if it computed 100 tokens a second
                     scheduler.note_pace = lambda scheduled: None
                     scheduler.busy_s, scheduler.made_tokens = 1.0, 100.0
+                    scheduler.mean_tokens, scheduler.answers = 100.0, 100
                 found[case + label] = steps_of(scheduler, rows)
     Path(sys.argv[1]).write_text(json.dumps(found))
