@@ -34,10 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.vllm_trace import CONFIG, make_request, make_scheduler, mocked_output
 from predictor.prediction import LengthPrediction
-from serving.gateway.bodies import AskedAnswer
+from serving.gateway.bodies import RequestBody
 from serving.gateway.dispatch import Dispatcher
-from serving.gateway.kinds import KINDS, UNTOLD, Hints
-from serving.gateway.passages import passage_of
+from serving.gateway.in_flight import in_flight_answer
+from serving.gateway.kinds import KINDS, UNKNOWN_FACTS, Hints
 from serving.gateway.upstreams import Upstream
 
 OWN, CLASS = "vllm", "LengthScheduler"
@@ -62,19 +62,19 @@ class GatewayHints:
         """Of the request's body."""
         if self.run["order"] == OWN:
             return {}
-        asked = AskedAnswer("", {}, None, self.run["cap"], 1, None)
-        passage = passage_of(
-            asked,
+        body = RequestBody("", {}, None, self.run["cap"], 1, None)
+        inflight = in_flight_answer(
+            body,
             self.lengths[row],
             prompt_tokens=self.prompts[row],
             arrival_s=arrival_s,
             slo_s=self.run["slo_s"],
         )
-        key, _ = self.dispatcher.order(passage.record)
+        key, _ = self.dispatcher.order(inflight.record)
         hints = Hints(
-            key, self.dispatcher.in_tokens, arrival_s, round(passage.tokens), round(passage.q90)
+            key, self.dispatcher.in_tokens, arrival_s, round(inflight.tokens), round(inflight.q90)
         )
-        return dict(self.kind.added(hints, UNTOLD).fields)
+        return dict(self.kind.added(hints, UNKNOWN_FACTS).fields)
 
 
 def scheduler_of(run: dict[str, Any], folder: Path, now_s: Callable[[], float]) -> Any:
