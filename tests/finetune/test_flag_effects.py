@@ -312,8 +312,9 @@ def test_t10_every_flag_of_the_other_commands():
         == loading | placing | {"prompt", "file", "interactive"} | PREDICTING.keys()
     )
     found = vars(memory.build_parser().parse_args([])).keys()
-    # --ds_file is there where it is given: a flag of train.py.
-    assert found == ESTIMATING.keys() - {"ds_file"} | {"compare_seeds", "table", "guide"}
+    # --ds_file and --num_stages are there where they are given: flags of train.py.
+    unseen = {"ds_file", "num_stages"}
+    assert found == ESTIMATING.keys() - unseen | {"compare_seeds", "table", "guide"}
     rows = {
         "metrics",
         "batch_size",
