@@ -285,7 +285,7 @@ def merge_folders(args: MergeFlags) -> int:
             raise FileNotFoundError(f"{flag}: no such folder: {path}")
     # torch: seconds, and only once the flags are right
     from finetune.distributed import DTYPES
-    from finetune.evaluation.predict import pick_device
+    from finetune.evaluation.inference import pick_device
 
     merged = merge(
         base,

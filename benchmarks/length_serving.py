@@ -120,7 +120,7 @@ class ServedModel:
     def __init__(self, flags: LengthServingFlags) -> None:
         from chatglm import load_tokenizer
         from chatglm.families import family_of
-        from finetune.evaluation.predict import load_ready
+        from finetune.evaluation.inference import load_ready
         from predictor.runtime import LengthPredictor
 
         rows = read_lines(flags.lengths)

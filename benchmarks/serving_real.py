@@ -85,7 +85,7 @@ class Bench:
     ) -> None:
         from chatglm import load_tokenizer
         from chatglm.families import FAMILIES
-        from finetune.evaluation.predict import load_ready
+        from finetune.evaluation.inference import load_ready
         from predictor.runtime import LengthPredictor
         from serving.engines import make_engine
 

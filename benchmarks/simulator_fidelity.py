@@ -116,7 +116,7 @@ class FidelityBench:
     """The engine, and the requests of the cells."""
 
     def __init__(self, flags: FidelityFlags) -> None:
-        from finetune.evaluation.predict import load_ready
+        from finetune.evaluation.inference import load_ready
 
         torch.set_num_threads(1)
         if flags.model is None:

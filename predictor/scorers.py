@@ -95,7 +95,7 @@ class TorchVectors:
     ):
         import torch
 
-        from finetune.evaluation.predict import pick_device
+        from finetune.evaluation.inference import pick_device
 
         device = pick_device(device)
         if threads:

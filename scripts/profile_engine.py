@@ -98,7 +98,7 @@ def profile(flags: ProfileFlags) -> None:
     from tqdm import tqdm
 
     from chatglm import load_tokenizer
-    from finetune.evaluation.predict import load_ready
+    from finetune.evaluation.inference import load_ready
     from serving.engines.profiling import profile_engine
     from serving.engines.served_cost import cost_device
 

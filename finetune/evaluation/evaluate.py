@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from chatglm.commands import Parser, run_command
 from finetune.config import parse_positive
 from finetune.evaluation.answering import KeptAnswers, answer_prompts
+from finetune.evaluation.generation import generate_answers
+from finetune.evaluation.inference import InferenceFlags, add_model_flags
 from finetune.evaluation.metrics import (
     GROUPS,
     METRICS,
@@ -29,14 +31,7 @@ from finetune.evaluation.metrics import (
     parse_metrics,
     score_rows,
 )
-from finetune.evaluation.predict import (
-    InferenceFlags,
-    RowReadingFlags,
-    add_model_flags,
-    add_row_flags,
-    generate_answers,
-    reader_of,
-)
+from finetune.evaluation.predict import RowReadingFlags, add_row_flags, reader_of
 from finetune.files import write_json
 from finetune.flag_effects import EVALUATING, check_given
 from finetune.launched import single_start

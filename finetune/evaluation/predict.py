@@ -17,18 +17,13 @@ from typing import TYPE_CHECKING, Any
 from chatglm.commands import Parser, run_command
 from finetune.conversing import converse
 from finetune.evaluation.answering import answer_prompts, load_placed
-from finetune.evaluation.generation import generate_answers, generate_batch
+from finetune.evaluation.generation import generate_answers
 from finetune.evaluation.inference import (
     InferenceFlags,
-    add_loading_flags,
     add_model_flags,
-    add_packing_flag,
-    load_for_inference,
     load_ready,
     loading_options,
-    pick_device,
     prepare_inference,
-    trained_length,
 )
 from finetune.flag_effects import PREDICTING, check_given
 from finetune.launched import single_start
@@ -40,20 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from chatglm.family_tokenizer import FamilyTokenizer
-
-__all__ = [
-    "InferenceFlags",
-    "add_loading_flags",
-    "add_model_flags",
-    "add_packing_flag",
-    "generate_answers",
-    "generate_batch",
-    "load_for_inference",
-    "load_ready",
-    "main",
-    "pick_device",
-    "trained_length",
-]
 
 OUR_COLUMNS = ("prompt", "answer", "reference")
 

@@ -11,13 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune.checkpoint import read_manifest
+from finetune.evaluation.generation import generate_answers
+from finetune.evaluation.inference import InferenceFlags, load_for_inference, trained_length
 from finetune.evaluation.metrics import overall_scores, score_rows
-from finetune.evaluation.predict import (
-    InferenceFlags,
-    generate_answers,
-    load_for_inference,
-    trained_length,
-)
 from finetune.rows.arrays import Dataset
 from finetune.rows.batches import collate, count_labels
 from finetune.rows.encoding import encode_rows

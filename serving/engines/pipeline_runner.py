@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chatglm.commands import child_environment
-from finetune.evaluation.predict import load_ready, pick_device
+from finetune.evaluation.inference import load_ready, pick_device
 from finetune.placing import StageSpec
 from serving.engines.adapters import AdapterSet
 from serving.engines.pass_plans import PlannedPass

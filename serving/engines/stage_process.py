@@ -81,7 +81,7 @@ class StageWorker:
         """Wait for the order, load the stage, and tell the driver."""
         import torch
 
-        from finetune.evaluation.predict import pick_device
+        from finetune.evaluation.inference import pick_device
         from serving.engines.adapters import AdapterSet
         from serving.engines.stage_loading import OpenedModel, make_stage
 

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import replace
 
 from chatglm import load_tokenizer
-from finetune.evaluation.predict import pick_device
+from finetune.evaluation.inference import pick_device
 from predictor.labels import name_warning, served_name
 from predictor.runtime import LengthPredictor
 from serving.cost_model.model import read_profile

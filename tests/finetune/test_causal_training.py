@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import merge_lora
 from chatglm import load_model, load_tokenizer
 from chatglm.families import family_of
-from finetune.evaluation.predict import generate_answers
+from finetune.evaluation.generation import generate_answers
 from finetune.rows.batches import lay_end_to_end
 from finetune.rows.encoding import RowEncoder
 from finetune.rows.formats import parse_row

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import merge_lora
 from chatglm import load_model, load_tokenizer
-from finetune.evaluation.predict import PredictionFlags, build_parser, load_for_inference
+from finetune.evaluation.inference import load_for_inference
+from finetune.evaluation.predict import PredictionFlags, build_parser
 from tests.finetune.runs import fill_disk
 
 

@@ -8,7 +8,7 @@ import torch
 import merge_lora
 from chatglm import load_model, load_tokenizer
 from chatglm.families import FAMILIES
-from finetune.evaluation.predict import generate_answers
+from finetune.evaluation.generation import generate_answers
 from finetune.evaluation.predict import main as predict
 from tests.finetune.runs import METHODS, make_rows, metrics, write_rows
 

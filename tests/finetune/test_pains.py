@@ -23,7 +23,7 @@ from chatglm.families import CHATGLM_FAMILIES, FAMILIES
 from chatglm.loading import stop_ids
 from finetune.config import parse_config
 from finetune.distributed import make_optimizer
-from finetune.evaluation.predict import generate_answers
+from finetune.evaluation.generation import generate_answers
 from finetune.loss import nll_sum
 from finetune.methods import make_method
 from tests.conftest import REPO_ROOT

@@ -19,7 +19,7 @@ from chatglm.families import FAMILIES
 from finetune.checkpoint import Checkpointer, read_manifest
 from finetune.config import parse_config
 from finetune.engine import build_engine
-from finetune.evaluation.predict import load_ready
+from finetune.evaluation.inference import load_ready
 from finetune.loss import LossModule, nll_sum, sequence_lengths
 from finetune.methods import make_method
 from finetune.recompute import recompute

@@ -7,7 +7,7 @@ import torch
 
 from chatglm import load_tokenizer
 from chatglm.families import family_of
-from finetune.evaluation.predict import load_ready
+from finetune.evaluation.inference import load_ready
 from serving.endpoints.opening import open_local
 from serving.server.chat import encode_messages
 from serving.server.fields import CHAT_TABLE

@@ -16,7 +16,7 @@ import torch
 
 from chatglm import load_tokenizer
 from chatglm.families import RAW_FAMILIES
-from finetune.evaluation.predict import load_ready
+from finetune.evaluation.inference import load_ready
 from tests.causal_folders import make_causal_folder
 from tests.serving.server.test_server_faults import running
 
