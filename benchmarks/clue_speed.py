@@ -12,7 +12,6 @@ on the rows. To have one that has learned something, train it on the examples
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.client_env import environment_python  # noqa: E402
+from benchmarks.client_env import environment_python, environment_without_ranks  # noqa: E402
 from benchmarks.clue_harness import MARK  # noqa: E402
 from chatglm.commands import Parser, run_command  # noqa: E402
 from chatglm.remote_code import holds_chatglm  # noqa: E402
@@ -68,7 +67,7 @@ class Harness:
         command.append(json.dumps(settings))
         self.cache = tempfile.TemporaryDirectory()
         self.log = tempfile.TemporaryFile("w+")
-        env = os.environ | {
+        env = environment_without_ranks() | {
             "PYTHONPATH": str(ROOT),
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_CACHE": self.cache.name,

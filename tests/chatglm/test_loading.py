@@ -372,7 +372,7 @@ def test_auto_classes_in_any_order_of_imports(tiny_folders, imports):
 for family, folder in { ({f: str(p) for f, p in tiny_folders.items()})!r}.items():
     assert AutoConfig.from_pretrained(folder).glm_family == family
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert type(model).__module__.startswith("chatglm.modeling_glm")
+    assert type(model).__module__.startswith("chatglm.modeling_")
     assert AutoTokenizer.from_pretrained(folder).family == family
 print("fine")
 """

@@ -7,7 +7,6 @@ explicit positions and an explicit mask.
 """
 
 import json
-import os
 import shutil
 import subprocess
 
@@ -16,7 +15,7 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.client_env import environment_python
+from benchmarks.client_env import environment_python, environment_without_ranks
 from chatglm import load_model, load_tokenizer
 from chatglm.configuration import ChatGLM1Config
 from chatglm.export.folders import export_glm
@@ -105,7 +104,10 @@ def harness(folder, place, *words):
     command += ["--model_args", f"pretrained={folder},dtype=float32", "--device", "cpu"]
     command += ["--batch_size", 4, "--tasks", ",".join(TASKS), "--include_path", place]
     command += ["--output_path", place / "out", "--log_samples", *words]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(place / "cache")}
+    env = environment_without_ranks() | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(place / "cache"),
+    }
     env["PYTHONPATH"] = str(REPO_ROOT)
     done = subprocess.run(
         list(map(str, command)), cwd=place, env=env, capture_output=True, text=True, timeout=600

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 
 import httpx
@@ -22,13 +23,14 @@ SECONDS = ("served again s", "restored s")
 
 
 @pytest.fixture(scope="module")
-def ray_python(tmp_path_factory):
+def ray_python():
     """(python, environment) of the environment `ray`, which finds this project's packages too."""
     python = environment_python("ray")
     paths = [str(REPO_ROOT), sysconfig.get_paths()["purelib"]]
-    place = tmp_path_factory.mktemp("r")  # sockets are below it, whose paths are short
-    environment = child_env() | {"PYTHONPATH": os.pathsep.join(paths), "RAY_TMPDIR": str(place)}
-    return python, environment | {"RAY_worker_register_timeout_seconds": "180"}
+    environment = child_env() | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment |= {"RAY_worker_register_timeout_seconds": "180"}
+    with tempfile.TemporaryDirectory(prefix="r") as place:  # sockets below it want short paths
+        yield python, environment | {"RAY_TMPDIR": place}
 
 
 def test_requests_are_counted_as_what_their_clients_saw():

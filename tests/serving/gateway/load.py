@@ -118,7 +118,7 @@ def kill_under_load(
         if outcome.is_whole:
             assert outcome.status == 200 and outcome.text in wanted[outcome.number]
         else:  # it had begun, and nothing of it came twice
-            assert outcome.is_stream and outcome.status == 200 and outcome.text
+            assert outcome.is_stream and outcome.status == 200  # its role alone may have come
             assert any(text.startswith(outcome.text) for text in wanted[outcome.number])
     assert sum(outcome.is_whole for outcome in outcomes) >= count // 2
     assert ask(address, 3, False, tokens).text in wanted[3]  # it serves on without
