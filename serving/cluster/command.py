@@ -21,6 +21,7 @@ from serving.cluster.flags import (
 )
 
 LOOK_S = 2.0
+LEAVE_S = 5.0  # for `down` to leave Ray before it is shut down: Ray ends what is still connected
 STATUS_S = 10.0  # for the front to tell its status
 # Of a Ray that this command starts, unless the environment says otherwise.
 LOCAL_VARIABLES = {
@@ -137,6 +138,7 @@ def wait_for_end(serve: Any, name: str) -> None:
         signal.signal(number, lambda *_: ended.set())
     while not ended.wait(LOOK_S):
         if name not in serve.status().applications:
+            ended.wait(LEAVE_S)
             return
 
 
