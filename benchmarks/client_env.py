@@ -18,7 +18,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from chatglm.commands import run_command  # noqa: E402
-from finetune.launched import RANK_VARIABLES  # noqa: E402
 
 PACKAGES = {
     "clients": (
@@ -128,14 +127,6 @@ def environment_python(name: str) -> Path:
             write_metadata(folder, *OTHER_NAMES[name])
         complete.touch()
     return python
-
-
-def environment_without_ranks() -> dict[str, str]:
-    """This process's variables without those of ranks, which a training in it leaves behind."""
-    environment = dict(os.environ)
-    for name in RANK_VARIABLES:
-        environment.pop(name, None)
-    return environment
 
 
 def main(argv: list[str] | None = None) -> int:

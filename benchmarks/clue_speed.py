@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.client_env import environment_python, environment_without_ranks  # noqa: E402
+from benchmarks.client_env import environment_python  # noqa: E402
 from benchmarks.clue_harness import MARK  # noqa: E402
 from chatglm.commands import Parser, run_command  # noqa: E402
 from chatglm.remote_code import holds_chatglm  # noqa: E402
@@ -41,6 +41,7 @@ from finetune.benchmark.results import TaskResult, summarise  # noqa: E402
 from finetune.benchmark.tasks import CLUE, TaskIndex  # noqa: E402
 from finetune.config import parse_positive  # noqa: E402
 from finetune.files import write_json  # noqa: E402
+from finetune.launched import environment_without_ranks  # noqa: E402
 from finetune.record import print_columns  # noqa: E402
 
 TOLERANCE = 1e-3  # of a log-likelihood, in fp32

@@ -18,6 +18,14 @@ RANK_VARIABLES = (
 )
 
 
+def environment_without_ranks() -> dict[str, str]:
+    """This process's variables without those of ranks, which a training in it leaves behind."""
+    environment = dict(os.environ)
+    for name in RANK_VARIABLES:
+        environment.pop(name, None)
+    return environment
+
+
 def single_start(argv: Sequence[str] | None) -> list[str]:
     """The arguments of a command that starts its own processes, also under a launcher of ranks.
 

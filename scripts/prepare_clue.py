@@ -291,7 +291,8 @@ def prepare(source: Path, output: Path, shots: int, training_file: Path | None =
             raise ValueError(f"{test_files[0]}: wanted more than {shots} rows, got {len(train)}")
         texts[output / name / "train.jsonl"] = json_lines(train)
         texts[output / name / "test.jsonl"] = json_lines(test)
-        to_train_on += training_rows(name, train)
+        if training_file is not None:
+            to_train_on += training_rows(name, train)
         print(f"{name}: {len(train)} examples, {len(test)} rows")
     if not texts:
         raise FileNotFoundError(f"--input {source}: no task's folder or file, such as afqmc")

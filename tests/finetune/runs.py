@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from finetune.launched import RANK_VARIABLES
+from finetune.launched import environment_without_ranks
 from tests.warm import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +92,7 @@ def rows_of(data) -> list[tuple[str, list[int], int, list[int] | None]]:
 
 def child_env(**extra) -> dict[str, str]:
     """A command line's environment, without the rank variables that training here has set."""
-    env = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+    env = environment_without_ranks()
     path = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     return (
         env

@@ -15,12 +15,13 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.client_env import environment_python, environment_without_ranks
+from benchmarks.client_env import environment_python
 from chatglm import load_model, load_tokenizer
 from chatglm.configuration import ChatGLM1Config
 from chatglm.export.folders import export_glm
 from chatglm.families import CHATGLM_FAMILIES
 from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
+from finetune.launched import environment_without_ranks
 from tests.chatglm.export.outside import run_outside
 from tests.conftest import REPO_ROOT
 
