@@ -634,6 +634,15 @@ def test_vllm_orders(tmp_path):
     words[words.index("--grain") + 1] = 2
     done = run_any("benchmarks/vllm_scheduler.py", *words)
     assert done.returncode == 1 and "made with other settings" in done.stderr
+    # A step that is planned ahead, as on GPUs: the answers are the same, none sooner.
+    ahead = tmp_path / "ahead.jsonl"
+    words[words.index("--grain") + 1] = 1
+    words[words.index("--cells") + 1] = ahead
+    run("benchmarks/vllm_scheduler.py", *words, "--in_flight", 2, timeout=1200)
+    _, *later = map(json.loads, ahead.read_text().splitlines())
+    assert len(later) == len(found)
+    for row, other in zip(later, found):
+        assert row["span_s"] >= other["span_s"]
 
 
 @pytest.mark.slow
