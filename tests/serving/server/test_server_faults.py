@@ -421,9 +421,19 @@ def slow_steps(seconds: float):
 
     def prepare(service):
         head = service.backend.engine.model.get_output_embeddings()
-        head.register_forward_hook(lambda *_: time.sleep(seconds))
+        return head.register_forward_hook(lambda *_: time.sleep(seconds))
 
     return prepare
+
+
+@contextmanager
+def slowed(service, seconds: float = 0.03):
+    """Its answers last long enough to be looked at, however slow the one who looks."""
+    hook = slow_steps(seconds)(service)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 # ---- who may come in

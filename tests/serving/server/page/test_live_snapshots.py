@@ -26,7 +26,7 @@ from serving.server.page.snapshots import (
 from tests.serving.conftest import prediction_of
 from tests.serving.server.page.live_reader import LiveReader
 from tests.serving.server.test_replicas_served import Stream, cluster, metric, wait_for  # noqa: F401
-from tests.serving.server.test_server_faults import ask, running
+from tests.serving.server.test_server_faults import ask, running, slow_steps, slowed
 from tests.warm import warm_python
 
 
@@ -118,8 +118,9 @@ def test_a_snapshot_has_all_of_the_contract(server):
 def test_under_load(server):
     with LiveReader(server.root) as viewer:
         first = viewer.wait_for(lambda snapshot: True)["totals"]
-        threads = start_asking(server, 6, max_tokens=150)
-        full = viewer.wait_for(lambda s: s["running"] == 2 and s["waiting"] == 4)
+        with slowed(server.service):
+            threads = start_asking(server, 6, max_tokens=150)
+            full = viewer.wait_for(lambda s: s["running"] == 2 and s["waiting"] == 4)
         for thread in threads:
             thread.join(60)
         last = viewer.wait_for(lambda s: s["totals"]["ended"] == first["ended"] + 6)
@@ -146,8 +147,8 @@ def test_under_load(server):
 
 
 def test_counts_are_those_of_the_metrics(server):
-    threads = start_asking(server, 5, max_tokens=1000)
-    with LiveReader(server.root) as viewer:
+    with slowed(server.service), LiveReader(server.root) as viewer:
+        threads = start_asking(server, 5, max_tokens=1000)
         viewer.wait_for(lambda s: s["running"] == 2 and s["waiting"] == 3)
         assert metric(server, "glm_running_requests") == 2
         assert metric(server, "glm_waiting_requests") == 3
@@ -169,7 +170,8 @@ def test_counts_are_those_of_the_metrics(server):
 
 
 def test_a_full_queue_turns_away(tiny_folders):
-    with running(tiny_folders["glm2"], "--max_queue", "0", "--max_batch", "1") as found:
+    words = ["--max_queue", "0", "--max_batch", "1"]
+    with running(tiny_folders["glm2"], *words, prepare=slow_steps(0.03)) as found:
         found.server.live.period_s = 0.05
         with LiveReader(found.root) as viewer:
             threads = start_asking(found, 1, max_tokens=900)

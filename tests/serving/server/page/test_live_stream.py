@@ -14,7 +14,7 @@ import pytest
 from serving.server.page import live
 from serving.server.page.live import EncodedSnapshot, LiveView, SnapshotHistory
 from tests.serving.server.page.live_reader import LiveReader, refuse
-from tests.serving.server.test_server_faults import ask, running, wait_for
+from tests.serving.server.test_server_faults import ask, running, slow_steps, wait_for
 
 HEADER = b"event: history\ndata: ["
 
@@ -127,7 +127,8 @@ def test_streams_end_when_the_server_does(tiny_folders):
 
 def test_streams_end_before_the_drain_does(tiny_folders):
     """Answers go on after the viewers have left."""
-    with running(tiny_folders["glm2"], "--drain_s", "60") as found:
+    words = ["--drain_s", "60"]
+    with running(tiny_folders["glm2"], *words, prepare=slow_steps(0.003)) as found:
         with (
             httpx.stream(
                 "POST",
