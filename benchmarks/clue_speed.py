@@ -12,6 +12,7 @@ on the rows. To have one that has learned something, train it on the examples
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -41,7 +42,6 @@ from finetune.benchmark.results import TaskResult, summarise  # noqa: E402
 from finetune.benchmark.tasks import CLUE, TaskIndex  # noqa: E402
 from finetune.config import parse_positive  # noqa: E402
 from finetune.files import write_json  # noqa: E402
-from finetune.launched import environment_without_ranks  # noqa: E402
 from finetune.record import print_columns  # noqa: E402
 
 TOLERANCE = 1e-3  # of a log-likelihood, in fp32
@@ -68,7 +68,7 @@ class Harness:
         command.append(json.dumps(settings))
         self.cache = tempfile.TemporaryDirectory()
         self.log = tempfile.TemporaryFile("w+")
-        env = environment_without_ranks() | {
+        env = os.environ | {
             "PYTHONPATH": str(ROOT),
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_CACHE": self.cache.name,

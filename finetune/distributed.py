@@ -103,17 +103,11 @@ def check_not_mpi() -> None:
 def init_distributed() -> None:
     """Join the process group of deepspeed or torchrun; without a launcher, one of a single rank.
 
+    The variables of ranks are set where they are missing: DeepSpeed reads some again later.
+
     Raises:
         ValueError: started by MPI, which sets no RANK.
     """
-    if dist.is_initialized():
-        return
-    import deepspeed
-
-    # DeepSpeed and transformers use deprecated names, with a warning at every step.
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"torch\.distributed|transformers"
-    )
     env = os.environ
     if "RANK" not in env:
         check_not_mpi()
@@ -124,6 +118,14 @@ def init_distributed() -> None:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(free_port()),
         )
+    if dist.is_initialized():
+        return
+    import deepspeed
+
+    # DeepSpeed and transformers use deprecated names, with a warning at every step.
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed|transformers"
+    )
     env["MASTER_PORT"] = str(allowed_port(int(env["MASTER_PORT"])))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(env.get("LOCAL_RANK", 0)))

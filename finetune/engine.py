@@ -53,6 +53,7 @@ from finetune.distributed import (
 from finetune.epochs import StepBatches
 from finetune.evaluation.metrics import check_packages
 from finetune.files import LastingStream
+from finetune.launched import ranks_restored
 from finetune.lora import use_lean_lora
 from finetune.memory_trace import MemoryTrace
 from finetune.out_of_memory import explained, training_advice
@@ -128,7 +129,7 @@ def train_task(config: Config, make_task: Callable[[Config], Task]) -> Path:
         StoppedBySignal: SIGTERM, SIGHUP or SIGINT came before the last step; a checkpoint is saved.
         MemoryError: says what is needed, what there is, and what would make it fit.
     """
-    with explained(lambda: training_advice(config)):
+    with ranks_restored(), explained(lambda: training_advice(config)):
         config = with_local_model(config)
         task = make_task(config)
         output_dir = Path(config.output_dir or task.default_output_dir)

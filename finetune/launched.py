@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 # What the launchers of DeepSpeed and torch tell a process about the others.
 RANK_VARIABLES = (
@@ -18,12 +19,22 @@ RANK_VARIABLES = (
 )
 
 
-def environment_without_ranks() -> dict[str, str]:
-    """This process's variables without those of ranks, which a training in it leaves behind."""
-    environment = dict(os.environ)
-    for name in RANK_VARIABLES:
-        environment.pop(name, None)
-    return environment
+@contextmanager
+def ranks_restored() -> Iterator[None]:
+    """A context whose variables of ranks end with it.
+
+    A notebook that has trained starts other programs, which would take them for a launcher's and
+    wait for ranks at a port where nobody listens.
+    """
+    before = {name: os.environ.get(name) for name in RANK_VARIABLES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def single_start(argv: Sequence[str] | None) -> list[str]:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from finetune.launched import environment_without_ranks
 from tests.warm import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,11 +90,10 @@ def rows_of(data) -> list[tuple[str, list[int], int, list[int] | None]]:
 
 
 def child_env(**extra) -> dict[str, str]:
-    """A command line's environment, without the rank variables that training here has set."""
-    env = environment_without_ranks()
-    path = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
+    """A command line's environment."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return (
-        env
+        os.environ
         | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         | extra
     )

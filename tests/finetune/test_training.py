@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from chatglm.families import FAMILIES
 from finetune.config import parse_config
 from finetune.distributed import deepspeed_config, init_distributed, pieces, resolve_precision
 from finetune.engine import build_engine, seed_step
+from finetune.launched import RANK_VARIABLES, ranks_restored
 from finetune.methods import make_method
 from finetune.rows.batches import epoch_order
 from finetune.rows.sources import read_rows
@@ -299,9 +301,10 @@ def test_bf16(flags, train, tmp_path, capsys, method, frozen, trained, ds_file):
         2,
         method=method,
     )
-    init_distributed()
     config = parse_config(words)
-    engine, model, *_ = build_engine(config, FineTuning(config), 8)
+    with ranks_restored():
+        init_distributed()
+        engine, model, *_ = build_engine(config, FineTuning(config), 8)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {trained}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == ({frozen} - {None})
     names = (
@@ -808,6 +811,7 @@ def test_a_second_run_in_the_same_folder_does_not_lose_its_weights(flags, tmp_pa
     import train as command_line
 
     first = train(flags(tmp_path / "out"))
+    assert not set(RANK_VARIABLES) & set(os.environ)  # a program started now is no rank
     before = load_file(first / "adapter_model.safetensors")
     code = command_line.main(flags(tmp_path / "out", "--learning_rate", "5e-2"))
     after = load_file(first / "adapter_model.safetensors")

@@ -18,8 +18,10 @@ from chatglm.checksums import write_checksums
 from chatglm.families import FAMILIES
 from finetune.checkpoint import Checkpointer, read_manifest
 from finetune.config import parse_config
+from finetune.distributed import init_distributed
 from finetune.engine import build_engine
 from finetune.evaluation.inference import load_ready
+from finetune.launched import ranks_restored
 from finetune.loss import LossModule, nll_sum, sequence_lengths
 from finetune.methods import make_method
 from finetune.recompute import recompute
@@ -84,7 +86,9 @@ def test_losses_export_and_merge(flags, train, tmp_path, bases, first_loss, name
     config = parse_config(words)
     task = FineTuning(config)
     task.load_rows()
-    engine, model, *_ = build_engine(config, task, 6)
+    with ranks_restored():
+        init_distributed()
+        engine, model, *_ = build_engine(config, task, 6)
     base = {"name_or_path": "", "fingerprint": read_manifest(folder)["base_model"]["fingerprint"]}
     assert (
         Checkpointer(config, tmp_path / "out", engine, model, task, base=base).resume(folder)[
