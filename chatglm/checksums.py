@@ -15,6 +15,7 @@ import json
 import mmap
 import os
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -99,13 +100,17 @@ def write_checksums(folder: str | Path) -> int:
     names = []
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and path.name not in UNREAD and name != CHECKSUMS:
+        is_ours = name == CHECKSUMS or name.startswith(f".{CHECKSUMS}.")
+        if path.is_file() and path.name not in UNREAD and not is_ours:
             names.append(name)
     names.sort()
     hashes = in_threads(lambda name: hash_file(folder / name), names)
-    temporary = folder / f".{CHECKSUMS}.tmp"
-    temporary.write_bytes(render(dict(zip(names, hashes))))
-    os.replace(temporary, folder / CHECKSUMS)
+    aside = folder / f".{CHECKSUMS}.{uuid.uuid4().hex[:12]}.tmp"
+    try:
+        aside.write_bytes(render(dict(zip(names, hashes))))
+        os.replace(aside, folder / CHECKSUMS)
+    finally:
+        aside.unlink(missing_ok=True)
     return len(names)
 
 

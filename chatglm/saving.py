@@ -55,14 +55,19 @@ def set_modes(folder: Path) -> None:
 
 
 def put_in_place(aside: Path, output: Path) -> None:
-    """Write checksums in the folder `aside`, flush it and move it to `output`.
+    """Write checksums in the folder `aside` and move it to `output`, as `move_in_place` does."""
+    set_modes(aside)
+    write_checksums(aside)
+    move_in_place(aside, output)
+
+
+def move_in_place(aside: Path, output: Path) -> None:
+    """Flush the folder `aside` and move it to `output`.
 
     A folder at `output`, or where that is a link to, is swapped with it, atomically where the
     system can, and is at `aside` afterwards.
     """
     output = output.resolve()
-    set_modes(aside)
-    write_checksums(aside)
     flush_tree(aside)
     if output.exists():
         exchange(aside, output)
@@ -113,15 +118,28 @@ def held_aside(output: Path) -> Iterator[Path]:
     """
     output = output.resolve()  # "." has no name, and of a link the folder is written
     aside = output.with_name(f".{output.name}.tmp")
+    with locked_output(output, "the folder"):
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            aside.mkdir()
+            yield aside
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def locked_output(output: Path, flag: str) -> Iterator[None]:
+    """Hold the lock of a file or folder that this process writes: a folder beside it.
+
+    Raises:
+        ValueError: another process holds it; the message names `flag`.
+        OSError: the folder cannot be made.
+    """
+    output = output.resolve()
     guard = output.with_name(f".{output.name}.writing")
     try:
-        with locked_folder(guard, "the folder", output):
-            shutil.rmtree(aside, ignore_errors=True)
-            try:
-                aside.mkdir()
-                yield aside
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
+        with locked_folder(guard, flag, output):
+            yield
     finally:
         remove_empty([guard])  # a killed process leaves it
 
@@ -142,10 +160,15 @@ def locked_folder(folder: Path, flag: str, named: Path | None = None) -> Iterato
 
     named = named or folder
     new = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            if folder.is_dir():
+                raise
+            continue  # its owner has just ended and removed the folder
         try:
             # Not flock: a forked worker must not inherit the lock.
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -154,7 +177,7 @@ def locked_folder(folder: Path, flag: str, named: Path | None = None) -> Iterato
             os.close(handle)
             raise ValueError(
                 f"{flag} {named} is in use by another run ({owner or 'just started'}); "
-                f"wait for it or name another folder"
+                "wait for it or name another one"
             ) from None
         except OSError as error:
             print(

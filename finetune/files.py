@@ -1,6 +1,7 @@
 """Atomic writes of files and folders, locks and caches. Free of torch, for small programs too."""
 
 import errno
+import glob
 import json
 import os
 import time
@@ -14,6 +15,7 @@ from chatglm.checksums import hash_file
 from chatglm.saving import CANNOT, disk_errors, held_aside, put_in_place, remove_empty
 
 CACHE_GB = 20.0  # default limit of --data_cache
+ABANDONED_S = 86_400.0  # age of a half-written file that nobody writes any more
 
 
 def sha256(path: Path) -> str:
@@ -167,19 +169,29 @@ def check_file_to_write(path: Path, flag: str) -> None:
 def writing(path: Path) -> Iterator[None]:
     """A context in which errors of writing become an OSError that names `path`.
 
-    The original error may name a temporary file, or none; one that names a file elsewhere, such as
-    one that is read meanwhile, stays.
+    The original error may name a temporary file, or none. One that names a file elsewhere, such as
+    one that is read meanwhile, stays, and so does one that is a library's text, not the system's.
     """
     try:
         with disk_errors(path):
             yield
     except OSError as error:
-        if error.filename and not belongs_to(Path(os.fsdecode(error.filename)), path):
+        names = named_files(error)
+        if not any(belongs_to(name, path) for name in names) and (names or error.errno is None):
             raise
         reason = (error.strerror or str(error)).removeprefix(CANNOT)
-        if error.filename and Path(os.fsdecode(error.filename)) in path.parents:
-            reason = f"{os.fsdecode(error.filename)}: {reason}"
+        if names and names[0] in path.parents:
+            reason = f"{names[0]}: {reason}"
         raise OSError(error.errno or errno.EIO, CANNOT + reason, str(path)) from None
+
+
+def named_files(error: OSError) -> list[Path]:
+    """The files that an error names: of one that was copied, where from and where to."""
+    names = []
+    for name in (error.filename, error.filename2):
+        if name:
+            names.append(Path(os.fsdecode(name)))
+    return names
 
 
 def belongs_to(named: Path, path: Path) -> bool:
@@ -195,23 +207,24 @@ def write_aside(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: it cannot be written; the error names the file.
     """
-    with writing(path), written_whole(path, path.with_name(f".{path.name}.tmp")) as file:
+    with writing(path), written_whole(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def written_whole(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
+def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which is moved to `path` once the block ends without an error.
 
-    Until then it is `aside`; by default a name that no other process uses. Folders that are made
-    for it go again where it is not written.
+    Until then it has a name beside `path` that no other writer uses; of several, the last one's
+    file stays. Where it is not written, it goes again, and so do the folders that were made for it.
 
     Raises:
         IsADirectoryError: `path` is a folder; before anything is written.
     """
-    aside = aside or path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    remove_abandoned(path.parent, f".{glob.escape(path.name)}.*.tmp")
     new = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -286,15 +299,20 @@ def cache_arrays(file: Path, arrays: dict, limit_gb: float = CACHE_GB) -> None:
             aside.unlink(missing_ok=True)
 
 
+def remove_abandoned(folder: Path, pattern: str) -> None:
+    """Delete the files of a pattern that were last written to a day ago, by killed processes."""
+    for path in folder.glob(pattern):
+        with suppress(OSError):  # another process may do so at the same time
+            if path.stat().st_mtime < time.time() - ABANDONED_S:
+                path.unlink()
+
+
 def prune(folder: Path, limit: float) -> None:
     """Delete the least recently used .safetensors files of a cache beyond `limit` bytes.
 
     Half-written files, of runs that were killed, are deleted after a day.
     """
-    for path in folder.glob(".*.safetensors.*.tmp"):
-        with suppress(FileNotFoundError):
-            if path.stat().st_mtime < time.time() - 86400:
-                path.unlink()
+    remove_abandoned(folder, ".*.safetensors.*.tmp")
     files = []
     for path in folder.glob("[!.]*.safetensors"):
         with suppress(FileNotFoundError):  # another run may prune at the same time

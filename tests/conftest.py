@@ -5,11 +5,13 @@ $GLM_FOUNDRY_SHARED names another folder.
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from chatglm.commands import child_environment
 from tests.capture_files import keep_capture_files
 from tests.warm import start_server
 
@@ -259,3 +261,35 @@ def make_tiny_folders(make_folder) -> dict[str, Path]:
         tiny_model(family, seed=len(folders), **changes).save_pretrained(folders[family])
         tokenizer.save_pretrained(folders[family])
     return folders
+
+
+# ---- locks
+
+HOLDER = """\
+import sys; from pathlib import Path; from chatglm.saving import locked_folder
+with locked_folder(Path(sys.argv[1]), 'x'): print('held', flush=True); sys.stdin.read()"""
+
+
+@pytest.fixture
+def holder():
+    """holder(folder) -> another process that has its lock."""
+    children = []
+
+    def start(folder: Path) -> subprocess.Popen:
+        words = [sys.executable, "-c", HOLDER, str(folder)]
+        child = subprocess.Popen(
+            words,
+            cwd=REPO_ROOT,
+            env=child_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        children.append(child)
+        assert child.stdout.readline() == "held\n"
+        return child
+
+    yield start
+    for child in children:
+        child.kill()
+        child.communicate()

@@ -61,12 +61,18 @@ def written_aside(output: Path, write: Callable[[Path], str]) -> str:
         ValueError: there is something at `output`. Besides, what `write` raises.
     """
     output = output.absolute()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"--output {output} is there already: name a new folder")
+    check_new(output)
     with held_aside(output) as aside:
+        check_new(output)  # again, now that no other process writes it
         words = write(aside)
         put_in_place(aside, output)
     return words
+
+
+def check_new(output: Path) -> None:
+    """Raises ValueError where there is something at `output`, other than an empty folder."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"--output {output} is there already: name a new folder")
 
 
 def write_values(path: Path, values: dict[str, Any]) -> None:

@@ -14,39 +14,17 @@ import train as command_line
 from chatglm import load_model
 from chatglm.saving import locked_folder
 from finetune.checkpoint import committed_checkpoints
-from finetune.files import LastingStream, LineFile, check_file_to_write, written_folder
+from finetune.files import (
+    LastingStream,
+    LineFile,
+    check_file_to_write,
+    write_aside,
+    writing,
+    written_folder,
+)
 from finetune.record import read_run
 from tests.finetune.runs import ROOT, child_env, fill_disk, metrics
 from tests.finetune.test_checkpoint import stop_after
-
-HOLDER = """\
-import sys; from pathlib import Path; from chatglm.saving import locked_folder
-with locked_folder(Path(sys.argv[1]), 'x'): print('held', flush=True); sys.stdin.read()"""
-
-
-@pytest.fixture
-def holder():
-    """holder(folder) -> another process that has its lock."""
-    children = []
-
-    def start(folder: Path) -> subprocess.Popen:
-        words = [sys.executable, "-c", HOLDER, str(folder)]
-        child = subprocess.Popen(
-            words,
-            cwd=ROOT,
-            env=child_env(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        children.append(child)
-        assert child.stdout.readline() == "held\n"
-        return child
-
-    yield start
-    for child in children:
-        child.kill()
-        child.communicate()
 
 
 def test_t1_a_second_run_in_a_folder_is_refused(flags, train, holder, tmp_path, capsys):
@@ -104,6 +82,66 @@ def test_two_that_write_one_folder(holder, tmp_path):
     with written_folder(tmp_path / "set") as folder:
         assert not (folder / "half").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+WRITER = """\
+import sys; from pathlib import Path; from finetune.files import write_aside
+for _ in range(60): write_aside(Path(sys.argv[1]), sys.argv[2] * 400_000)"""
+
+
+def test_two_that_write_one_file(tmp_path):
+    """Each of two processes at once writes it whole; the last one's content stays."""
+    path = tmp_path / "run.json"
+    children = []
+    for letter in "ab":
+        words = [sys.executable, "-c", WRITER, str(path), letter]
+        children.append(subprocess.Popen(words, cwd=ROOT, env=child_env()))
+    assert [child.wait(60) for child in children] == [0, 0]
+    content = path.read_text()
+    assert content == content[0] * 400_000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_goes_after_a_day(tmp_path):
+    old, new = tmp_path / ".a.json.1.tmp", tmp_path / ".a.json.2.tmp"
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (1, 1))
+    write_aside(tmp_path / "a.json", "{}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.json.2.tmp", "a.json"]
+
+
+def test_the_lock_of_a_folder_whose_owner_ends_just_now(tmp_path, monkeypatch):
+    """It has removed the guard between the second one's mkdir and its open."""
+    real, opened = os.open, []
+
+    def removed_once(path, *rest):
+        if not opened:
+            opened.append(path)
+            Path(path).parent.rmdir()
+        return real(path, *rest)
+
+    monkeypatch.setattr(os, "open", removed_once)
+    with locked_folder(tmp_path / "guard", "--output"):
+        assert (tmp_path / "guard" / ".lock").exists()
+
+
+@pytest.mark.parametrize(
+    "error, named",
+    [
+        (OSError(28, "No space left on device", "/in/a", None, "{out}/a"), True),  # of a copy
+        (OSError(28, "No space left on device"), True),
+        (OSError(2, "No such file or directory", "/in/a"), False),
+        (OSError("/in/a: its base model is not there"), False),  # a library's
+    ],
+)
+def test_errors_of_writing_are_told_from_those_of_reading(tmp_path, error, named):
+    if error.filename2:
+        error.filename2 = error.filename2.format(out=tmp_path)
+    with pytest.raises(OSError) as raised, writing(tmp_path):
+        raise error
+    assert (raised.value is not error) == named
+    assert not named or raised.value.filename == str(tmp_path)
 
 
 def test_a_link_stays_one_when_its_folder_is_written(tmp_path):
