@@ -235,6 +235,17 @@ def read_card(folder: str | Path) -> dict:
     return card
 
 
+def backbone_name(card: dict, folder: str | Path) -> str:
+    """The name of a card's backbone. Raises ValueError, which names `folder`, without one."""
+    try:
+        name = card["backbone"]["name"]
+    except (KeyError, TypeError):
+        name = None
+    if not isinstance(name, str):
+        raise ValueError(f"{Path(folder) / CARD}: damaged (it names no backbone)")
+    return name
+
+
 def tokenizer_hash(folder: str | Path) -> str:
     """sha256 of the tokenizer's model file of a served model's folder.
 

@@ -22,7 +22,7 @@ from chatglm.commands import Parser, run_command, whole
 from finetune.files import write_json
 from predictor.calibration import kaplan_meier, levels_of
 from predictor.command_flags import add_bad_row_flag, add_predictor_flags, add_yes_no
-from predictor.decoder import read_card
+from predictor.decoder import backbone_name, read_card
 from predictor.labels import LabelledPrompt, data_hash, language, make_counter, read_examples
 from predictor.reread_scores import aligned
 from predictor.scores import grouped, kendall_tau, metrics_of, quantiles
@@ -464,7 +464,8 @@ def is_rereader(flags: EvaluationFlags) -> bool:
     Raises:
         ValueError: --states, --prior or --picture do not fit it.
     """
-    reads_states = read_card(flags.predictor)["backbone"]["name"] == "states"
+    card = read_card(flags.predictor)
+    reads_states = backbone_name(card, flags.predictor) == "states"
     for flag in ("states", "prior"):
         if getattr(flags, flag) and not reads_states:
             raise ValueError(

@@ -21,11 +21,10 @@ import numpy as np
 
 from chatglm.checksums import check_folder_files, is_top
 from chatglm.commands import Parser, run_command
-from chatglm.saving import put_in_place
-from finetune.files import sha256, writing
+from finetune.files import sha256, written_folder
 from predictor.backbones import BACKBONES, ChatGLMBackbone, EncoderBackbone, find_base_model
 from predictor.command_flags import add_yes_no
-from predictor.decoder import CARD, read_card, write_card
+from predictor.decoder import CARD, backbone_name, read_card, write_card
 from predictor.kernel import FILE as KERNEL_FILE
 from predictor.lexical import FILE as LEXICAL_FILE
 from predictor.onnx_int8 import quantise
@@ -76,18 +75,18 @@ def export_predictor(
     """
     check_folder_files(checkpoint, default="full", wanted=is_top)
     card = read_card_of(checkpoint)
-    name = card["backbone"]["name"]
+    name = backbone_name(card, checkpoint)
     onnx = name == "encoder" if onnx is None else onnx
     check_options(checkpoint, name, onnx=onnx, int8=int8, merge=merge)
     check_output(checkpoint, output, overwrite)
     for key in ("format", "format_version", "export"):
         card.pop(key, None)
-    aside = make_aside(output)
-    try:
-        copy_heads(checkpoint, aside, output)
-        knobs = dict(card["backbone"])
-        backbone = BACKBONES[knobs.pop("name")](**knobs)
-        made = {"made_of": str(checkpoint.resolve())}
+    knobs = dict(card["backbone"])
+    backbone = BACKBONES[knobs.pop("name")](**knobs)
+    made = {"made_of": str(checkpoint.resolve())}
+    with written_folder(output) as aside:
+        check_output(checkpoint, output, overwrite)  # again, now that no other writes it
+        copy_heads(checkpoint, aside)
         if isinstance(backbone, EncoderBackbone):
             made |= export_encoder(backbone, checkpoint, aside, onnx, int8)
         elif isinstance(backbone, ChatGLMBackbone):
@@ -95,9 +94,6 @@ def export_predictor(
         write_export_card(
             aside, card | {"export": made}, checkpoint, exact=not int8, compare=name != "chatglm"
         )
-        put_in_place(aside, output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return read_card(output)
 
 
@@ -118,22 +114,11 @@ def check_options(checkpoint: Path, backbone: str, *, onnx: bool, int8: bool, me
         )
 
 
-def copy_heads(checkpoint: Path, aside: Path, output: Path) -> None:
-    """Copy the head's files into `aside`. Raises OSError naming the output."""
+def copy_heads(checkpoint: Path, aside: Path) -> None:
+    """Copy the head's files into `aside`."""
     for file in HEAD_FILES:
         if (checkpoint / file).is_file():
-            with writing(output):
-                shutil.copyfile(checkpoint / file, aside / file)
-
-
-def make_aside(output: Path) -> Path:
-    """An empty folder beside the output. Raises OSError."""
-    aside = output.with_name(f".{output.name}.tmp")
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-    return aside
+            shutil.copyfile(checkpoint / file, aside / file)
 
 
 def read_card_of(checkpoint: Path) -> dict:

@@ -159,6 +159,8 @@ def read_predictor(folder: Path) -> tuple[dict, Decoder, Backbone]:
         backbone = BACKBONES[knobs.pop("name")](**knobs)
         for key in ("tokenizer_sha256", "name"):  # both must be there
             card["served_model"][key]
+        for key in ("sha256", "prompts", "calibration_prompts"):
+            card["training_data"][key]
         check_files(folder, card.get("export", {}).get("files", {}))
     except DamagedFile:
         raise

@@ -9,7 +9,6 @@ tokens of the served model.
 """
 
 import argparse
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -24,8 +23,7 @@ import numpy as np
 from chatglm.checksums import CHECKSUMS
 from chatglm.commands import Parser, run_command, whole
 from chatglm.files import read_json
-from chatglm.saving import put_in_place
-from finetune.files import sha256, write_json
+from finetune.files import sha256, write_json, written_folder
 from finetune.rows.formats import BadRow
 from finetune.rows.sources import read_json_items
 from predictor.calibration import kaplan_meier
@@ -443,7 +441,7 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path) -> Non
 
     Raises:
         ValueError: `output` holds something that is no predictor, or the new folder does not load.
-            Nothing has changed then.
+            Or another process is writing it. Nothing has changed then.
         OSError: it cannot be written; nothing has changed then.
     """
     # The target of a link is replaced, not the link.
@@ -453,10 +451,8 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path) -> Non
         raise ValueError(
             f"--output {output} holds other things than a predictor; name another folder"
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        shutil.copytree(source, aside)
+    with written_folder(output) as aside:
+        copy_files(source, aside)
         (aside / CHECKSUMS).unlink(missing_ok=True)  # it is of the old head and card
         if isinstance(predictor.score, FrozenScorer):
             predictor.score.kernel_head.save(aside)
@@ -466,9 +462,19 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path) -> Non
         write_card(aside, with_new_checksums(card, aside))
         update_manifest(aside)
         check_loads(aside, predictor)
-        put_in_place(aside, output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy the files below a folder. Raises OSError, which names the file that cannot be written.
+
+    shutil.copytree would gather the errors, without their kind.
+    """
+    for path in sorted(source.rglob("*")):
+        copy = target / path.relative_to(source)
+        if path.is_dir():
+            copy.mkdir()
+        else:
+            shutil.copy2(path, copy)
 
 
 def with_new_checksums(card: dict, folder: Path) -> dict:

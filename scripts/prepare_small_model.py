@@ -9,18 +9,16 @@ like any published one.
 """
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from chatglm.commands import Parser, run_command  # noqa: E402
+from chatglm.commands import Parser, number, run_command, whole  # noqa: E402
 from chatglm.families import OWN_FAMILIES  # noqa: E402
 from chatglm.files import read_json  # noqa: E402
-from chatglm.saving import set_modes  # noqa: E402
+from chatglm.saving import held_aside, move_in_place, set_modes  # noqa: E402
 from finetune.files import writing  # noqa: E402
 
 if TYPE_CHECKING:
@@ -131,23 +129,23 @@ def make_model(
 
 
 def save_model(model: "PreTrainedModel", tokenizer: "FamilyTokenizer", output_dir: Path) -> Path:
-    """Write a model and its tokenizer beside `output_dir`, then rename; raises OSError."""
+    """Write a model and its tokenizer beside `output_dir`, then rename.
+
+    Without checksums: tests and trials edit these folders.
+
+    Raises:
+        ValueError: another process is writing it.
+        OSError: it cannot be written.
+    """
     from chatglm.loading import stop_ids
 
     model.generation_config.eos_token_id = stop_ids(tokenizer)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    aside = output_dir.with_name(f".{output_dir.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        with writing(output_dir):
-            model.save_pretrained(str(aside))
-            tokenizer.save_pretrained(str(aside))
-            set_modes(aside)
-    except OSError:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    shutil.rmtree(output_dir, ignore_errors=True)
-    os.replace(aside, output_dir)
+    with writing(output_dir), held_aside(output_dir) as aside:
+        model.save_pretrained(str(aside))
+        tokenizer.save_pretrained(str(aside))
+        set_modes(aside)
+        move_in_place(aside, output_dir)
     return output_dir
 
 
@@ -162,25 +160,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output_dir", required=True, help="folder to write; replaced if it is a model already"
     )
-    for name, default, text in (
-        ("hidden_size", 256, "width"),
-        ("num_layers", 4, "blocks"),
-        ("heads", 8, "query heads"),
-        ("groups", 2, "key/value heads (glm2, glm3)"),
-        ("ffn", 688, "width of the MLP"),
-        ("length", 2048, "longest row in tokens"),
-        ("init_std", 0.02, "deviation of the weights"),
-        ("seed", 1234, "of the weights"),
+    for name, default, kind, text in (
+        ("hidden_size", 256, whole(), "width"),
+        ("num_layers", 4, whole(), "blocks"),
+        ("heads", 8, whole(), "query heads"),
+        ("groups", 2, whole(), "key/value heads (glm2, glm3)"),
+        ("ffn", 688, whole(), "width of the MLP"),
+        ("length", 2048, whole(2), "longest row in tokens"),
+        ("init_std", 0.02, number(), "deviation of the weights"),
+        ("seed", 1234, whole(0), "of the weights"),
     ):
-        parser.add_argument(
-            f"--{name}", type=type(default), default=default, help=f"{text} [{default}]"
-        )
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} [{default}]")
     args = vars(parser.parse_args(argv))
     return run_command(parser.prog, lambda: run(**args))
 
 
 def run(family: str, tokenizer: str, output_dir: str, **sizes: Any) -> None:
     output = Path(output_dir)
+    here, there = output.resolve(), Path(tokenizer).resolve()
+    if here == there or here in there.parents:
+        raise ValueError(f"--output_dir {output} would replace --tokenizer {tokenizer}")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output_dir {output} is a file; name a folder")
     if output.exists() and any(output.iterdir()) and not (output / "config.json").is_file():
         raise ValueError(f"--output_dir {output} is not empty and holds no model")
     folder = make_model(family, tokenizer, output, **sizes)

@@ -16,6 +16,7 @@ from predictor import LengthPrediction, LengthPredictor
 from predictor import update as module
 from predictor.decoder import read_card
 from predictor.evaluate import ObservedLengths
+from predictor.export import main as export_command
 from predictor.kernel import FILE as KERNEL_FILE
 from predictor.labels import Label, LabelledPrompt
 from predictor.scores import kendall_tau
@@ -302,7 +303,7 @@ def test_a_failed_write_leaves_the_old_folder(
         monkeypatch.setattr(saving.ctypes, "CDLL", lambda _: object())
         real = os.replace
         monkeypatch.setattr(
-            module.os,
+            saving.os,
             "replace",
             lambda a, b: (
                 real(a, b)
@@ -325,6 +326,20 @@ def test_two_renames_do_where_one_step_cannot(tmp_path, folder, shifted_update, 
     assert read_card(target)["updated"]["updates"] == 1 and [
         p.name for p in tmp_path.iterdir()
     ] == ["there"]
+
+
+def test_one_writer_at_a_time(tmp_path, folder, shifted_update, holder, capsys):
+    """An update and an export wait for nobody, and leave the folder as it was."""
+    target = tmp_path / "there"
+    assert export_command(["--checkpoint", str(folder), "--output", str(target)]) == 0
+    before = {p.name: p.read_bytes() for p in target.iterdir()}
+    holder(tmp_path / ".there.writing")
+    with pytest.raises(ValueError, match="there is in use by another run"):
+        write_updated(shifted_update[0], folder, target)
+    words = ["--checkpoint", str(folder), "--output", str(target), "--overwrite"]
+    assert export_command(words) == 1
+    assert f"the folder {target} is in use by another run" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == before
 
 
 def test_other_folders_are_not_replaced(tmp_path, folder, predictor):
