@@ -24,6 +24,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.commands import Parser, run_command  # noqa: E402
+from chatglm.saving import locked_output  # noqa: E402
 from finetune.config import parse_positive  # noqa: E402
 from finetune.evaluation.answering import (  # noqa: E402
     AnsweredBatches,
@@ -58,7 +60,7 @@ from finetune.evaluation.inference import (  # noqa: E402
     loading_options,
     prepare_inference,
 )
-from finetune.files import writing  # noqa: E402
+from finetune.files import check_file_to_write, writing  # noqa: E402
 from finetune.flag_effects import PLACING, check_given  # noqa: E402
 from finetune.launched import single_start  # noqa: E402
 from finetune.rows.formats import BadRow  # noqa: E402
@@ -268,7 +270,21 @@ class CollectionFlags(InferenceFlags):
 
 
 def collect(flags: CollectionFlags) -> str:
-    """Ask what is not yet in the output; returns a line on what was done."""
+    """Ask what is not yet in the output; returns a line on what was done.
+
+    Raises:
+        ValueError: another process writes the output, or the folder of states.
+    """
+    check_file_to_write(Path(flags.output), "--output")
+    with ExitStack() as locks:
+        locks.enter_context(locked_output(Path(flags.output), "--output"))
+        if flags.states:
+            locks.enter_context(locked_output(Path(flags.states), "--states"))
+        return collect_alone(flags)
+
+
+def collect_alone(flags: CollectionFlags) -> str:
+    """`collect` of the only process that writes the output."""
     prompts = read_prompts(flags.prompts, flags.limit)
     setup = prepare_inference(flags)
     options = dict(setup.options)
@@ -288,13 +304,24 @@ def collect(flags: CollectionFlags) -> str:
         return collect_states(flags, questions, setup, sampling)
     work = measure_prompts(encoded, predicted, flags)
     with open_answerer(flags, setup, AnswerOptions(options, sampling), work) as answerer:
-        settings = {
-            "weights": answerer.fingerprint(),
-            "max_src_len": setup.max_src_len,
-            "max_new_tokens": flags.max_new_tokens,
-            **sampling,
-        }
+        settings = answer_settings(flags, setup, answerer.fingerprint()) | sampling
         return ask(flags, questions, answerer, settings, setup.tokenizer)
+
+
+def answer_settings(flags: CollectionFlags, setup: InferenceSetup, weights: str) -> dict[str, Any]:
+    """What answers depend on, beside the sampling, as the lines have it.
+
+    Args:
+        weights: the model's fingerprint.
+    """
+    settings: dict[str, Any] = {
+        "weights": weights,
+        "max_src_len": setup.max_src_len,
+        "max_new_tokens": flags.max_new_tokens,
+    }
+    if setup.tokenizer.prompt_style != "chat":
+        settings["prompt_style"] = setup.tokenizer.prompt_style
+    return settings
 
 
 def ask(
@@ -343,13 +370,7 @@ def collect_states(
     seed = flags.seed if flags.do_sample else None
     named = {"served_model": flags.served_model or served_name(flags.model_path)}
     weights = model_fingerprint(model)
-    settings = {
-        "weights": weights,
-        "max_src_len": setup.max_src_len,
-        "max_new_tokens": flags.max_new_tokens,
-        "engine": "continuous",
-        **sampling,
-    }
+    settings = answer_settings(flags, setup, weights) | {"engine": "continuous", **sampling}
     row_end: dict[str, Any] = {**named, "seed": seed}
     done, whole = read_done(Path(flags.output), row_end | settings)
     row_end |= {"settings": settings}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from chatglm.files import read_json
-from finetune.files import write_aside, write_json, writing
+from finetune.files import write_aside, write_json
 from serving.engines.state_tap import StateReading
 
 VERSION = 1
@@ -71,11 +71,14 @@ class StateFolder:
 
     def _resume(self, lines: int) -> None:
         """Drop the states of answers that have no line, and go on with the last shard."""
-        from safetensors.numpy import load_file
-
         answers: set[int] = set()
         for path in sorted(self.folder.glob("states-*.safetensors")):
-            rows = load_file(path)
+            rows = read_rows(path)
+            if not lines:  # of another --output, most likely: they took hours
+                raise ValueError(
+                    f"--states {self.folder}: has states, and --output has no answers yet; name "
+                    "another folder, or remove this one"
+                )
             kept = rows["answer"] < lines
             if not kept.any():
                 path.unlink()
@@ -124,8 +127,21 @@ class StateFolder:
     def _write(self, path: Path, rows: dict[str, np.ndarray]) -> None:
         from safetensors.numpy import save
 
-        with writing(path):
-            write_aside(path, save(rows))
+        write_aside(path, save(rows))
+
+
+def read_rows(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a shard. Raises ValueError, which names it, where it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        rows = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    if "answer" not in rows:
+        raise ValueError(f"{path}: there is no tensor 'answer'")
+    return rows
 
 
 def size_of(rows: Mapping[str, np.ndarray]) -> int:

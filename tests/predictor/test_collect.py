@@ -216,6 +216,7 @@ def test_adapter_folder(collect, folder, tmp_path):
         (["--max_src_len", "77"], "max_src_len 1024, now it is 77"),
         (["--served_model", "x"], "served_model 'served', now it is 'x'"),
         (["--do_sample"], "made with seed None, now it is 1234"),
+        (["--prompt_style", "raw"], "made with prompt_style None, now it is 'raw'"),
         (["--model_path", "{glm3}"], "made with served_model"),
         (["--model_path", "{glm3}", "--served_model", "served"], "made with weights"),
     ],

@@ -181,6 +181,25 @@ def test_shards_are_full_in_turn(tmp_path):
         StateFolder(tmp_path, about, 6)
 
 
+def test_states_of_another_output_stay(collect, tmp_path, holder, capsys):
+    """They took hours; and while one command collects, a second one does not."""
+    assert collect("--limit", 2) == 0
+    shard = tmp_path / "states" / "states-00001.safetensors"
+    before = shard.read_bytes()
+    assert collect("--output", tmp_path / "other.jsonl") == 1
+    assert "has states, and --output has no answers yet" in capsys.readouterr().err
+    assert shard.read_bytes() == before
+    for name, flag in (("lengths.jsonl", "--output"), ("states", "--states")):
+        first = holder(tmp_path / f".{name}.writing")
+        assert collect() == 1
+        assert f"{flag} {tmp_path / name} is in use by another run" in capsys.readouterr().err
+        first.kill()
+        first.wait()
+    shard.write_bytes(before[:-9])
+    assert collect() == 1
+    assert f"{shard}: cannot be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "more, said",
     [
