@@ -197,6 +197,15 @@ def fold_of(groups: np.ndarray) -> np.ndarray:
     return (np.random.default_rng(0).permutation(number.max() + 1) % FOLDS)[number]
 
 
+def check_folds(fold: np.ndarray, prompts: str) -> None:
+    """Raises ValueError where all prompts are in one fold (N,), so that none has other folds."""
+    if len(np.unique(fold)) < 2:
+        raise ValueError(
+            f"{prompts} are near-duplicates of one another: all are in one fold, and nothing is "
+            "left to learn from that has not seen them"
+        )
+
+
 def head_edges(head: Head) -> np.ndarray:
     """(K + 1,): the bins of a head's predictions: its classes, halved until they are 20 or more."""
     edges = head.edges

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chatglm.commands import Parser, run_command, whole
-from finetune.files import write_json
+from finetune.files import check_file_to_write, write_json
+from finetune.rows.sources import split_names
 from predictor.calibration import kaplan_meier, levels_of
 from predictor.command_flags import add_bad_row_flag, add_predictor_flags, add_yes_no
 from predictor.decoder import backbone_name, read_card
@@ -33,6 +34,17 @@ if TYPE_CHECKING:
 DRAWS = 10  # random choices of the run that is predicted, for the noise ceiling
 TIMED_SECONDS = 2.0  # at most, for single prompts, and again for batches
 WARM_UP_CALLS = 5  # calls that are not timed
+BATCH_SIZE = 64  # prompts, default of --batch_size
+# Flags that a predictor of --backbone states does not read, and those that its --prior reads alone,
+# with their defaults.
+OF_PROMPTS = {
+    "served_model": None,
+    "picture": None,
+    "batch_size": BATCH_SIZE,
+    "on_bad_row": "error",
+    "allow_other_tokenizer": False,
+}
+OF_PRIOR = {"base_model": None, "device": "cpu", "threads": None}
 NOMINAL = tuple(np.round(np.arange(0.05, 1, 0.05), 2).tolist()) + (0.975,)
 COLUMNS = {  # heading -> (metric, format)
     "answers": ("answers", "d"),
@@ -98,7 +110,7 @@ def evaluate_predictor(
     examples: list[LabelledPrompt],
     *,
     served_model: str = "",
-    batch_size: int = 64,
+    batch_size: int = BATCH_SIZE,
     predicted: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
 ) -> dict:
     """The report of `python -m predictor.evaluate`, as a dict that JSON takes.
@@ -427,6 +439,9 @@ def run_evaluation(flags: EvaluationFlags) -> None:
     """Evaluate, print the table, write the files."""
     from predictor.runtime import LengthPredictor
 
+    for flag in ("json", "picture"):
+        if getattr(flags, flag):
+            check_file_to_write(Path(getattr(flags, flag)), f"--{flag}")
     if is_rereader(flags):
         return run_reread_evaluation(flags)
     predictor = LengthPredictor.from_pretrained(
@@ -462,23 +477,30 @@ def is_rereader(flags: EvaluationFlags) -> bool:
     """Whether --predictor is of --backbone states.
 
     Raises:
-        ValueError: --states, --prior or --picture do not fit it.
+        ValueError: a flag does not fit it.
     """
     card = read_card(flags.predictor)
-    reads_states = backbone_name(card, flags.predictor) == "states"
-    for flag in ("states", "prior"):
-        if getattr(flags, flag) and not reads_states:
-            raise ValueError(
-                f"--{flag} needs a --predictor of --backbone states, not {flags.predictor}"
-            )
-    if reads_states and not flags.states:
+    if backbone_name(card, flags.predictor) != "states":
+        for flag in ("states", "prior"):
+            if getattr(flags, flag):
+                raise ValueError(
+                    f"--{flag} needs a --predictor of --backbone states, not {flags.predictor}"
+                )
+        return False
+    if not flags.states:
         raise ValueError(
             f"--predictor {flags.predictor} reads hidden states: --states wants the folder of "
             "those of --data"
         )
-    if reads_states and flags.picture:
-        raise ValueError(f"--picture needs a predictor of prompts; {flags.predictor} reads states")
-    return reads_states
+    for flag, default in OF_PROMPTS.items():
+        if getattr(flags, flag) != default:
+            raise ValueError(
+                f"--{flag} needs a predictor of prompts; {flags.predictor} reads states"
+            )
+    for flag, default in OF_PRIOR.items():
+        if getattr(flags, flag) != default and not flags.prior:
+            raise ValueError(f"--{flag} is of --prior, which is not given")
+    return True
 
 
 def run_reread_evaluation(flags: EvaluationFlags) -> None:
@@ -488,7 +510,14 @@ def run_reread_evaluation(flags: EvaluationFlags) -> None:
     from predictor.runtime import LengthPredictor
 
     rereader = Rereader.from_pretrained(flags.predictor, served_model=flags.model_path)
-    prior = LengthPredictor.from_pretrained(flags.prior) if flags.prior else None
+    prior = None
+    if flags.prior:
+        prior = LengthPredictor.from_pretrained(
+            flags.prior,
+            base_model=flags.base_model,
+            device=flags.device,
+            threads=flags.threads,
+        )
     report = evaluate_rereader(rereader, Path(flags.data), Path(str(flags.states)), prior)
     print(describe_rereads(report), flush=True)
     if flags.json:
@@ -518,7 +547,7 @@ def read_evaluation_rows(
         from chatglm.loading import load_tokenizer
 
         count = make_counter(load_tokenizer(flags.model_path))
-    paths = list(map(str.strip, flags.data.split(",")))
+    paths = split_names(flags.data, "--data")
     return read_examples(paths, served_model=served_model, count=count, on_bad_row=flags.on_bad_row)
 
 
@@ -585,7 +614,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch_size",
         type=whole(),
-        default=64,
+        default=BATCH_SIZE,
         help="prompts predicted together when batches are timed [64]",
     )
     parser.add_argument(

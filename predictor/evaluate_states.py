@@ -63,11 +63,17 @@ def evaluate_rereader(
 
 def check_same_states(rereader: Rereader, states: HiddenStates, folder: Path) -> None:
     """Raises ValueError where states are not of the model whose states were learnt."""
-    wanted, got = rereader.card["backbone"]["weights"], states.weights
+    wanted, got = rereader.card["backbone"].get("weights"), states.weights
     if states.hidden_size != rereader.hidden_size or got != wanted:
         raise ValueError(
             f"--states {folder} is of a model with weights {got} and {states.hidden_size} "
             f"features, the predictor's are {wanted} and {rereader.hidden_size}"
+        )
+    cap = rereader.decoder.grid.cap
+    if states.cap != cap:  # the CRPS is an integral up to it
+        raise ValueError(
+            f"--states {folder}: answers were cut at {states.cap} tokens, those that the predictor "
+            f"learnt from at {cap}; collect with --max_new_tokens {cap}"
         )
 
 

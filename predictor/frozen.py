@@ -12,9 +12,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from chatglm.checksums import CHECKSUMS
 from chatglm.families import family_of
 from finetune.distributed import rank, say, with_local_model
-from finetune.files import CACHE_GB, cache_arrays, read_arrays, sha256, written_folder
+from finetune.files import (
+    CACHE_GB,
+    cache_arrays,
+    check_folder_to_write,
+    read_arrays,
+    sha256,
+    written_folder,
+)
 from predictor.backbones import (
     BACKBONES,
     Backbone,
@@ -23,7 +31,15 @@ from predictor.backbones import (
     NoBackbone,
 )
 from predictor.config import PredictorConfig
-from predictor.decoder import CARD, FOLDS, Decoder, fold_of, read_card, write_card
+from predictor.decoder import (
+    CARD,
+    FOLDS,
+    Decoder,
+    check_folds,
+    fold_of,
+    read_card,
+    write_card,
+)
 from predictor.heads import Head, make_head
 from predictor.kernel import Kernel, KernelHead
 from predictor.labels import language
@@ -39,10 +55,13 @@ from predictor.scorers import (
 from predictor.scores import metrics_of
 
 if TYPE_CHECKING:
+    import torch
+
     from chatglm.families import Family
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin")
-SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.txt")
+# Of the files that a model's vectors depend on: weights, configurations, vocabularies.
+MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt")
+OTHER_FILES = (CARD, CHECKSUMS, "train_config.json", "manifest.json")
 
 
 @dataclass(frozen=True)
@@ -79,6 +98,7 @@ def train_frozen(config: PredictorConfig) -> Path:
     check_predictor_dir(output, overwrite=config.overwrite_output_dir)
     if rank() > 0:
         return output
+    check_folder_to_write(output.parent, "--output_dir")
     started = time.perf_counter()
     family, tokenizer = None, None
     config = with_local_model(config)
@@ -237,6 +257,8 @@ def target_prompts(rows: LengthRows) -> np.ndarray:
             f"only {len(numbers)} prompts have a length of {rows.config.served_model!r}; "
             f"at least {2 * FOLDS} are needed"
         )
+    prompts = f"the {len(numbers)} prompts with a length of {rows.config.served_model!r}"
+    check_folds(fold_of(rows.groups)[numbers], prompts)
     return numbers
 
 
@@ -274,10 +296,10 @@ def lexical_features(config: PredictorConfig, rows: LengthRows, numbers: np.ndar
     prompts, folds = rows.train.prompts, fold_of(rows.groups)
     ngrams = NgramMatrix.of(prompts, bits=config.hash_bits)
     if config.encoder_path:
-        teacher_rows = np.arange(len(prompts))
-        if config.encoder_language != "all":
-            languages = np.array(list(map(language, prompts)))
-            teacher_rows = np.flatnonzero(languages == config.encoder_language)
+        teacher_rows = prompts_of_language(prompts, config.encoder_language)
+        check_folds(
+            folds[teacher_rows], f"the prompts of --encoder_language {config.encoder_language}"
+        )
         targets = teacher_targets(config, [prompts[i] for i in teacher_rows])
         weights = (1.0, 0.5)
     else:
@@ -290,6 +312,20 @@ def lexical_features(config: PredictorConfig, rows: LengthRows, numbers: np.ndar
         ngrams, targets, teacher_rows, numbers, folds, ridge=config.student_ridge
     )
     return Features([outputs, ngrams.cue_features[numbers]], weights, student, None)
+
+
+def prompts_of_language(prompts: list[str], wanted: str) -> np.ndarray:
+    """Numbers of the prompts that --encoder_language names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if wanted == "all":
+        return np.arange(len(prompts))
+    chosen = np.flatnonzero(np.array(list(map(language, prompts))) == wanted)
+    if not len(chosen):
+        raise ValueError(f"--encoder_language {wanted}: none of {len(prompts)} prompts is")
+    return chosen
 
 
 def vectors_of(
@@ -310,7 +346,8 @@ def vectors_of(
         keys.append(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest())
     file = None
     if cache:
-        name = f"vectors-{folder_key(folder, asdict(backbone))}.safetensors"
+        precision = {"dtype": str(vector_device()[1])}
+        name = f"vectors-{folder_key(folder, asdict(backbone) | precision)}.safetensors"
         file = Path(cache).expanduser() / name
     known = read_vectors(file) if file else {}
     new = {}
@@ -328,24 +365,31 @@ def vectors_of(
 def compute_vectors(
     backbone: EncoderBackbone | ChatGLMBackbone, folder: str, prompts: list[str]
 ) -> np.ndarray:
-    """(N, D) vectors of a backbone, on a GPU in bfloat16 where there is one."""
-    import torch
-
+    """(N, D) vectors of a backbone."""
     tokenizer = backbone.load_tokenizer(folder)
-    device, dtype = "cpu", torch.float32
-    if torch.cuda.is_available():
-        device, dtype = "cuda", torch.bfloat16
+    device, dtype = vector_device()
     model: torch.nn.Module = backbone.load_model(dtype, {}, folder)
     model.to(device).eval()
     rows = [backbone.encode(tokenizer, prompt) for prompt in prompts]
     return encode_all(backbone, model, tokenizer, rows, progress=True)
 
 
+def vector_device() -> "tuple[str, torch.dtype]":
+    """Where vectors are computed, and how precisely: on a GPU in bfloat16 where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda", torch.bfloat16
+    return "cpu", torch.float32
+
+
 def folder_key(folder: str, knobs: dict) -> str:
-    """A hash of a model folder's content and of the backbone's knobs."""
+    """A hash of a model folder's content, or of a hub's name for one, and of some knobs."""
     digest = hashlib.sha256(json.dumps(knobs | {"encoder_path": ""}, sort_keys=True).encode())
-    for file in sorted(Path(folder).glob("*")):
-        if file.suffix in WEIGHT_SUFFIXES or file.name in SMALL_FILES:
+    if not Path(folder).is_dir():
+        digest.update(folder.encode())
+    for file in sorted(filter(Path.is_file, Path(folder).glob("*"))):
+        if file.suffix in MODEL_SUFFIXES and file.name not in OTHER_FILES:
             digest.update(file.name.encode() + sha256(file).encode())
     return digest.hexdigest()[:24]
 

@@ -178,6 +178,9 @@ def read_shard(file: Path, settings: dict) -> dict[str, np.ndarray]:
             raise ValueError(f"{file}: there is no tensor {name!r}")
         if arrays[name].shape != shape:
             raise ValueError(f"{file}: {name} must be {shape}, got {arrays[name].shape}")
+        kind = "iu" if name in ("answer", "at") else "f"
+        if arrays[name].dtype.kind not in kind:
+            raise ValueError(f"{file}: {name} must not be {arrays[name].dtype}")
     found = {}
     for name in wanted:
         found[name] = arrays[name]
@@ -204,5 +207,6 @@ def check_readings(
         )
     if ((np.diff(answer) == 0) & (np.diff(at) == 0)).any():
         raise ValueError(f"--states {folder}: an answer has two rows of the same place")
-    if not np.isfinite(arrays["last"]).all() or not np.isfinite(arrays["mean"]).all():
-        raise ValueError(f"--states {folder}: a state is not finite")
+    for name in ("last", "mean", "entropy"):
+        if name in arrays and not np.isfinite(arrays[name]).all():
+            raise ValueError(f"--states {folder}: a state is not finite ({name})")

@@ -7,6 +7,7 @@ model, without its end token. numpy only, apart from what finetune.rows imports.
 import hashlib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +81,8 @@ def read_examples(
     Raises:
         BadRow: the first bad row, with on_bad_row "error"; or there is no good row.
     """
-    examples: dict[str, LabelledPrompt] = {}
+    examples: dict[str, LabelledPrompt] = {}  # of each prompt its first row
+    labels: dict[str, list[Label]] = defaultdict(list)
     rows = bad = 0
     paths = [paths] if isinstance(paths, (str, Path)) else paths
     for place, item, source in read_label_items(paths):
@@ -96,14 +98,15 @@ def read_examples(
             bad += 1
             continue
         rows += 1
-        earlier = examples.get(example.prompt)
-        if earlier:
-            example = replace(earlier, labels=earlier.labels + example.labels)
-        examples[example.prompt] = example
+        examples.setdefault(example.prompt, example)
+        labels[example.prompt].extend(example.labels)
     if not examples:
         skipped = f" ({bad} bad ones skipped)" if bad else ""
         raise BadRow(f"{', '.join(map(str, paths))}: no rows{skipped}")
-    return list(examples.values()), bad
+    whole = []
+    for prompt, example in examples.items():
+        whole.append(replace(example, labels=tuple(labels[prompt])))
+    return whole, bad
 
 
 def read_label_items(paths: Sequence[str | Path]) -> Iterator[tuple[str, Any, str]]:

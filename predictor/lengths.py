@@ -11,6 +11,7 @@ import numpy as np
 from chatglm.files import read_json, shorten
 from finetune.rows.formats import BadRow
 from finetune.rows.near_duplicates import group_prompts
+from finetune.rows.sources import split_names
 from predictor.config import PredictorConfig
 from predictor.decoder import tokenizer_hash
 from predictor.labels import (
@@ -295,7 +296,7 @@ def load_lengths(
         name = served_name(config.model_name_or_path)
     count = make_counter(tokenizer) if tokenizer else None
     examples, bad = read_examples(
-        list(map(str.strip, config.train_path.split(","))),
+        split_names(config.train_path, "--train_path"),
         served_model=name,
         count=count,
         on_bad_row=config.on_bad_row,
@@ -377,7 +378,8 @@ def read_test_examples(
     path, on_bad_row = config.eval_path, config.on_bad_row
     if not path:
         return []
-    return read_examples(path, served_model=name, count=count, on_bad_row=on_bad_row)[0]
+    paths = split_names(path, "--eval_path")
+    return read_examples(paths, served_model=name, count=count, on_bad_row=on_bad_row)[0]
 
 
 def exclude_test_groups(

@@ -105,8 +105,13 @@ def join_readings(
         pooling, layers: as `HiddenStates.vectors` takes them.
         file: of the lengths, for messages.
     Raises:
-        ValueError: a reading of a place that its answer does not have, or an answer over the cap.
+        ValueError: a reading of a line or a place that is not there, or an answer over the cap.
     """
+    if len(states) and len(lines) <= states.answer.max():
+        raise ValueError(
+            f"{file}: there are states of line {states.answer.max() + 1}, and {len(lines)} lines: "
+            "they are of two collections"
+        )
     is_of_model = lines.prompt[states.answer] >= 0
     answer, at = states.answer[is_of_model], states.at[is_of_model].astype(np.int64)
     prompt = lines.prompt[answer]

@@ -380,7 +380,12 @@ def fit_bucket(
 
 
 def fit_map(posteriors: Posteriors, readings: Readings, cap: int) -> tuple[Conformal, float]:
-    """(the conformal map of posteriors, their mean CRPS in tokens after it)."""
+    """(the conformal map of posteriors, their mean CRPS in tokens after it).
+
+    Of no readings the map is the identity, and the CRPS infinite: a bucket may lie in one fold.
+    """
+    if not len(readings):
+        return Conformal(), np.inf
     levels = levels_at(posteriors, readings.tokens)
     conformal = Conformal.fit(levels, readings.finished, readings.weights)
     calibrated = posteriors.calibrated(np.zeros(len(readings), int), [conformal])

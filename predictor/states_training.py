@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from finetune.distributed import rank, say, with_local_model
-from finetune.files import written_folder
+from finetune.files import check_folder_to_write, written_folder
 from predictor.backbones import NoBackbone, StatesBackbone
 from predictor.config import PredictorConfig
-from predictor.decoder import FOLDS, fold_of, write_card
+from predictor.decoder import FOLDS, check_folds, fold_of, write_card
 from predictor.frozen import (
     check_predictor_dir,
     fit_out_of_fold,
@@ -44,6 +44,7 @@ def train_states(config: PredictorConfig) -> Path:
     check_predictor_dir(output, overwrite=config.overwrite_output_dir)
     if rank() > 0:
         return output
+    check_folder_to_write(output.parent, "--output_dir")
     started = time.perf_counter()
     rows, states, readings = load_readings(with_local_model(config))
     config = rows.config
@@ -113,20 +114,19 @@ def load_readings(config: PredictorConfig) -> tuple[LengthRows, HiddenStates, Re
         )
     served = states.served_model
     lines = AnswerLines.read(config.train_path, rows.train.prompts, served, served)
-    if len(lines) <= states.answer.max():
-        raise ValueError(
-            f"--states {config.states} has states of line {states.answer.max() + 1}, "
-            f"{config.train_path} has {len(lines)} lines: they are of two collections"
-        )
     readings = join_readings(
         states, lines, config.state_pooling, config.read_layers, config.train_path
     )
-    check_enough(readings, config)
+    check_enough(readings, fold_of(rows.groups)[readings.prompt], config)
     return rows, states, readings
 
 
-def check_enough(readings: Readings, config: PredictorConfig) -> None:
-    """Raises ValueError where too few prompts have states, or too few of them while answered."""
+def check_enough(readings: Readings, fold: np.ndarray, config: PredictorConfig) -> None:
+    """Raises ValueError where too few prompts have states, or too few of them while answered.
+
+    Args:
+        fold: (R,) of each reading's prompt.
+    """
     for kind, is_kind in (("prompts", readings.at == 0), ("answers", readings.at > 0)):
         count = len(np.unique(readings.prompt[is_kind]))
         if count < 2 * FOLDS:
@@ -134,6 +134,7 @@ def check_enough(readings: Readings, config: PredictorConfig) -> None:
                 f"--states {config.states}: states of {count} {kind} of {config.served_model!r}; "
                 f"at least {2 * FOLDS} are needed"
             )
+        check_folds(fold[is_kind], f"the {kind} with states in {config.states}")
 
 
 def read_layers(config: PredictorConfig, states: HiddenStates) -> tuple[int, ...]:

@@ -23,9 +23,9 @@ import numpy as np
 from chatglm.checksums import CHECKSUMS
 from chatglm.commands import Parser, run_command, whole
 from chatglm.files import read_json
-from finetune.files import sha256, write_json, written_folder
+from finetune.files import check_file_to_write, sha256, write_json, written_folder
 from finetune.rows.formats import BadRow
-from finetune.rows.sources import read_json_items
+from finetune.rows.sources import read_json_items, split_names
 from predictor.calibration import kaplan_meier
 from predictor.command_flags import add_bad_row_flag, add_predictor_flags, add_yes_no
 from predictor.decoder import CARD, FOLDS, Decoder, fold_of, write_card
@@ -107,7 +107,7 @@ def parse_prediction(item: Any, place: str) -> LengthPrediction | None:
         prediction = LengthPrediction.from_dict(item["prediction"])
         if is_distribution(prediction):
             return prediction
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         pass
     raise BadRow(f'{place}: "prediction" is not what LengthPrediction.to_dict() gives')
 
@@ -115,7 +115,9 @@ def parse_prediction(item: Any, place: str) -> LengthPrediction | None:
 def is_distribution(prediction: LengthPrediction) -> bool:
     """Whether the masses are finite, not negative and not all 0, over ascending edges."""
     mass, edges = prediction.probabilities, prediction.edges
-    if mass.ndim != 1 or len(edges) != len(mass) + 1 or not np.isfinite(mass).all():
+    if mass.ndim != 1 or edges.shape != (len(mass) + 1,):
+        return False
+    if not np.isfinite(mass).all() or not np.isfinite(edges).all():
         return False
     return bool((mass >= 0).all() and mass.sum() > 0 and (np.diff(edges) > 0).all())
 
@@ -446,11 +448,7 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path) -> Non
     """
     # The target of a link is replaced, not the link.
     source, output = source.resolve(), output.resolve()
-    is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    if not is_free and not (output / CARD).is_file():
-        raise ValueError(
-            f"--output {output} holds other things than a predictor; name another folder"
-        )
+    check_replaceable(output)
     with written_folder(output) as aside:
         copy_files(source, aside)
         (aside / CHECKSUMS).unlink(missing_ok=True)  # it is of the old head and card
@@ -462,6 +460,15 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path) -> Non
         write_card(aside, with_new_checksums(card, aside))
         update_manifest(aside)
         check_loads(aside, predictor)
+
+
+def check_replaceable(output: Path) -> None:
+    """Raises ValueError where a folder or file is there that is no predictor's."""
+    is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not is_free and not (output / CARD).is_file():
+        raise ValueError(
+            f"--output {output} holds other things than a predictor; name another folder"
+        )
 
 
 def copy_files(source: Path, target: Path) -> None:
@@ -573,11 +580,15 @@ class UpdateFlags:
 def run_update(flags: UpdateFlags) -> None:
     """Update the predictor, print the report, write the files."""
     folder = Path(flags.predictor)
+    output = Path(flags.output or flags.predictor)
+    check_replaceable(output)
+    if flags.json:
+        check_file_to_write(Path(flags.json), "--json")
     predictor = LengthPredictor.from_pretrained(
         folder, base_model=flags.base_model, device=flags.device
     )
     name = predictor.card["served_model"]["name"]
-    log = read_log(list(map(str.strip, flags.log.split(","))), name, flags.on_bad_row)
+    log = read_log(split_names(flags.log, "--log"), name, flags.on_bad_row)
     log = newest_rows(log, name, flags.newest + flags.hold_out)
     held_out = newest_rows(log, name, flags.hold_out).examples if flags.hold_out else []
     fitted_to = log.examples[: len(log.examples) - len(held_out)]
@@ -599,7 +610,6 @@ def run_update(flags: UpdateFlags) -> None:
     if held_out and not report["held_out"]["better"]:
         print("no better: nothing is written")
     elif not flags.dry_run:
-        output = Path(flags.output or flags.predictor)
         write_updated(new, folder, output)
         report["output"] = str(output)
         print(f"predictor: {output}, update {report['updates']}")
@@ -620,7 +630,7 @@ def newest_rows(log: MonitorLog, served_model: str, count: int) -> MonitorLog:
 
 def ridge_of(folder: Path) -> float:
     """--head_ridge of the training run, from its folder; RIDGE where it is not there."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
         ridge = float(read_json(folder / "train_config.json")["head_ridge"])
         if 0 < ridge < 1e9:
             return ridge

@@ -70,18 +70,27 @@ def parse_sources(
         ValueError: there is no name at all, a weight is not above 0, or there is one although
             `weights` is False.
     """
-    names = [text]
-    if not Path(text).exists():
-        names = [part.strip() for part in text.split(",") if part.strip()]
-    if not names:
-        raise ValueError(f"{flag}: no file in {text!r}")
     sources = []
-    for name in names:
+    for name in split_names(text, flag):
         source = parse_source(name, flag, documents)
         sources.append(source)
         if source.weight != 1 and not weights:
             raise ValueError(f"{flag} takes no weights, got {source.name}:{source.weight:g}")
     return sources
+
+
+def split_names(text: str, flag: str) -> list[str]:
+    """The names of a comma list; a file that has a comma in its own name is one of them.
+
+    Raises:
+        ValueError: there is no name at all.
+    """
+    if text and Path(text).exists():
+        return [text]
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise ValueError(f"{flag}: no file in {text!r}")
+    return names
 
 
 def parse_source(name: str, flag: str, documents: str = "") -> Source:

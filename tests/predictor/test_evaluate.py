@@ -231,6 +231,13 @@ def test_the_command_refuses_in_one_line(tmp_path, folder, capsys):
     assert module.main(["--predictor", str(tmp_path), "--data", str(data)]) == 1
     assert module.main(["--predictor", str(folder), "--data", str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err.count("\n") == 2
+    card = json.loads((folder / "predictor.json").read_text())
+    for key in ("backbone", "training_data"):
+        broken = {name: value for name, value in card.items() if name != key}
+        (tmp_path / "predictor.json").write_text(json.dumps(broken))
+        assert module.main(["--predictor", str(tmp_path), "--data", str(data)]) == 1
+        assert "predictor.json: damaged" in capsys.readouterr().err
+    (tmp_path / "predictor.json").unlink()
     for flags in (["--picture", "p.bmp"], ["--batch_size", "0"], ["--on_bad_row", "what"]):
         with pytest.raises(SystemExit) as stopped:
             module.main(["--predictor", str(folder), "--data", str(data), *flags])

@@ -100,6 +100,8 @@ def edit_shard(folder, edit):
         (lambda t: t.pop("mean"), "there is no tensor 'mean'"),
         (lambda t: t.update(at=t["at"][:-1]), "must be"),
         (lambda t: t["last"].__setitem__(0, np.nan), "not finite"),
+        (lambda t: t.update(at=t["at"].astype(np.float32)), "at must not be float32"),
+        (lambda t: t.update(last=t["last"].astype(np.int16)), "last must not be int16"),
         (lambda t: t["answer"].__setitem__(0, -1), "a row is of line"),
         (lambda t: t["at"].__setitem__(1, 0), "two rows of the same place"),
     ],
@@ -109,6 +111,13 @@ def test_damaged_shards(tmp_path, edit, said):
     edit_shard(folder, edit)
     with pytest.raises(ValueError, match=said):
         read_hidden_states(folder)
+
+
+def test_states_weighted_by_entropy_are_finite_too(tmp_path):
+    arrays = make_arrays(ROWS)
+    arrays["entropy"] = np.full_like(arrays["mean"], np.inf)
+    with pytest.raises(ValueError, match=r"a state is not finite \(entropy\)"):
+        read_hidden_states(write_states(tmp_path, arrays))
 
 
 def test_a_torn_shard_is_named(tmp_path):

@@ -13,6 +13,7 @@ from chatglm import load_tokenizer
 from chatglm.families import CHATGLM_FAMILIES, FAMILIES
 from finetune.rows.formats import BadRow
 from finetune.rows.near_duplicates import group_prompts, normalise, shingle_hashes
+from finetune.rows.sources import split_names
 from predictor.labels import (
     Label,
     LabelledPrompt,
@@ -184,6 +185,15 @@ def test_rows_of_a_prompt_are_one_example(tmp_path):
     assert data_hash([LabelledPrompt("x", (Label(1, "m", False),), "s", "")]) != data_hash(
         [LabelledPrompt("x", (Label(1, "m"),), "s", "")]
     )
+
+
+def test_names_with_commas(tmp_path):
+    """A comma list, its last comma, and a file that has a comma in its own name."""
+    assert split_names("a.jsonl, b.jsonl,", "--data") == ["a.jsonl", "b.jsonl"]
+    own = write(tmp_path / "a,b.jsonl", [{"prompt": "x", "output_tokens": 1}])
+    assert split_names(str(own), "--data") == [str(own)]
+    with pytest.raises(ValueError, match="--data: no file in ', '"):
+        split_names(", ", "--data")
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -8,11 +8,20 @@ import pytest
 from predictor.decoder import read_card
 from predictor.hidden_states import read_hidden_states
 from predictor.prediction import remaining
-from predictor.rereading import Rereader
-from predictor.rereading_fit import bucket_starts
+from predictor.readings import Readings
+from predictor.rereading import Posteriors, Rereader
+from predictor.rereading_fit import bucket_starts, fit_map
 from predictor.runtime import LengthPredictor
 from predictor.scores import kendall_tau
-from tests.predictor.states_folder import CAP, EVERY, HIDDEN, SERVED, write_collection
+from tests.predictor.states_folder import (
+    CAP,
+    EVERY,
+    HIDDEN,
+    SERVED,
+    make_arrays,
+    write_collection,
+    write_states,
+)
 
 PROMPTS = 160
 SHORT = ["--state_seeds", "1", "--state_units", "8", "--hash_bits", "8", "--landmarks", "32"]
@@ -156,8 +165,38 @@ def test_data_that_do_not_fit(states_flags, train, tmp_path, words, said):
 def test_states_of_more_answers_than_lengths(states_flags, collection, train, tmp_path):
     short = tmp_path / "short.jsonl"
     short.write_text("".join(collection[0].read_text().splitlines(keepends=True)[:50]))
-    with pytest.raises(ValueError, match="short.jsonl has 50 lines: they are of two collections"):
+    with pytest.raises(ValueError, match="states of line 160, and 50 lines: they are of two"):
         train(states_flags(tmp_path / "out", "--train_path", short))
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--data", "{tmp}/short.jsonl"], "short.jsonl: there are states of line 160, and 50"),
+        (["--states", "{tmp}/states"], "answers were cut at 256 tokens, those that the predictor"),
+        (["--threads", "2"], "--threads is of --prior, which is not given"),
+        (["--on_bad_row", "skip"], "--on_bad_row needs a predictor of prompts"),
+        (["--batch_size", "8"], "--batch_size needs a predictor of prompts"),
+        (["--json", "{tmp}"], "is a folder: name a file"),
+    ],
+)
+def test_evaluations_that_do_not_fit(trained_states, collection, tmp_path, capsys, more, said):
+    from predictor import evaluate
+
+    lines = collection[0].read_text().splitlines(keepends=True)
+    (tmp_path / "short.jsonl").write_text("".join(lines[:50]))
+    states = write_states(tmp_path / "states", make_arrays(list(map(json.loads, lines))), cap=256)
+    assert states.is_dir()
+    words = ["--predictor", trained_states, "--data", collection[0], "--states", collection[1]]
+    assert evaluate.main([str(word).format(tmp=tmp_path) for word in [*words, *more]]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_bucket_without_readings_in_the_other_folds():
+    none = np.zeros((0, 3))
+    readings = Readings(*[np.zeros(0)] * 6, np.zeros((0, 2)))
+    conformal, crps = fit_map(Posteriors(np.zeros((0, 4)), none), readings, CAP)
+    assert conformal.raw == (0.0, 1.0) and crps == np.inf
 
 
 def test_the_benchmark_in_miniature(tmp_path, capsys):

@@ -249,6 +249,9 @@ def test_a_log_as_the_monitor_writes_it(tmp_path, predictor):
         {"probabilities": [0.0, 0.0], "edges": [0, 1, 2], "rank_score": 1},
         {"probabilities": "no", "edges": [0, 1], "rank_score": 1},
         {"probabilities": [float("nan")], "edges": [0, 1], "rank_score": 1},
+        {"probabilities": [1.0], "edges": [0, float("inf")], "rank_score": 1},
+        {"probabilities": [1.0], "edges": [0, 10**400], "rank_score": 1},
+        {"probabilities": [1.0], "edges": [[0], [1]], "rank_score": 1},
     ],
 )
 def test_what_is_no_prediction_is_a_bad_row(tmp_path, prediction):

@@ -1,0 +1,42 @@
+"""Frozen backbones: folds that leave something to learn from, vectors' key in the cache."""
+
+import json
+
+import pytest
+
+from predictor.frozen import folder_key, prompts_of_language
+from tests.predictor.synthetic import train
+
+
+def test_prompts_that_are_all_near_duplicates_are_refused(tmp_path):
+    """One group is one fold: no head has not seen it."""
+    rows = []
+    for i in range(12):
+        prompt = f"name{' ' * (i + 1)}a river"
+        rows.append({"prompt": prompt, "output_tokens": 3 + i, "served_model": "m"})
+    with pytest.raises(ValueError, match="the 12 prompts .* are near-duplicates of one another"):
+        train(tmp_path, rows)
+    assert not (tmp_path / "predictor").exists()
+
+
+def test_a_language_that_no_prompt_has_is_refused():
+    assert prompts_of_language(["hello", "你好"], "zh").tolist() == [1]
+    assert prompts_of_language(["hello", "你好"], "all").tolist() == [0, 1]
+    with pytest.raises(ValueError, match="--encoder_language zh: none of 1 prompts is"):
+        prompts_of_language(["hello"], "zh")
+
+
+def test_vectors_in_the_cache_are_of_one_model(tmp_path):
+    """Two names of a hub, two scales of an adapter, two precisions are two; a card is none."""
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    adapter = folder / "adapter_config.json"
+    adapter.write_text(json.dumps({"lora_alpha": 16}))
+    first = folder_key(str(folder), {"dtype": "torch.float32"})
+    (folder / "predictor.json").write_text("{}")
+    assert folder_key(str(folder), {"dtype": "torch.float32"}) == first
+    assert folder_key(str(folder), {"dtype": "torch.bfloat16"}) != first
+    adapter.write_text(json.dumps({"lora_alpha": 32}))
+    assert folder_key(str(folder), {"dtype": "torch.float32"}) != first
+    assert folder_key("owner/one", {}) != folder_key("owner/two", {})
