@@ -161,6 +161,36 @@ def cross_fit_masses(
     return masses
 
 
+def decode_cross_fitted(
+    head: Head,
+    outputs: np.ndarray,
+    tokens: np.ndarray,
+    finished: np.ndarray,
+    weights: np.ndarray,
+    prompts: np.ndarray,
+    fold: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `Decoder.decode_with_levels` gives of n labels, by decoders fitted to all other folds.
+
+    Where no answer of the other folds has finished, lengths cannot be fitted to them: then by one
+    that is fitted to all.
+
+    Args: as `Decoder.fit` takes them; fold: (n,) of each label.
+    """
+    probabilities = np.zeros((len(tokens), len(head_edges(head)) - 1))
+    ranks, levels = np.zeros((2, len(tokens)))
+    for k in np.unique(fold):
+        held = fold == k
+        rest = ~held if finished[~held].any() else np.ones(len(held), bool)
+        decoder = Decoder.fit(
+            head, outputs[rest], tokens[rest], finished[rest], weights[rest], prompts[rest]
+        )
+        probabilities[held], ranks[held], levels[held] = decoder.decode_with_levels(
+            outputs[held], tokens[held]
+        )
+    return probabilities, ranks, levels
+
+
 def name_of_head(head: Head) -> str:
     """The key of HEADS of a head's class. Raises ValueError where there is none."""
     for name, kind in HEADS.items():

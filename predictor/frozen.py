@@ -36,6 +36,7 @@ from predictor.decoder import (
     FOLDS,
     Decoder,
     check_folds,
+    decode_cross_fitted,
     fold_of,
     read_card,
     write_card,
@@ -168,14 +169,19 @@ def longest_prompt(config: PredictorConfig) -> int:
 def fit_predictor(
     config: PredictorConfig, rows: LengthRows, features: Features
 ) -> tuple[FrozenScorer, Decoder, dict[str, float]]:
-    """(scorer, decoder, metrics on unseen prompts)."""
-    numbers = target_prompts(rows)
+    """(scorer, decoder, metrics on prompts that neither head nor decoder had seen)."""
+    numbers, head = target_prompts(rows), make_head(config)
     outputs, decoder = fit_out_of_fold(config, rows, features)
-    prompt, tokens, finished, _ = rows.train.of_model(rows.target_model)
-    probabilities, ranks = decoder.decode(outputs[np.searchsorted(numbers, prompt)])
+    prompt, tokens, finished, weights = rows.train.of_model(rows.target_model)
+    of_labels = outputs[np.searchsorted(numbers, prompt)]
+    fold = fold_of(rows.groups)[prompt]
+    probabilities, _, _ = decode_cross_fitted(
+        head, of_labels, tokens, finished, weights, prompt, fold
+    )
+    _, ranks = decoder.decode(of_labels)  # those of different decoders are not comparable
     metrics = metrics_of(probabilities, decoder.edges, ranks, tokens, finished)
     labels = rows.train.condense(rows.target_model, config.other_models_weight)
-    chosen, head = np.arange(len(numbers)), make_head(config)
+    chosen = np.arange(len(numbers))
     kernel_head = fit_kernel_head(config, head, features, features.matrix, labels, numbers, chosen)
     return (
         FrozenScorer(None, features.encoder_head, features.lexical, kernel_head),

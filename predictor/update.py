@@ -28,7 +28,7 @@ from finetune.rows.formats import BadRow
 from finetune.rows.sources import read_json_items, split_names
 from predictor.calibration import kaplan_meier
 from predictor.command_flags import add_bad_row_flag, add_predictor_flags, add_yes_no
-from predictor.decoder import CARD, FOLDS, Decoder, fold_of, write_card
+from predictor.decoder import CARD, FOLDS, Decoder, decode_cross_fitted, fold_of, write_card
 from predictor.evaluate import ObservedLengths
 from predictor.held_out import compare_held_out, describe_held_out
 from predictor.kernel import FILE as KERNEL_FILE
@@ -396,43 +396,42 @@ def refit_head(
 def recalibrate(
     head: "Head", outputs: np.ndarray, observed: ObservedLengths
 ) -> tuple[Decoder, dict]:
-    """(a decoder fitted to all rows, drift of decoders on rows they were not fitted to)."""
+    """(a decoder fitted to all rows, drift of decoders on rows they were not fitted to).
 
-    def fit(chosen: np.ndarray) -> Decoder:
-        prompt = observed.prompt[chosen]
-        return Decoder.fit(
-            head,
-            outputs[prompt],
-            observed.tokens[chosen],
-            observed.finished[chosen],
-            observed.weights[chosen],
-            prompt,
-        )
-
-    full_decoder = fit(np.ones(len(observed), bool))
+    Args:
+        outputs: (prompts, width) of the head for observed.prompts.
+    """
+    labels = (
+        outputs[observed.prompt],
+        observed.tokens,
+        observed.finished,
+        observed.weights,
+        observed.prompt,
+    )
+    full_decoder = Decoder.fit(head, *labels)
     fold = fold_of(np.arange(len(observed.prompts)))[observed.prompt]
-    levels, ranks = np.zeros((2, len(observed)))
-    taus, counts = [], []
-    probabilities = np.zeros((len(observed), len(full_decoder.edges) - 1))
-    for k in range(FOLDS):
-        held_out = fold == k
-        # Without finished answers in the other folds, lengths cannot be fitted to them.
-        decoder = fit(~held_out) if observed.finished[~held_out].any() else full_decoder
-        probabilities[held_out], ranks[held_out], levels[held_out] = decoder.decode_with_levels(
-            outputs[observed.prompt[held_out]], observed.tokens[held_out]
-        )
-        done = held_out & observed.finished
-        taus.append(kendall_tau(ranks[done], observed.tokens[done]))
-        counts.append(done.sum())
+    probabilities, ranks, levels = decode_cross_fitted(head, *labels, fold)
     knots = full_decoder.conformal.knots[1]
     found = drift_figures(
         levels, knots, probabilities, full_decoder.edges, ranks, observed, len(observed.prompts)
     )
-    # Inside folds: rank scores of different decoders are not comparable.
-    found["tau"] = float(np.average(taus, weights=counts))
+    found["tau"] = tau_within_folds(ranks, observed, fold)
     # Folds compensate for one another, so that a test would never reject.
     del found["p"]
     return full_decoder, found
+
+
+def tau_within_folds(ranks: np.ndarray, observed: ObservedLengths, fold: np.ndarray) -> float:
+    """The mean over folds (M,), by finished answers, of the tau of rank scores (M,).
+
+    Rank scores of different decoders are not comparable.
+    """
+    taus, counts = [], []
+    for k in np.unique(fold):
+        done = (fold == k) & observed.finished
+        taus.append(kendall_tau(ranks[done], observed.tokens[done]))
+        counts.append(done.sum())
+    return float(np.average(taus, weights=counts))
 
 
 def write_updated(predictor: LengthPredictor, source: Path, output: Path) -> None:

@@ -22,7 +22,7 @@ from predictor.calibration import (
     kaplan_meier,
     levels_of,
 )
-from predictor.decoder import Decoder, head_edges, read_card, write_card
+from predictor.decoder import Decoder, decode_cross_fitted, head_edges, read_card, write_card
 from predictor.heads import HEADS, softmax
 from predictor.prediction import from_bins, log_middles, make_edges
 from predictor.scores import quantiles
@@ -348,6 +348,23 @@ def test_decoders_cover_what_they_say(name, cut):
     mean, error = np.mean(covered, axis=0), np.std(covered, axis=0) / np.sqrt(12)
     for q, share, noise, slack in zip(LEVELS, mean, error, (0.015, 0.008)):
         assert q - 3 * noise - slack <= share <= q + 3 * noise + slack, (q, share, noise)
+
+
+def test_a_cross_fitted_label_does_not_see_itself():
+    """Its fold's lengths change what the other folds' labels are read as, not what it is."""
+    head = KINDS["regression"]
+    generator = np.random.default_rng(3)
+    outputs = generator.normal(4, 1, (60, 1))
+    tokens = np.round(np.exp(outputs[:, 0] + generator.normal(0, 0.5, 60)))
+    prompts, fold, ended = np.arange(60), np.arange(60) % 5, np.ones(60, bool)
+
+    def decode(lengths):
+        return decode_cross_fitted(head, outputs, lengths, ended, np.ones(60), prompts, fold)[0]
+
+    changed = np.where(fold == 0, tokens * 3, tokens)
+    before, after = decode(tokens), decode(changed)
+    assert np.array_equal(before[fold == 0], after[fold == 0])
+    assert np.abs(before - after)[fold != 0].max() > 0.01
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name in HEADS])
