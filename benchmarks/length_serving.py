@@ -33,7 +33,6 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from benchmarks.cells import Cell, KeptCells, compared_lines, in_turns, print_table, split_by
-from benchmarks.rows import read_lines
 from benchmarks.steady import (
     SteadyTimer,
     TimedEngine,
@@ -42,8 +41,10 @@ from benchmarks.steady import (
     fitted_cost,
     short_forward,
 )
-from chatglm.commands import Parser
+from chatglm.commands import Parser, number, run_command
 from finetune.config import PRECISIONS, parse_positive
+from finetune.rows.formats import BadRow
+from finetune.rows.sources import read_json_items
 from scripts.collect_lengths import row_seed
 from serving.policies.continuous import POLICIES
 from serving.request import Limits, Request
@@ -53,6 +54,7 @@ from serving.simulate.statistics import Collector
 from serving.simulate.workload import gamma_arrivals, poisson_arrivals
 
 READ = "+read"
+COLLECTED = {"prompt", "output_tokens", "finished", "sample", "seed", "settings"}  # of a line
 ARRIVALS = {"poisson": poisson_arrivals, "bursty": gamma_arrivals}
 SHOWN = {  # column -> metric
     "mean s": "latency_mean_s",
@@ -88,7 +90,7 @@ class LengthServingFlags:
     rereader: str | None
     cells: Path
     policies: str
-    loads: str
+    loads: tuple[float, ...]
     arrivals: str
     requests: int
     repetitions: int
@@ -102,7 +104,7 @@ class LengthServingFlags:
         policies = self.policies.split(",")
         cells = []
         for repetition in range(self.repetitions):
-            for load in map(float, self.loads.split(",")):
+            for load in self.loads:
                 for arrivals in self.arrivals.split(","):
                     for policy in in_turns(policies, repetition):
                         cell = {"policy": policy, "arrivals": arrivals, "load": load}
@@ -123,7 +125,7 @@ class ServedModel:
         from finetune.evaluation.inference import load_ready
         from predictor.runtime import LengthPredictor
 
-        rows = read_lines(flags.lengths)
+        rows = read_collected(flags.lengths)
         self.sampling = sampling_of(rows[0])
         model = load_ready(flags.model, device="cpu", precision=flags.precision)
         tokenizer = load_tokenizer(flags.model)
@@ -186,11 +188,11 @@ class ServedModel:
         classes = rng.choice([0.5, 1.0, 2.0], count)
         cost = self.engine.cost
         requests = []
-        for number, at_s in enumerate(arrivals.tolist()):
-            ids = self.known[which[number]].ids
+        for place, at_s in enumerate(arrivals.tolist()):
+            ids = self.known[which[place]].ids
             alone_s = cost.prefill_s(len(ids)) + cost.decode_s(1, len(ids) + 1, typical)
-            slo_s = float(slo_scale * classes[number] * alone_s)
-            requests.append((Request(number, len(ids), at_s, slo_s), int(which[number])))
+            slo_s = float(slo_scale * classes[place] * alone_s)
+            requests.append((Request(place, len(ids), at_s, slo_s), int(which[place])))
         return requests
 
     def run(self, name: str, requests: list[tuple[Request, int]]) -> Collector:
@@ -223,6 +225,29 @@ class ServedModel:
             waited_s = free_s - request.arrival_s
             found.append((replace(request, prediction=prediction, predict_s=waited_s), which))
         return found
+
+
+def read_collected(path: Path) -> list[dict]:
+    """The lines of a file of scripts/collect_lengths.py.
+
+    Raises:
+        ValueError: one is none, or there are none.
+    """
+    rows = []
+    for place, item in read_json_items(path):
+        if isinstance(item, BadRow):
+            raise item
+        if not isinstance(item, dict) or not item.keys() >= COLLECTED:
+            raise ValueError(f"{place}: not a line of collect_lengths.py")
+        rows.append(item)
+    if not rows:
+        raise ValueError(f"--lengths {path}: no rows")
+    return rows
+
+
+def parse_loads(text: str) -> tuple[float, ...]:
+    """Numbers above 0, comma between them."""
+    return tuple(map(number(above=True), text.split(",")))
 
 
 def sampling_of(row: dict) -> dict:
@@ -289,18 +314,28 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rereader", help="a predictor of --backbone states, for policies with +read")
     add("--cells", type=Path, required=True, help="JSON lines to write, or to go on with")
     add("--policies", default="fcfs,sjf,deadline", help="comma between them; +read re-reads")
-    add("--loads", default="0.8,1.2", help="shares of the capacity [0.8,1.2]")
+    add(
+        "--loads",
+        type=parse_loads,
+        default="0.8,1.2",
+        help="shares of the capacity [0.8,1.2]",
+    )
     add("--arrivals", default="poisson,bursty", help="of poisson, bursty [both]")
     add("--requests", type=parse_positive, default=150, help="of each cell [150]")
     add("--repetitions", type=parse_positive, default=5)
     add("--max_batch", type=parse_positive, default=16, help="answers made at once [16]")
-    add("--slo_scale", type=float, default=5.0, help="objective: so many times a typical answer")
+    add(
+        "--slo_scale",
+        type=number(above=True),
+        default=5.0,
+        help="objective: so many times a typical answer",
+    )
     add("--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]")
-    add("--minutes", type=float, default=1e9, help="begin no cell after so many [no limit]")
+    add("--minutes", type=number(), default=1e9, help="begin no cell after so many [no limit]")
     return parser
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
+def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     flags = LengthServingFlags(**vars(parser.parse_args(argv)))
     for name in flags.policies.split(","):
@@ -311,13 +346,15 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for name in flags.arrivals.split(","):
         if name not in ARRIVALS:
             parser.error(f"--arrivals: wanted poisson or bursty; got {name!r}")
-    import torch
 
-    torch.set_num_threads(1)
-    rows = run_cells(flags)
-    print_tables(rows)
-    return rows
+    def run() -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        print_tables(run_cells(flags))
+
+    return run_command("length_serving.py", run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

