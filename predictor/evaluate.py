@@ -439,12 +439,7 @@ def run_evaluation(flags: EvaluationFlags) -> None:
     """Evaluate, print the table, write the files."""
     from predictor.runtime import LengthPredictor
 
-    if flags.json:
-        check_file_to_write(Path(flags.json), "--json")
-    if flags.picture:
-        from predictor.pictures import check_picture
-
-        check_picture(Path(flags.picture))
+    check_evaluation_files(flags)
     if is_rereader(flags):
         return run_reread_evaluation(flags)
     predictor = LengthPredictor.from_pretrained(
@@ -474,6 +469,16 @@ def run_evaluation(flags: EvaluationFlags) -> None:
         write_json(flags.json, report)
     if flags.picture and predicted:
         draw_picture(Path(flags.picture), predicted, observed, report)
+
+
+def check_evaluation_files(flags: EvaluationFlags) -> None:
+    """Raises ValueError where a file cannot be written, before the work."""
+    if flags.json:
+        check_file_to_write(Path(flags.json), "--json")
+    if flags.picture:
+        from predictor.pictures import check_picture
+
+        check_picture(Path(flags.picture))
 
 
 def is_rereader(flags: EvaluationFlags) -> bool:

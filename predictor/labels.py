@@ -81,32 +81,37 @@ def read_examples(
     Raises:
         BadRow: the first bad row, with on_bad_row "error"; or there is no good row.
     """
-    examples: dict[str, LabelledPrompt] = {}  # of each prompt its first row
-    labels: dict[str, list[Label]] = defaultdict(list)
-    rows = bad = 0
+    rows: list[LabelledPrompt] = []
+    bad = 0
     paths = [paths] if isinstance(paths, (str, Path)) else paths
     for place, item, source in read_label_items(paths):
-        if rows == limit:
+        if len(rows) == limit:
             break
         try:
             if isinstance(item, BadRow):
                 raise item
-            example = parse_example(item, place, served_model, count, source)
+            rows.append(parse_example(item, place, served_model, count, source))
         except BadRow:
             if on_bad_row == "error":
                 raise
             bad += 1
-            continue
-        rows += 1
-        examples.setdefault(example.prompt, example)
-        labels[example.prompt].extend(example.labels)
-    if not examples:
+    if not rows:
         skipped = f" ({bad} bad ones skipped)" if bad else ""
         raise BadRow(f"{', '.join(map(str, paths))}: no rows{skipped}")
-    whole = []
-    for prompt, example in examples.items():
-        whole.append(replace(example, labels=tuple(labels[prompt])))
-    return whole, bad
+    return merge_by_prompt(rows), bad
+
+
+def merge_by_prompt(rows: Iterable[LabelledPrompt]) -> list[LabelledPrompt]:
+    """One example for each prompt, with the labels of all its rows; else as its first row."""
+    first: dict[str, LabelledPrompt] = {}
+    labels: dict[str, list[Label]] = defaultdict(list)
+    for row in rows:
+        first.setdefault(row.prompt, row)
+        labels[row.prompt].extend(row.labels)
+    examples = []
+    for prompt, row in first.items():
+        examples.append(replace(row, labels=tuple(labels[prompt])))
+    return examples
 
 
 def read_label_items(paths: Sequence[str | Path]) -> Iterator[tuple[str, Any, str]]:

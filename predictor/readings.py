@@ -107,26 +107,42 @@ def join_readings(
     Raises:
         ValueError: a reading of a line or a place that is not there, or an answer over the cap.
     """
-    if len(states) and len(lines) <= states.answer.max():
-        raise ValueError(
-            f"{file}: there are states of line {states.answer.max() + 1}, and {len(lines)} lines: "
-            "they are of two collections"
-        )
+    check_lines(states, lines, file)
     is_of_model = lines.prompt[states.answer] >= 0
     answer, at = states.answer[is_of_model], states.at[is_of_model].astype(np.int64)
     prompt = lines.prompt[answer]
     tokens, finished = lines.tokens[answer], lines.finished[answer]
-    is_after_end = (at > 0) & (at >= tokens)
-    wrong = np.flatnonzero(is_after_end | (tokens > states.cap))
-    if len(wrong):
-        i = int(wrong[0])
-        raise ValueError(
-            f"{file}:{answer[i] + 1}: an answer of {tokens[i]:.0f} tokens has states after "
-            f"{at[i]} tokens and a cap of {states.cap}: lengths and states are of two collections"
-        )
+    check_places(states.cap, answer, at, tokens, file)
     # The readings of a prompt at one place share the weight 1.
     prompt_and_place = prompt * (states.cap + 1) + at
     _, group, counts = np.unique(prompt_and_place, return_inverse=True, return_counts=True)
     weights = 1 / counts[group]
     vectors = states.vectors(pooling, layers)[is_of_model]
     return Readings(prompt, answer, at, tokens, finished, weights, vectors)
+
+
+def check_lines(states: HiddenStates, lines: AnswerLines, file: str | Path) -> None:
+    """Raises ValueError where there are states of lines that the file does not have."""
+    if len(states) and len(lines) <= states.answer.max():
+        raise ValueError(
+            f"{file}: there are states of line {states.answer.max() + 1}, and {len(lines)} lines: "
+            "they are of two collections"
+        )
+
+
+def check_places(
+    cap: int, answer: np.ndarray, at: np.ndarray, tokens: np.ndarray, file: str | Path
+) -> None:
+    """Raises ValueError for a reading after its answer's end, or an answer over the cap.
+
+    Args:
+        answer, at, tokens: (R,), as of `Readings`.
+    """
+    is_after_end = (at > 0) & (at >= tokens)
+    wrong = np.flatnonzero(is_after_end | (tokens > cap))
+    if len(wrong):
+        i = int(wrong[0])
+        raise ValueError(
+            f"{file}:{answer[i] + 1}: an answer of {tokens[i]:.0f} tokens has states after "
+            f"{at[i]} tokens and a cap of {cap}: lengths and states are of two collections"
+        )

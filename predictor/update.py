@@ -13,10 +13,10 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,8 +24,7 @@ from chatglm.checksums import CHECKSUMS
 from chatglm.commands import Parser, run_command, whole
 from chatglm.files import read_json
 from finetune.files import check_file_to_write, sha256, write_json, written_folder
-from finetune.rows.formats import BadRow
-from finetune.rows.sources import read_json_items, split_names
+from finetune.rows.sources import split_names
 from predictor.calibration import kaplan_meier
 from predictor.command_flags import add_bad_row_flag, add_predictor_flags, add_yes_no
 from predictor.decoder import CARD, FOLDS, Decoder, decode_cross_fitted, fold_of, write_card
@@ -33,8 +32,8 @@ from predictor.evaluate import ObservedLengths
 from predictor.held_out import compare_held_out, describe_held_out
 from predictor.kernel import FILE as KERNEL_FILE
 from predictor.kernel import KernelHead
-from predictor.labels import LabelledPrompt, parse_example
-from predictor.prediction import LengthPrediction
+from predictor.labels import LabelledPrompt
+from predictor.monitor_log import newest_rows, read_log, served_coverage
 from predictor.runtime import CHUNK, LengthPredictor, read_predictor
 from predictor.scorers import FrozenScorer
 from predictor.scores import kendall_tau, metrics_of, quantiles
@@ -46,80 +45,6 @@ MIN_ROWS = 50
 NEWEST = 2000  # rows; the time to fit a head is proportional to them
 SIGNIFICANT = 0.01  # p-value below which drift is reported
 RIDGE = 0.5  # of a head whose folder does not name it
-
-
-@dataclass(frozen=True)
-class MonitorLog:
-    """Rows of a monitor's log, the newest last, one LabelledPrompt each.
-
-    Attributes:
-        predictions: for each row the prediction that it was served by, or None.
-        bad: number of bad rows skipped.
-    """
-
-    examples: list[LabelledPrompt]
-    predictions: list[LengthPrediction | None]
-    bad: int
-
-
-def read_log(paths: list[str], served_model: str, on_bad_row: str = "skip") -> MonitorLog:
-    """Read a monitor's log; rows that name no model are of `served_model`.
-
-    Rows that an adapter answered are left out: their lengths are another model's.
-
-    Raises:
-        BadRow: the first bad row, with on_bad_row "error"; or no good row at all.
-    """
-    examples, predictions, bad = [], [], 0
-    for path in map(Path, paths):
-        for place, item in read_json_items(path):
-            try:
-                if isinstance(item, BadRow):
-                    raise item
-                if isinstance(item, dict) and item.get("adapter"):
-                    continue
-                example = parse_example(item, place, served_model, None, path.name)
-                prediction = parse_prediction(item, place)
-            except BadRow:
-                if on_bad_row == "error":
-                    raise
-                bad += 1
-                continue
-            examples.append(example)
-            predictions.append(prediction)
-    if not examples:
-        skipped = f" ({bad} bad ones skipped)" if bad else ""
-        raise BadRow(f"--log {', '.join(paths)}: no rows{skipped}")
-    return MonitorLog(examples, predictions, bad)
-
-
-def parse_prediction(item: Any, place: str) -> LengthPrediction | None:
-    """The "prediction" of a row of the log, None where it has none.
-
-    Args:
-        item: an object of JSON, as `parse_example` takes it.
-    Raises:
-        BadRow: the prediction is damaged.
-    """
-    if item.get("prediction") is None:
-        return None
-    try:
-        prediction = LengthPrediction.from_dict(item["prediction"])
-        if is_distribution(prediction):
-            return prediction
-    except (KeyError, TypeError, ValueError, OverflowError):
-        pass
-    raise BadRow(f'{place}: "prediction" is not what LengthPrediction.to_dict() gives')
-
-
-def is_distribution(prediction: LengthPrediction) -> bool:
-    """Whether the masses are finite, not negative and not all 0, over ascending edges."""
-    mass, edges = prediction.probabilities, prediction.edges
-    if mass.ndim != 1 or edges.shape != (len(mass) + 1,):
-        return False
-    if not np.isfinite(mass).all() or not np.isfinite(edges).all():
-        return False
-    return bool((mass >= 0).all() and mass.sum() > 0 and (np.diff(edges) > 0).all())
 
 
 def drift(
@@ -213,25 +138,6 @@ def confidence_factors(
     spread = weights.sum() * np.cumsum(np.where(is_positive, terms, 0.0))
     found = 1 / ((1 + spread) * np.maximum(left[1:], 1e-12))
     return np.where(is_positive, found, found[is_positive][-1] if is_positive.any() else 1.0)
-
-
-def served_coverage(log: MonitorLog, served_model: str) -> dict | None:
-    """Coverage of the predictions that requests were served by; None where the log has none."""
-    rows = []
-    for prediction, example in zip(log.predictions, log.examples):
-        label = example.labels[0]
-        if prediction is not None and label.served_model == served_model:
-            rows.append((prediction, label))
-    if not rows:
-        return None
-    coverage = {}
-    for name, q in (("coverage_90", 0.9), ("coverage_975", 0.975)):
-        within = []
-        for prediction, label in rows:
-            bound = prediction.quantile(q)
-            within.append(label.tokens <= bound if label.finished else label.tokens < bound)
-        coverage[name] = float(np.mean(within))
-    return {"rows": len(rows)} | coverage
 
 
 def update_predictor(
@@ -447,7 +353,7 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path) -> Non
     """
     # The target of a link is replaced, not the link.
     source, output = source.resolve(), output.resolve()
-    check_replaceable(output)
+    check_holds_predictor(output)
     with written_folder(output) as aside:
         copy_files(source, aside)
         (aside / CHECKSUMS).unlink(missing_ok=True)  # it is of the old head and card
@@ -461,7 +367,7 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path) -> Non
         check_loads(aside, predictor)
 
 
-def check_replaceable(output: Path) -> None:
+def check_holds_predictor(output: Path) -> None:
     """Raises ValueError where a folder or file is there that is no predictor's."""
     is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     if not is_free and not (output / CARD).is_file():
@@ -580,7 +486,7 @@ def run_update(flags: UpdateFlags) -> None:
     """Update the predictor, print the report, write the files."""
     folder = Path(flags.predictor)
     output = Path(flags.output or flags.predictor)
-    check_replaceable(output)
+    check_holds_predictor(output)
     if flags.json:
         check_file_to_write(Path(flags.json), "--json")
     predictor = LengthPredictor.from_pretrained(
@@ -614,17 +520,6 @@ def run_update(flags: UpdateFlags) -> None:
         print(f"predictor: {output}, update {report['updates']}")
     if flags.json:
         write_json(flags.json, report)
-
-
-def newest_rows(log: MonitorLog, served_model: str, count: int) -> MonitorLog:
-    """The log from the `count`-th last row of the served model on."""
-    of_model = []
-    for i, example in enumerate(log.examples):
-        if example.labels[0].served_model == served_model:
-            of_model.append(i)
-    newest = of_model[-count:]
-    first = newest[0] if newest else 0
-    return replace(log, examples=log.examples[first:], predictions=log.predictions[first:])
 
 
 def ridge_of(folder: Path) -> float:

@@ -73,7 +73,7 @@ class StateFolder:
         """Drop the states of answers that have no line, and go on with the last shard."""
         answers: set[int] = set()
         for path in sorted(self.folder.glob("states-*.safetensors")):
-            rows = read_rows(path)
+            rows = read_state_shard(path)
             if not lines:  # of another --output, most likely: they took hours
                 raise ValueError(
                     f"--states {self.folder}: has states, and --output has no answers yet; name "
@@ -130,7 +130,7 @@ class StateFolder:
         write_aside(path, save(rows))
 
 
-def read_rows(path: Path) -> dict[str, np.ndarray]:
+def read_state_shard(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a shard. Raises ValueError, which names it, where it is damaged."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file

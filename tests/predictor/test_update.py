@@ -19,12 +19,11 @@ from predictor.evaluate import ObservedLengths
 from predictor.export import main as export_command
 from predictor.kernel import FILE as KERNEL_FILE
 from predictor.labels import Label, LabelledPrompt
+from predictor.monitor_log import read_log, served_coverage
 from predictor.scores import kendall_tau
 from predictor.update import (
     drift,
     fitted_prompt_count,
-    read_log,
-    served_coverage,
     update_predictor,
     write_updated,
 )

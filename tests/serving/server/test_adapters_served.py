@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from chatglm import load_model, load_tokenizer
-from predictor.update import read_log
+from predictor.monitor_log import read_log
 from serving.server.adapters import ADAPTER_NAME, folder_within
 from serving.server.flags import parse_flags
 from serving.server.starting import load_service
