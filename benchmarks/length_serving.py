@@ -41,7 +41,7 @@ from benchmarks.steady import (
     fitted_cost,
     short_forward,
 )
-from chatglm.commands import Parser, number, run_command
+from chatglm.commands import Parser, number, run_command, whole
 from finetune.config import PRECISIONS, parse_positive
 from finetune.rows.formats import BadRow
 from finetune.rows.sources import read_json_items
@@ -321,7 +321,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="shares of the capacity [0.8,1.2]",
     )
     add("--arrivals", default="poisson,bursty", help="of poisson, bursty [both]")
-    add("--requests", type=parse_positive, default=150, help="of each cell [150]")
+    add("--requests", type=whole(2), default=150, help="of each cell [150]")
     add("--repetitions", type=parse_positive, default=5)
     add("--max_batch", type=parse_positive, default=16, help="answers made at once [16]")
     add(

@@ -374,7 +374,7 @@ def run(args: argparse.Namespace) -> None:
     if args.picture:
         check_picture(args.picture)
     if args.json:
-        check_file_to_write(args.json, "--json")
+        check_file_to_write(args.json, "--json", [args.lengths])
     started = time.perf_counter()
     data = Collection.load(make_config(args, args.lengths, args.states))
     main = UnseenClasses.fit(data.readings, data.fold, data.settings)

@@ -6,7 +6,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -158,10 +158,13 @@ def check_folder_to_write(folder: Path, flag: str) -> None:
         remove_empty(new)
 
 
-def check_file_to_write(path: Path, flag: str) -> None:
-    """As `check_folder_to_write`, for a file."""
+def check_file_to_write(path: Path, flag: str, inputs: Iterable[str | Path] = ()) -> None:
+    """As `check_folder_to_write`, for a file, which must be none of the command's `inputs`."""
     if path.is_dir():
         raise ValueError(f"{flag} {path} is a folder: name a file")
+    for each in map(Path, inputs):
+        if path.exists() and each.exists() and path.samefile(each):
+            raise ValueError(f"{flag} {path} is read, and cannot be written too")
     check_folder_to_write(path.parent, flag)
 
 
@@ -211,6 +214,11 @@ def write_aside(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def name_aside(path: Path) -> Path:
+    """A name beside `path` that no other writer uses, of this machine or another."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which is moved to `path` once the block ends without an error.
@@ -221,7 +229,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     Raises:
         IsADirectoryError: `path` is a folder; before anything is written.
     """
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    aside = name_aside(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     remove_abandoned(path.parent, f".{glob.escape(path.name)}.*.tmp")
@@ -281,7 +289,7 @@ def cache_arrays(file: Path, arrays: dict, limit_gb: float = CACHE_GB) -> None:
     """
     from safetensors.numpy import save_file
 
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    aside = name_aside(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         aside.touch()

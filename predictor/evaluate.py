@@ -472,9 +472,10 @@ def run_evaluation(flags: EvaluationFlags) -> None:
 
 
 def check_evaluation_files(flags: EvaluationFlags) -> None:
-    """Raises ValueError where a file cannot be written, before the work."""
-    if flags.json:
-        check_file_to_write(Path(flags.json), "--json")
+    """Raises ValueError where a file cannot be written, or is one that is read; before the work."""
+    for flag in ("json", "picture"):
+        if path := getattr(flags, flag):
+            check_file_to_write(Path(path), f"--{flag}", split_names(flags.data, "--data"))
     if flags.picture:
         from predictor.pictures import check_picture
 

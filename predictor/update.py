@@ -487,13 +487,14 @@ def run_update(flags: UpdateFlags) -> None:
     folder = Path(flags.predictor)
     output = Path(flags.output or flags.predictor)
     check_holds_predictor(output)
+    logs = split_names(flags.log, "--log")
     if flags.json:
-        check_file_to_write(Path(flags.json), "--json")
+        check_file_to_write(Path(flags.json), "--json", logs)
     predictor = LengthPredictor.from_pretrained(
         folder, base_model=flags.base_model, device=flags.device
     )
     name = predictor.card["served_model"]["name"]
-    log = read_log(split_names(flags.log, "--log"), name, flags.on_bad_row)
+    log = read_log(logs, name, flags.on_bad_row)
     log = newest_rows(log, name, flags.newest + flags.hold_out)
     held_out = newest_rows(log, name, flags.hold_out).examples if flags.hold_out else []
     fitted_to = log.examples[: len(log.examples) - len(held_out)]

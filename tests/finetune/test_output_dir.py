@@ -156,6 +156,8 @@ def test_a_link_stays_one_when_its_folder_is_written(tmp_path):
 def test_files_that_cannot_be_written_are_found_before_the_work(tmp_path):
     check_file_to_write(tmp_path / "new" / "a.json", "--json")
     (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--json .*/file is read, and cannot be written too"):
+        check_file_to_write(tmp_path / "file", "--json", [tmp_path / "none", tmp_path / "file"])
     for path in (tmp_path, tmp_path / "file" / "a.json", Path("/proc/x/a.json")):
         with pytest.raises(ValueError, match="--json /"):
             check_file_to_write(path, "--json")

@@ -403,6 +403,10 @@ def test_the_command_refuses_in_one_line(tmp_path, folder, capsys):
     assert module.main(["--predictor", str(tmp_path), "--log", str(log)]) == 1
     assert module.main(["--predictor", str(folder), "--log", str(tmp_path / "none.jsonl")]) == 1
     assert capsys.readouterr().err.count("\n") == 2
+    content = log.read_bytes()
+    assert module.main([*base, "--json", str(log)]) == 1
+    assert "is read, and cannot be written too" in capsys.readouterr().err
+    assert log.read_bytes() == content
     with pytest.raises(SystemExit) as stopped:
         module.main([*base, "--min_rows", "0"])
     assert stopped.value.code == 2
