@@ -91,32 +91,36 @@ def drift_figures(
     """What `drift` returns, from the levels (M,) of M answers in their predictions (M, K)."""
     from scipy.stats import kstwo
 
+    distances, scaled = uniform_distances(levels, knots, observed)
+    prompts = len(observed.prompts)
+    sample_size = prompts * fitted_prompt_count / (prompts + fitted_prompt_count)
+    p_value = kstwo.sf(scaled.max(initial=0.0), max(1, round(sample_size)))
+    found = {"ks": float(distances.max(initial=0.0)), "p": float(p_value)}
+    metrics = metrics_of(probabilities, edges, ranks, observed.tokens, observed.finished)
+    for name in ("coverage_90", "coverage_975", "tau", "mae", "pinball"):
+        found[name] = metrics[name]
+    median = quantiles(probabilities, edges, 0.5)
+    ratio = (np.log1p(observed.tokens) - np.log1p(median))[observed.finished]
+    found["mean_log_ratio"] = float(ratio.mean()) if len(ratio) else 0.0
+    return found
+
+
+def uniform_distances(
+    levels: np.ndarray, knots: np.ndarray, observed: ObservedLengths
+) -> tuple[np.ndarray, np.ndarray]:
+    """(distances (k,) at some knots of the levels' distribution from the uniform one, scaled ones).
+
+    Nothing is known beyond the longest answer where some were cut: knots there are left out. Scaled
+    by `confidence_factors`: where answers were cut, less is known of the longer ones, and distances
+    there count less (Hall and Wellner 1980).
+    """
     values, share = kaplan_meier(levels, observed.finished, observed.weights)
-    # Nothing is known beyond the longest answer, where some were cut.
-    if observed.finished.sum() < len(observed):
+    if not observed.finished.all():
         knots = knots[knots <= levels.max()]
     at = np.searchsorted(values, knots, side="right")
     distances = np.abs(np.concatenate([[0.0], share])[at] - knots)
-    # Where answers were cut, less is known of the longer ones, and distances there count less
-    # (Hall and Wellner 1980).
     factors = np.concatenate([[1.0], confidence_factors(values, share, levels, observed)])[at]
-    farthest = float((distances * factors).max(initial=0.0))
-    sample_size = (
-        len(observed.prompts) * fitted_prompt_count / (len(observed.prompts) + fitted_prompt_count)
-    )
-    metrics = metrics_of(probabilities, edges, ranks, observed.tokens, observed.finished)
-    median = quantiles(probabilities, edges, 0.5)
-    ratio = np.log1p(observed.tokens) - np.log1p(median)
-    found = {
-        "ks": float(distances.max(initial=0.0)),
-        "p": float(kstwo.sf(farthest, max(1, round(sample_size)))),
-    }
-    for name in ("coverage_90", "coverage_975", "tau", "mae", "pinball"):
-        found[name] = metrics[name]
-    found["mean_log_ratio"] = (
-        float(ratio[observed.finished].mean()) if observed.finished.any() else 0.0
-    )
-    return found
+    return distances, distances * factors
 
 
 def confidence_factors(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatglm.commands import child_environment
 from chatglm.files import read_json
-from chatglm.saving import put_in_place
+from chatglm.saving import locked_output, put_in_place
 from finetune.files import sha256
 from predictor.decoder import CARD, read_card
 from predictor.held_out import describe_held_out
@@ -155,7 +155,7 @@ class Recalibrator:
             if not held_out["better"]:
                 return "dropped", text
             new = self.predictors.load(candidate)
-            with self.predictors.exclusive():
+            with self.predictors.exclusive(), locked_output(self.output, "the folder"):
                 if self.predictors.current is not serving:
                     return "dropped", "another predictor has been put in place meanwhile"
                 put_in_place(candidate, self.output)

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from predictor.frozen import folder_key, prompts_of_language
-from tests.predictor.synthetic import train
+from predictor.config import PredictorConfig
+from predictor.frozen import folder_key, prompts_of_language, train_frozen
+from tests.predictor.synthetic import make_rows, train, write_rows
 
 
 def test_prompts_that_are_all_near_duplicates_are_refused(tmp_path):
@@ -17,6 +18,13 @@ def test_prompts_that_are_all_near_duplicates_are_refused(tmp_path):
     with pytest.raises(ValueError, match="the 12 prompts .* are near-duplicates of one another"):
         train(tmp_path, rows)
     assert not (tmp_path / "predictor").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", make_rows(20, seed=0))
+    config = PredictorConfig(train_path=str(data), output_dir="/proc/x/predictor")
+    with pytest.raises(ValueError, match="--output_dir /proc/x cannot be written"):
+        train_frozen(config)
 
 
 def test_a_language_that_no_prompt_has_is_refused():

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -359,6 +360,30 @@ def test_an_update_is_not_put_over_another_predictor(tiny_folders, root, quick, 
     room.predictors.load = load_late
     assert room.recalibrator.recalibrate() == "dropped"
     assert "meanwhile" in caplog.text and room.predictors.current.folder == root / "right"
+
+
+def test_two_servers_that_write_one_update(tiny_folders, root, monkeypatch, holder, caplog):
+    """While another one puts its own in place, this one's is not."""
+    room = Room(tiny_folders, root / "third")
+    serves = room.predictors.current
+    room.see(geometric_rows(100, 8))
+    figures = {"rows": 50, "pinball": 1.0, "coverage_90": 0.9}
+
+    def write_candidate(*words):
+        flags = dict(zip(sum(words, [])[::2], sum(words, [])[1::2]))
+        shutil.copytree(root / "third", flags["--output"])
+        held_out = {"before": figures, "after": figures, "better": True}
+        Path(flags["--json"]).write_text(json.dumps({"held_out": held_out}))
+
+    monkeypatch.setattr(room.recalibrator, "_run_process", write_candidate)
+    other = holder(root / ".third-recalibrated.writing")
+    assert room.recalibrator.recalibrate() == "failed"
+    assert "third-recalibrated is in use by another run" in caplog.text
+    assert room.predictors.current is serves and not (root / "third-recalibrated").exists()
+    other.kill()
+    other.wait()
+    (root / ".third-recalibrated.writing" / ".lock").unlink()
+    (root / ".third-recalibrated.writing").rmdir()
 
 
 @pytest.mark.parametrize("fault", ["damaged", "of another"])
