@@ -275,12 +275,28 @@ def make_features(config: PredictorConfig, rows: LengthRows, backbone: Backbone)
         return lexical_features(config, rows, numbers)
     prompts = [rows.train.prompts[i] for i in numbers]
     if isinstance(backbone, EncoderBackbone):
+        warn_of_seen_rows(config.encoder_path, rows.hash)
         return encoder_features(config, backbone, prompts)
     assert isinstance(backbone, ChatGLMBackbone)  # of states there is no frozen head
     vectors = vectors_of(
         backbone, config.model_name_or_path, prompts, config.data_cache, config.data_cache_gb
     )
     return Features([vectors], (1.0,), None, None)
+
+
+def warn_of_seen_rows(encoder_path: str, rows_hash: str) -> None:
+    """Say so where an encoder is a predictor that was trained on the very rows (`data_hash`).
+
+    Its vectors then know the lengths, and no fold is of prompts that nothing has seen.
+    """
+    folder = Path(encoder_path)
+    if not (folder / CARD).is_file():
+        return
+    if read_card(folder).get("training_data", {}).get("sha256") == rows_hash:
+        say(
+            f"WARNING: --encoder_path {folder} was trained on these rows: the metrics are of "
+            "prompts that it has seen, and quantiles will be too low on new ones"
+        )
 
 
 def encoder_features(

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from predictor.config import PredictorConfig
-from predictor.frozen import folder_key, prompts_of_language, train_frozen
+from predictor.decoder import write_card
+from predictor.frozen import folder_key, prompts_of_language, train_frozen, warn_of_seen_rows
 from tests.predictor.synthetic import make_rows, train, write_rows
 
 
@@ -25,6 +26,16 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path):
     config = PredictorConfig(train_path=str(data), output_dir="/proc/x/predictor")
     with pytest.raises(ValueError, match="--output_dir /proc/x cannot be written"):
         train_frozen(config)
+
+
+def test_an_encoder_that_has_seen_the_rows_is_warned_of(tmp_path, capsys):
+    """Its vectors know the lengths, so that folds hold nothing back."""
+    warn_of_seen_rows(str(tmp_path), "0123")  # no predictor
+    write_card(tmp_path, {"training_data": {"sha256": "0123"}})
+    warn_of_seen_rows(str(tmp_path), "4567")
+    assert not capsys.readouterr().out
+    warn_of_seen_rows(str(tmp_path), "0123")
+    assert "was trained on these rows" in capsys.readouterr().out
 
 
 def test_a_language_that_no_prompt_has_is_refused():
