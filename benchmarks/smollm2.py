@@ -9,8 +9,8 @@ Four stages, each of which is skipped where its result is there, so the same com
               temperature 0.7, top-p 0.9, cut at --cap tokens, states every 64 tokens
     train     train.py --task predictor: --backbone lexical for a request's arrival, --backbone
               states for its running answer; predictor.export of both
-    serve     serving.run_requests: --requests prompts that were not collected, Poisson arrivals,
-              with the predictor at arrival, without and with --rereader
+    serve     serving.run_requests: --requests prompts that were not collected, Poisson arrivals:
+              fcfs, gittins by the predictor at arrival, and gittins with --rereader
 
 1,000 prompts take about 40 minutes on one core, most of them collecting; 3,300 give the figures of
 docs/results.md. --prompts takes any file of collect_lengths.py; where rows have "lang", those that
@@ -40,7 +40,7 @@ NAME = "SmolLM2-135M-Instruct"
 DRAW = 18  # the seed that orders the prompts
 SAMPLING = ("--temperature", 0.7, "--top_p", 0.9)
 STAGES = ("fetch", "collect", "train", "serve")
-POLICIES = "fcfs,sjf,deadline"
+POLICIES = {"arrival": "fcfs,gittins", "reread": "gittins"}  # of the two runs of serve
 
 
 def run_program(words: Sequence[object], paths: Sequence[Path] = (ROOT,)) -> None:
@@ -182,7 +182,7 @@ def serve(
         if figures.exists():
             continue
         words = ["-m", "serving.run_requests", requests, "--model", model, "--device", "cpu"]
-        words += ["--predictor", predictor, "--policies", POLICIES, "--rate", flags.rate]
+        words += ["--predictor", predictor, "--policies", POLICIES[name], "--rate", flags.rate]
         words += ["--slo_s", flags.slo_s, "--max_new_tokens", flags.cap, *SAMPLING]
         words += ["--precision", flags.precision, "--json", figures]
         if name == "reread":
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--cap", type=int, default=512, help="longest answer in tokens [512]")
     add("--layers", help="layers whose states are kept [22 of 30]")
     add("--every", type=int, default=64, help="answer tokens between two readings [64]")
-    add("--requests", type=int, default=100, help="prompts of the serving cell [100]")
+    add("--requests", type=int, default=60, help="prompts of the serving cell [60]")
     add("--rate", type=float, default=0.5, help="of the serving cell, requests a second [0.5]")
     add("--slo_s", type=float, default=60.0, help="of the serving cell [60]")
     add("--train_flags", default="", help="more flags of train.py, for both predictors")
