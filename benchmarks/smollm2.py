@@ -10,12 +10,13 @@ command goes on, also with a larger --count:
               temperature 0.7, top-p 0.9, cut at --cap tokens, states every 64 tokens
     train     train.py --task predictor: --backbone lexical for a request's arrival, --backbone
               states for its running answer; predictor.export of both
-    serve     serving.run_requests: --requests prompts that were not collected, Poisson arrivals,
-              with the predictor at arrival, without and with --rereader
+    serve     answers to --requests other prompts, then one load of benchmarks/length_serving.py:
+              fcfs, gittins by the predictor at arrival, and gittins with re-reading
 
 1,000 prompts take about 40 minutes on one core, most of them collecting; 3,300 give the figures of
-docs/results.md. --prompts takes any file of collect_lengths.py; where rows have "lang", those that
-are not "en" are left out. --model names a folder in place of the package.
+docs/results.md. length_serving.py goes on with OUTPUT/cells.jsonl: other policies, repetitions.
+--prompts takes any file of collect_lengths.py; where rows have "lang", those that are not "en" are
+left out. --model names a folder in place of the package.
 """
 
 import argparse
@@ -26,7 +27,6 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ NAME = "SmolLM2-135M-Instruct"
 DRAW = 18  # the seed that orders the prompts
 SAMPLING = ("--temperature", 0.7, "--top_p", 0.9)
 STAGES = ("fetch", "collect", "train", "serve")
-POLICIES = "fcfs,sjf,deadline"
+POLICIES = "fcfs,gittins,gittins+read"
 
 
 def run_program(words: Sequence[object], paths: Sequence[Path] = (ROOT,)) -> None:
@@ -172,17 +172,19 @@ class Results:
         return wanted
 
 
-def collect(flags: argparse.Namespace, results: Results, model: Path, prompts: Path) -> list[str]:
-    """Answers and states; collect_lengths.py goes on where it was stopped.
-
-    Returns what they are made of, as `Results.make`, which all stages do.
-    """
+def answering(flags: argparse.Namespace, model: Path, prompts: Path, lengths: Path) -> list[object]:
+    """The words of collect_lengths.py; it goes on where it was stopped."""
     words = ["scripts/collect_lengths.py", "--model_path", model, "--prompts", prompts]
-    words += ["--output", flags.output / "lengths.jsonl", "--states", flags.output / "states"]
-    words += ["--device", "cpu"]
-    words += ["--state_every", flags.every, "--do_sample", *SAMPLING, "--keep_answers"]
-    words += ["--samples", flags.samples, "--max_new_tokens", flags.cap]
-    words += ["--precision", flags.precision, "--batch_size", 64]
+    words += ["--output", lengths, "--device", "cpu", "--precision", flags.precision]
+    words += ["--do_sample", *SAMPLING, "--max_new_tokens", flags.cap, "--keep_answers"]
+    return [*words, "--batch_size", 64]
+
+
+def collect(flags: argparse.Namespace, results: Results, model: Path, prompts: Path) -> list[str]:
+    """Answers and states. Returns what they are made of, as `Results.make` and all stages do."""
+    words = answering(flags, model, prompts, flags.output / "lengths.jsonl")
+    words += ["--states", flags.output / "states", "--state_every", flags.every]
+    words += ["--samples", flags.samples]
     if flags.layers:
         words += ["--state_layers", flags.layers]
     words += flags.collect_flags.split()
@@ -219,22 +221,24 @@ def serve(
     predictor: tuple[Path, list[str]],
     rereader: tuple[Path, list[str]],
 ) -> None:
-    """One cell: the same arrivals without and with re-reading.
+    """One repetition of one load of benchmarks/length_serving.py, on answers held out.
 
     Args:
         predictor, rereader: what `train` returns.
     """
-    made_of = [flags.requests, *predictor[1]]
-    for name in ("arrival", "reread"):
-        figures = flags.output / f"served-{name}.json"
-        words = ["-m", "serving.run_requests", requests, "--model", model, "--device", "cpu"]
-        words += ["--predictor", predictor[0], "--policies", POLICIES, "--rate", flags.rate]
-        words += ["--slo_s", flags.slo_s, "--max_new_tokens", flags.cap, *SAMPLING]
-        words += ["--precision", flags.precision, "--json", figures]
-        if name == "reread":
-            words += ["--rereader", rereader[0]]
-            made_of += rereader[1]
-        results.make(figures.name, [*made_of, *words], partial(run_program, words))
+    heldout = flags.output / "heldout.jsonl"
+    words = answering(flags, model, requests, heldout)
+    made_of = results.make(
+        "heldout", [flags.prompts, flags.requests, *words], lambda: run_program(words)
+    )
+    cells = flags.output / "cells.jsonl"
+    words = ["benchmarks/length_serving.py", "--model", model, "--lengths", heldout]
+    words += ["--predictor", predictor[0], "--rereader", rereader[0], "--cells", cells]
+    words += ["--policies", POLICIES, "--loads", flags.load, "--arrivals", "poisson"]
+    words += ["--requests", flags.requests, "--repetitions", 1, "--precision", flags.precision]
+    made_of = [*made_of, *predictor[1], *rereader[1], *words]
+    results.make("no older cells", made_of, lambda: cells.unlink(missing_ok=True))
+    results.make("cells", made_of, lambda: run_program(words))
 
 
 def run_stages(flags: argparse.Namespace) -> None:
@@ -268,14 +272,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--cap", type=whole(2), default=512, help="longest answer in tokens [512]")
     add("--layers", help="layers whose states are kept [22 of 30]")
     add("--every", type=whole(), default=64, help="answer tokens between two readings [64]")
-    add("--requests", type=whole(), default=100, help="prompts of the serving cell [100]")
-    add(
-        "--rate",
-        type=number(above=True),
-        default=0.5,
-        help="of the serving cell, requests a second [0.5]",
-    )
-    add("--slo_s", type=number(above=True), default=60.0, help="of the serving cell [60]")
+    add("--requests", type=whole(), default=60, help="held-out prompts, and those served [60]")
+    add("--load", type=number(above=True), default=1.2, help="share of the capacity [1.2]")
     add("--train_flags", default="", help="more flags of train.py, for both predictors")
     add("--collect_flags", default="", help="more flags of collect_lengths.py: --state_entropy")
     add("--states_flags", default="", help="more flags of train.py --backbone states")

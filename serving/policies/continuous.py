@@ -241,7 +241,7 @@ SIMULATED: dict[str, Policy] = {**POLICIES, "vllm": Vllm()}
 
 POLICY_HELP = (
     "continuous batching by fcfs (order of arrival) and boost without predictions, by sjf, srpt, "
-    "tie, deadline and gittins with them; fifo to annealing cut static batches (docs/serving.md)"
+    "tie, deadline and gittins with them; fifo to annealing cut static batches (docs/scheduling.md)"
 )
 OBJECTIVE_HELP = (
     "what the policy gittins optimises: mean latency, p99 latency, or the share of answers within "
