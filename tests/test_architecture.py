@@ -59,6 +59,7 @@ TORCH_FREE = [
     "finetune/reinforcement/rollout.py",
     "finetune/report.py",
     "finetune/start_adapter.py",
+    "finetune/rows/fields.py",
     "finetune/rows/formats.py",
     "train.py",
 ]

@@ -22,12 +22,13 @@ from finetune.preference.formats import (
 )
 from finetune.rows.arrays import Dataset, EncodedRow, RowArrays, chosen_rows
 from finetune.rows.encoding import RowEncoder, count_ignored
-from finetune.rows.formats import FORMATS, BadRow, Row, all_objects, rename, without_missing
+from finetune.rows.fields import all_objects, without_missing
+from finetune.rows.formats import FORMATS, BadRow, Row, rename
 from finetune.rows.groups import RowGroups, join_groups
 from finetune.rows.sources import RowReader
 
 ANSWER_KEYS = ("response", "output", "target", "answer")
-SPEAKERS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+LAST_TURN_KEYS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 PLACEHOLDER = "。"  # an answer that is encoded after a conversation and cut off again
 
 
@@ -94,7 +95,7 @@ def with_answer(item: dict[str, Any]) -> dict[str, Any]:
     prompt = item.get("prompt")
     if isinstance(prompt, list) and prompt and all_objects(prompt):  # TRL's, without an answer
         item = item | {"messages": prompt}
-    for key, (usual_role_key, usual_text_key) in SPEAKERS.items():
+    for key, (usual_role_key, usual_text_key) in LAST_TURN_KEYS.items():
         turns = item.get(key)
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
             last = turns[-1]
