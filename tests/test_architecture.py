@@ -55,6 +55,7 @@ TORCH_FREE = [
     "finetune/placing.py",
     "finetune/record.py",
     "finetune/reinforcement/config.py",
+    "finetune/reinforcement/phases.py",
     "finetune/reinforcement/rewards.py",
     "finetune/reinforcement/rollout.py",
     "finetune/report.py",

@@ -6,7 +6,7 @@ every other task: each prompt is a group of two, its ids and the UTF-8 bytes of 
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -174,6 +174,9 @@ class PromptRows(RowGroups):
     def key(self, row: int) -> str:
         """A name for a prompt by its content: equal prompts of different answers have one."""
         return hashlib.sha256(self.data.ids(2 * row).tobytes()).hexdigest()[:16]
+
+
+Prompts = Mapping[int, PromptRows]  # those of several steps, each by its number
 
 
 def prompt_rows(data: Dataset) -> PromptRows:

@@ -1,0 +1,90 @@
+"""Sampled answers -> samples with their rewards, by functions and a reward model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from finetune.evaluation.generation import decoded_text
+from finetune.preference.scorer import RewardScorer
+from finetune.reinforcement.config import RolloutConfig
+from finetune.reinforcement.experience import Place, Sample
+from finetune.reinforcement.prompts import Prompts, with_reply
+from finetune.reinforcement.rewards import MODEL, ScoredAnswer, function_reward
+from finetune.reinforcement.rollout import RolloutAnswer
+from finetune.rows.formats import Row
+
+if TYPE_CHECKING:
+    from chatglm.family_tokenizer import FamilyTokenizer
+
+LARGEST_REWARD = 1e30  # its square, and sums of many, are finite in fp64
+
+
+@dataclass(frozen=True)
+class AnswerScoring:
+    """What gives answers their rewards.
+
+    Attributes:
+        scorer: the reward model; None: --rewards has none.
+    """
+
+    config: RolloutConfig
+    tokenizer: "FamilyTokenizer"
+    scorer: RewardScorer | None
+
+    def samples(
+        self, prompts: Prompts, places: Sequence[Place], answers: Sequence[RolloutAnswer]
+    ) -> dict[Place, list[Sample]]:
+        """The answers to each prompt, which come in the order of `places`, as samples.
+
+        Raises:
+            ValueError: a reward that is not finite; names the prompt's row.
+        """
+        config = self.config
+        answers_per_prompt = len(answers) // max(len(places), 1)
+        answer_places: list[Place] = []
+        for place in places:
+            answer_places += [place] * answers_per_prompt
+        rows: list[Row] = []  # question and answer, for the reward model
+        scored: list[ScoredAnswer] = []  # the same, for functions
+        for (number, row), answer in zip(answer_places, answers):
+            question = prompts[number].question(row)
+            ids = text_ids(answer.tokens, answer.finished)
+            text = decoded_text(self.tokenizer, ids)
+            references = tuple(reference for reference in question.answers if reference)
+            rows.append(with_reply(question, text))
+            scored.append(ScoredAnswer(text, len(ids), references))
+        model_scores = [0.0] * len(rows)
+        if self.scorer is not None:
+            model_scores = self.scorer.scores(rows)
+        groups: dict[Place, list[Sample]] = {place: [] for place in places}
+        for i, (place, answer) in enumerate(zip(answer_places, answers)):
+            parts = function_reward(scored[i], config.reward_weights, config.reward_knobs)
+            parts[MODEL] = model_scores[i]
+            reward = self.total(parts, answer.finished)
+            if not abs(reward) < LARGEST_REWARD:
+                number, row = place
+                got = ", ".join(f"{name} {parts[name]:g}" for name in config.reward_weights)
+                raise ValueError(
+                    f"{prompts[number].place(row)}: wanted a finite reward of an answer, got "
+                    f"{reward:g} of {got}"
+                )
+            tokens = np.array(answer.tokens, np.int32)
+            groups[place].append(Sample(tokens, answer.finished, reward))
+        return groups
+
+    def total(self, parts: dict[str, float], is_finished: bool) -> float:
+        """The weighted sum of an answer's rewards by name, clipped, less the penalty."""
+        config = self.config
+        reward = sum(weight * parts[name] for name, weight in config.reward_weights.items())
+        if config.reward_clip is not None:
+            reward = min(max(reward, -config.reward_clip), config.reward_clip)
+        if not is_finished:
+            reward -= config.missing_end_penalty
+        return reward
+
+
+def text_ids(tokens: list[int], is_finished: bool) -> list[int]:
+    """An answer's ids without its end token."""
+    return tokens[:-1] if is_finished else tokens
