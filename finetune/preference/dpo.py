@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from chatglm.loading import base_fingerprint, stored_prefix
-from finetune.contents import adapter_content
+from finetune.contents import adapter_content, prefix_content
 from finetune.distributed import agree, on_device, rank, say, sum_over_ranks, world_size
 from finetune.preference.config import DpoConfig
 from finetune.preference.losses import make_loss
@@ -75,7 +75,7 @@ class PreferenceTraining(PreferenceTask[DpoConfig]):
         for number, other in zip(chosen, others):
             question = rows.ids(number)[: rows.n_masked(number)]
             answer = rows.ids(other)[rows.n_masked(other) :]
-            ids.append(np.concatenate([question, answer]))
+            ids.append(np.concatenate([question, answer])[: self.config.max_len])
             masked.append(len(question))
         layout = self.layout
         batch: dict[str, Any] = dict(
@@ -113,7 +113,8 @@ class PreferenceTraining(PreferenceTask[DpoConfig]):
         fingerprint = base_fingerprint(self.model_path)
         adapter = adapter_content(config.adapter, fingerprint) if config.adapter else ""
         names = ("train_type", "init_lora_weights", "lora_dim", "quantization_bit", "precision")
-        settings = [fingerprint, adapter, *[getattr(config, name) for name in names]]
+        settings = [fingerprint, adapter, prefix_content(self.model_path)]
+        settings += [getattr(config, name) for name in names]
         return reference_key(parts, settings)
 
     @torch.no_grad()

@@ -50,7 +50,7 @@ def answer_requests(
                 question=question,
                 group=key,
                 seed=answer_seed(config.seed, number, data.content(row), sample),
-                max_new_tokens=config.max_new_tokens,
+                max_new_tokens=min(config.max_new_tokens, config.max_len - len(ids)),
             )
             requests.append(request)
     return requests

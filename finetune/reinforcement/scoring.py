@@ -39,40 +39,51 @@ class AnswerScoring:
         """The answers to each prompt, which come in the order of `places`, as samples.
 
         Raises:
-            ValueError: a reward that is not finite; names the prompt's row.
+            ValueError: a reward that failed or is not finite; names the prompt's row.
         """
-        config = self.config
         answers_per_prompt = len(answers) // max(len(places), 1)
         answer_places: list[Place] = []
         for place in places:
             answer_places += [place] * answers_per_prompt
-        rows: list[Row] = []  # question and answer, for the reward model
-        scored: list[ScoredAnswer] = []  # the same, for functions
+        scored: list[ScoredAnswer] = []  # for functions
+        rows: list[Row] = []  # the same with their questions, for the reward model
         for (number, row), answer in zip(answer_places, answers):
             question = prompts[number].question(row)
-            ids = text_ids(answer.tokens, answer.finished)
-            text = decoded_text(self.tokenizer, ids)
-            references = tuple(reference for reference in question.answers if reference)
-            rows.append(with_reply(question, text))
-            scored.append(ScoredAnswer(text, len(ids), references))
+            scored.append(self.scored_answer(question, answer))
+            rows.append(with_reply(question, scored[-1].text))
         model_scores = [0.0] * len(rows)
         if self.scorer is not None:
             model_scores = self.scorer.scores(rows)
         groups: dict[Place, list[Sample]] = {place: [] for place in places}
         for i, (place, answer) in enumerate(zip(answer_places, answers)):
-            parts = function_reward(scored[i], config.reward_weights, config.reward_knobs)
-            parts[MODEL] = model_scores[i]
-            reward = self.total(parts, answer.finished)
-            if not abs(reward) < LARGEST_REWARD:
-                number, row = place
-                got = ", ".join(f"{name} {parts[name]:g}" for name in config.reward_weights)
-                raise ValueError(
-                    f"{prompts[number].place(row)}: wanted a finite reward of an answer, got "
-                    f"{reward:g} of {got}"
-                )
+            reward = self.reward(scored[i], model_scores[i], answer.finished, rows[i].place)
             tokens = np.array(answer.tokens, np.int32)
             groups[place].append(Sample(tokens, answer.finished, reward))
         return groups
+
+    def scored_answer(self, question: Row, answer: RolloutAnswer) -> ScoredAnswer:
+        """An answer's text and length, with the row's own answers."""
+        ids = text_ids(answer.tokens, answer.finished)
+        references = tuple(reference for reference in question.answers if reference)
+        return ScoredAnswer(decoded_text(self.tokenizer, ids), len(ids), references)
+
+    def reward(
+        self, answer: ScoredAnswer, model_score: float, is_finished: bool, place: str
+    ) -> float:
+        """An answer's reward; raises ValueError with the place of its row where it has none."""
+        config = self.config
+        try:
+            parts = function_reward(answer, config.reward_weights, config.reward_knobs)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        parts[MODEL] = model_score
+        reward = self.total(parts, is_finished)
+        if not abs(reward) < LARGEST_REWARD:
+            got = ", ".join(f"{name} {parts[name]:g}" for name in config.reward_weights)
+            raise ValueError(
+                f"{place}: wanted a finite reward of an answer, got {reward:g} of {got}"
+            )
+        return reward
 
     def total(self, parts: dict[str, float], is_finished: bool) -> float:
         """The weighted sum of an answer's rewards by name, clipped, less the penalty."""

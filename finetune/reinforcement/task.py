@@ -64,6 +64,7 @@ from finetune.reinforcement.sampling import lengths_of
 from finetune.reinforcement.scoring import AnswerScoring
 from finetune.row_task import RowTask
 from finetune.rows.arrays import Dataset, RowArrays
+from finetune.rows.encoding import Preparation
 from finetune.rows.formats import parse_columns
 from finetune.rows.sources import Source
 from finetune.rows.streaming import Stream
@@ -111,7 +112,17 @@ class RolloutTask(RowTask[Config, PromptRows]):
     @property
     def encoder(self) -> RolloutEncoder:
         config = self.config
-        return RolloutEncoder(self.tokenizer, self.family, config.max_len, config.max_src_len)
+        return RolloutEncoder(
+            self.tokenizer,
+            self.family,
+            config.max_len,
+            config.max_src_len,
+            max_new_tokens=config.max_new_tokens,
+        )
+
+    def preparation(self, name: str) -> Preparation:
+        """As RowTask's; of an evaluation row too all answers are references."""
+        return replace(super().preparation(name), first_answer=False)
 
     def choose(self, rows: RowArrays, *, is_evaluation: bool) -> PromptRows:
         return choose_prompts(rows, self.config.is_skip and not is_evaluation)
@@ -216,9 +227,7 @@ class RolloutTask(RowTask[Config, PromptRows]):
         """Write the policy, and beside it the rollout that a resumed run goes on with."""
         inner = inner_state(state)
         export_model(model.model, self.method, self.tokenizer, inner, folder)
-        is_within_phase = self.done % self.phases.steps != 0
-        current = self.experience if is_within_phase else None
-        save_experience(folder / STATE_FILE, current, self.rollouts.state())
+        save_experience(folder / STATE_FILE, self.experience, self.rollouts.state())
         if self.average is not None:
             (folder / EMA).mkdir()
             averaged = self.average.state_of(inner)
@@ -266,6 +275,8 @@ class RolloutTask(RowTask[Config, PromptRows]):
                 groups.append(samples)
                 tokens += sum(len(sample.tokens) for sample in samples)
             batches.append(self.minibatches.batch(rows, groups))
+        if within + 1 == self.phases.steps:  # used up: a checkpoint after this step has none
+            self.experience = None
         return replace(collated, batches=batches, tokens=tokens, metrics=metrics)
 
     def samples_of(self, number: int, row: int) -> list[Sample]:

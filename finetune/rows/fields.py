@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from chatglm.conversations import Turn
 
+LARGEST_SCORE = 1e38  # scores are kept as fp32
 # Names of roles -> roles of chatglm.conversations; "call" is a turn of tool calls.
 SPEAKERS = {  # of {from, value}
     "human": "user",
@@ -85,6 +86,10 @@ def score_of(answer: dict) -> float:
     score = answer.get("score", 0)
     if isinstance(score, bool) or not isinstance(score, (int, float)) or is_missing(score):
         raise ValueError(f'"score" must be a number, got {shown_value(score)}')
+    if abs(score) > LARGEST_SCORE:
+        raise ValueError(
+            f'"score" must be a number of at most {LARGEST_SCORE:g}, got {shown_value(score)}'
+        )
     return score
 
 
@@ -132,15 +137,20 @@ def message_parts(content: object) -> tuple[str, list]:
         if kind == "text" and isinstance(value, str):
             texts.append(value)
         elif kind == "tool_call":
-            if isinstance(value, list):
-                calls += value
-            else:
-                calls.append(json.loads(value) if isinstance(value, str) else value)
+            calls += value if isinstance(value, list) else [parsed_call(value)]
         elif kind != "reasoning":
             raise ValueError(
                 f'a part of "content" is text, reasoning or a tool_call, got {shown_value(part)}'
             )
     return "\n".join(texts), calls
+
+
+def parsed_call(value: object) -> object:
+    """A tool call, which may be JSON text."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError(f"a tool call must be JSON, got {shown_value(value)}") from None
 
 
 def is_round(value: object) -> bool:
