@@ -31,6 +31,7 @@ from finetune.checkpoint import export_model, inner_state
 from finetune.distributed import rank
 from finetune.epochs import StepBatches
 from finetune.evaluation.metrics import check_packages
+from finetune.preference.reference import can_switch_off
 from finetune.preference.scorer import RewardScorer, find_reward_model
 from finetune.reinforcement.averaging import WeightAverage
 from finetune.reinforcement.collecting import SampleCollector
@@ -192,7 +193,7 @@ class RolloutTask(RowTask[Config, PromptRows]):
         """The policy, with a reference where it cannot be switched on, and a critic."""
         policy: Any = super().build_model(dtype)
         reference = critic = None
-        if self.has_reference and not self.config.switches_off:
+        if self.has_reference and not can_switch_off(self.config, self.model_path):
             reference = self.build_another(policy, dtype).requires_grad_(False)
         if self.algorithm.has_critic:
             critic = make_critic(self.build_another(policy, dtype))

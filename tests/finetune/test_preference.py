@@ -23,9 +23,11 @@ from finetune.preference.formats import (
 )
 from finetune.preference.losses import LOSSES, Answers, make_loss
 from finetune.preference.policy_loss import PreferenceLoss
-from finetune.preference.reference import REFERENCE_FILE, switched_off
+from finetune.preference.reference import REFERENCE_FILE, reference_key, switched_off
 from finetune.preference.reward import RewardTraining
+from finetune.rows.arrays import EncodedRow, dataset_of
 from finetune.rows.formats import BadRow
+from finetune.rows.groups import RowGroups
 from tests.conftest import REPO_ROOT, shared_file
 from tests.finetune.runs import metrics, write_rows
 from tests.finetune.tasks import CASES, last_metrics, make_pairs, parse, run, task_flags
@@ -438,6 +440,30 @@ def test_switched_off_is_the_base_and_keeps_the_graph(bases, tmp_path):
     assert not torch.equal(off, before)
     before.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_prefix_that_does_not_train_is_not_switched_off(bases):
+    """Of LoRA on a model with a prefix: it is a part of what the run starts from."""
+    model = load_model(bases["glm2"], pre_seq_len=4, dtype=torch.float32).eval()
+    model.requires_grad_(False)
+    ids = torch.arange(5, 15)[None]
+    logits = model(input_ids=ids).logits
+    with switched_off(model):
+        assert torch.equal(model(input_ids=ids).logits, logits)
+    model.transformer.prefix_encoder.requires_grad_(True)
+    with torch.no_grad(), switched_off(model):
+        assert not torch.equal(model(input_ids=ids).logits, logits)
+
+
+def test_the_key_of_a_reference_knows_which_rows_are_evaluated():
+    """Not only which rows there are in all."""
+
+    def part(start, stop):
+        rows = [(f"f:{n}", EncodedRow([n, n + 1], 1, False)) for n in range(start, stop)]
+        return RowGroups(dataset_of(rows), np.arange(stop - start + 1))
+
+    keys = [reference_key([part(0, n), part(n, 3)], []) for n in (1, 2)]
+    assert keys[0] != keys[1]
 
 
 def test_a_computed_reference_is_the_switchs(bases, tmp_path, capsys):

@@ -649,6 +649,18 @@ def test_a_reference_that_cannot_be_switched_off(bases, tmp_path):
     assert drift[0] == pytest.approx(0, abs=1e-6) and abs(drift[-1]) > 1e-5
 
 
+def test_a_reference_keeps_the_prefix_that_the_run_starts_from(bases, tmp_path):
+    """On a folder with a P-Tuning prefix: no divergence at the first answers, then some."""
+    words = task_flags(
+        "finetune", CASES["finetune"], bases["glm2"], tmp_path / "a", method="ptuning-v2"
+    )
+    first = run([*words, "--learning_rate", "0.3"])
+    more = ["--num_train_epochs", 2, "--eval_path="]
+    run(task_flags("grpo", CASES["grpo"], first, tmp_path / "b", *more, method="ptuning-v2"))
+    drift = metrics(tmp_path / "b" / "out", "kl")
+    assert drift[0] == pytest.approx(0, abs=1e-5) and abs(drift[-1]) > 1e-5
+
+
 @pytest.mark.parametrize("method", ["lora", "all"])
 def test_the_critic_trains_and_the_policy_does_not_move_it(bases, tmp_path, method):
     """The critic has its own trained weights, shares the frozen ones, and its head starts at 0."""
