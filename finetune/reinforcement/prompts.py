@@ -160,7 +160,8 @@ class RolloutEncoder(RowEncoder):
         ids, labels, cut = encode_conversation(
             self.family, self.tokenizer, turns, sys.maxsize, self.max_src_len, False
         )[-1]
-        ids = ids[: count_ignored(labels)]
+        # ChatGLM-6B's <sop> before an answer is a label.
+        ids = ids[: count_ignored(labels) + (self.family.name == "glm")]
         return ids, cut or self.max_len - len(ids) < self.max_new_tokens
 
     def settings(self) -> list[Any]:

@@ -195,6 +195,8 @@ def test_prompts_are_the_serving_ones(bases, tmp_path, family):
     assert [turn.role for turn in turns] == ["user", "assistant", "user", "assistant"]
     text = tokenizer.decode(task.data.prompt(1))
     assert "水泵" in text and "它" in text and "好" not in text
+    chat = family_of(tokenizer).encode_chat(tokenizer, "它", [("水泵", "是")])
+    assert task.data.prompt(1)[-1] == chat[-1]  # such as ChatGLM-6B's <sop>
     reply = with_reply(task.data.question(1), "新")
     assert reply.answers == ("新",) and reply.turns[-1] == Turn("assistant", "新")
     assert [turn.loss for turn in reply.turns if turn.role == "assistant"] == [False, True]
