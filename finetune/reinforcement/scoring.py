@@ -1,5 +1,6 @@
 """Sampled answers -> samples with their rewards, by functions and a reward model."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -78,7 +79,8 @@ class AnswerScoring:
             raise ValueError(f"{place}: {error}") from error
         parts[MODEL] = model_score
         reward = self.total(parts, is_finished)
-        if not abs(reward) < LARGEST_REWARD:
+        # Clipping would hide a part that is infinite.
+        if not (all(map(math.isfinite, parts.values())) and abs(reward) < LARGEST_REWARD):
             got = ", ".join(f"{name} {parts[name]:g}" for name in config.reward_weights)
             raise ValueError(
                 f"{place}: wanted a finite reward of an answer, got {reward:g} of {got}"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,6 +82,10 @@ def test_a_reward_that_fails_names_the_row_and_itself(monkeypatch):
         monkeypatch.setitem(REWARDS, "contains", wrong)
         with pytest.raises(ValueError, match="^f:7: --rewards contains failed on '油封': "):
             scoring.reward(ScoredAnswer("油封", 2, ()), 0.0, True, "f:7")
+    monkeypatch.setitem(REWARDS, "contains", lambda answer, knobs: float("inf"))
+    clipped = AnswerScoring(replace(config, reward_clip=5.0), None, None)
+    with pytest.raises(ValueError, match="^f:7: wanted a finite reward .* contains inf"):
+        clipped.reward(ScoredAnswer("油封", 2, ()), 0.0, True, "f:7")
 
 
 @pytest.mark.parametrize(
