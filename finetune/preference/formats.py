@@ -148,12 +148,12 @@ def read_message(message: dict, number: int) -> Turn:
     """The turn of {from, value} or {role, content}; raises ValueError, also for a tool call."""
     if "from" in message:
         role, text = role_of(message, "from", SPEAKERS, number), text_at(message, "value")
-        calls = role == "call"
+        has_calls = role == "call"
     else:
         role = role_of(message, "role", ROLE_NAMES, number)
-        text, parts = message_parts(message.get("content"))
-        calls = parts or message.get("tool_calls")
-    if calls:
+        text, calls = message_parts(message.get("content"))
+        has_calls = bool(calls or message.get("tool_calls"))
+    if has_calls:
         raise ValueError(f"turn {number}: tool calls are not compared, got {shown_value(message)}")
     return Turn(role, text)
 

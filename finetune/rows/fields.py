@@ -6,6 +6,7 @@ and what came, without the row's place, which the reader of the row adds. Free o
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from chatglm.conversations import Turn
 
@@ -130,7 +131,8 @@ def message_parts(content: object) -> tuple[str, list]:
         return content or "", []
     if not (isinstance(content, list) and all_objects(content)):
         raise ValueError(f'"content" must be text or a list of parts, got {shown_value(content)}')
-    texts, calls = [], []
+    texts: list[str] = []
+    calls: list[Any] = []
     for part in content:
         kind = part.get("type")
         value = part.get("value", part.get(kind) if isinstance(kind, str) else None)
