@@ -12,6 +12,7 @@ from chatglm.files import read_json
 from chatglm.folders import check_folder
 from chatglm.hub import model_short_name, resolve_folder
 from chatglm.runs import MANIFEST
+from chatglm.weights import iterate_weights, stored_prefix
 from finetune.config import RowsConfig, RunConfig
 from finetune.ds_file import read_ds_file
 from finetune.files import sha256
@@ -71,6 +72,22 @@ def adapter_content(path: str, fingerprint: str | None) -> str:
             "not those of --model_name_or_path (fingerprints differ)"
         )
     return sha256(adapter_file(folder))
+
+
+def prefix_content(path: str) -> str:
+    """SHA-256 of the P-Tuning prefix that a folder's weights hold, which is no part of their
+    fingerprint; "" where they have none.
+    """
+    if not stored_prefix(Path(path)):
+        return ""
+    tensors = {}
+    for name, tensor in iterate_weights(path):
+        if "prefix_encoder." in name:
+            tensors[name] = tensor.float().numpy().tobytes()
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name])
+    return digest.hexdigest()
 
 
 def hash_weights(folder: Path) -> str:

@@ -91,6 +91,12 @@ def ragged_states(
     return packed_states(without_peft(model), input_ids, lengths, shared, keep)
 
 
+def ragged_part(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of token_log_probs in a batch that has others too."""
+    names = ("input_ids", "lengths", "shared", "keep", "targets")
+    return {name: batch[name] for name in names}
+
+
 def token_log_probs(
     model: nn.Module,
     input_ids: Tensor,

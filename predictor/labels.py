@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chatglm.hub import model_short_name
-from finetune.rows.formats import BadRow, is_missing, parse_row
+from finetune.rows.fields import is_missing
+from finetune.rows.formats import BadRow, parse_row
 from finetune.rows.near_duplicates import normalise
 from finetune.rows.sources import read_json_items
 

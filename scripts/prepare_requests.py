@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.commands import Parser, number, run_command, whole  # noqa: E402
 from finetune.files import utf8_json, write_aside  # noqa: E402
-from finetune.rows.formats import BadRow, is_missing  # noqa: E402
+from finetune.rows.fields import is_missing  # noqa: E402
+from finetune.rows.formats import BadRow  # noqa: E402
 from predictor.labels import Label, parse_prompt, read_examples  # noqa: E402
 from serving.run_requests.listed import listed_row, read_request_items  # noqa: E402
 from serving.simulate.uellm_published import dealt_objectives  # noqa: E402

@@ -55,10 +55,12 @@ TORCH_FREE = [
     "finetune/placing.py",
     "finetune/record.py",
     "finetune/reinforcement/config.py",
+    "finetune/reinforcement/phases.py",
     "finetune/reinforcement/rewards.py",
     "finetune/reinforcement/rollout.py",
     "finetune/report.py",
     "finetune/start_adapter.py",
+    "finetune/rows/fields.py",
     "finetune/rows/formats.py",
     "train.py",
 ]

@@ -137,11 +137,12 @@ class DpoConfig(PreferenceConfig):
             check_not_negative(name, getattr(self, name))
         if self.loss_type == "orpo":
             return
-        if self.loss_type == "kto" and self.per_device_train_batch_size < 2:
-            raise ValueError(
-                "--loss_type kto compares each answer with another row's: "
-                "--per_device_train_batch_size must be at least 2; got 1"
-            )
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            if self.loss_type == "kto" and getattr(self, name) == 1:
+                raise ValueError(
+                    "--loss_type kto compares each answer with another row's: "
+                    f"--{name} must be at least 2; got 1"
+                )
         if not self.switches_off and (self.streaming or self.loss_type == "kto"):
             other = "--streaming" if self.streaming else "--loss_type kto"
             raise ValueError(

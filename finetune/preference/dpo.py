@@ -8,14 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from chatglm.loading import base_fingerprint, stored_prefix
-from finetune.contents import adapter_content
+from chatglm.loading import base_fingerprint
+from finetune.contents import adapter_content, prefix_content
 from finetune.distributed import agree, on_device, rank, say, sum_over_ranks, world_size
 from finetune.preference.config import DpoConfig
 from finetune.preference.losses import make_loss
 from finetune.preference.policy_loss import DRIFT, PreferenceLoss
 from finetune.preference.reference import (
     REFERENCE_FILE,
+    can_switch_off,
     load_reference,
     reference_key,
     save_reference,
@@ -32,10 +33,9 @@ class PreferenceTraining(PreferenceTask[DpoConfig]):
         super().__init__(config)
         self.loss = make_loss(config)
         self.title = f"{config.loss_type} preference of {self.family.title}"
-        prefix = config.train_type == "ptuning" and stored_prefix(Path(self.model_path))
-        # A prefix that the folder has is a part of what the run starts from.
-        self.keeps_reference = self.loss.has_reference and bool(prefix or not config.switches_off)
-        if prefix and self.keeps_reference and (config.streaming or self.loss.labelled):
+        is_switched = can_switch_off(config, self.model_path)
+        self.keeps_reference = self.loss.has_reference and not is_switched
+        if self.keeps_reference and (config.streaming or self.loss.labelled):  # by its prefix
             raise ValueError(
                 f"--model_name_or_path {self.model_path} has a prefix, which the reference keeps: "
                 "no --streaming and no --loss_type kto"
@@ -75,7 +75,7 @@ class PreferenceTraining(PreferenceTask[DpoConfig]):
         for number, other in zip(chosen, others):
             question = rows.ids(number)[: rows.n_masked(number)]
             answer = rows.ids(other)[rows.n_masked(other) :]
-            ids.append(np.concatenate([question, answer]))
+            ids.append(np.concatenate([question, answer])[: self.config.max_len])
             masked.append(len(question))
         layout = self.layout
         batch: dict[str, Any] = dict(
@@ -113,7 +113,8 @@ class PreferenceTraining(PreferenceTask[DpoConfig]):
         fingerprint = base_fingerprint(self.model_path)
         adapter = adapter_content(config.adapter, fingerprint) if config.adapter else ""
         names = ("train_type", "init_lora_weights", "lora_dim", "quantization_bit", "precision")
-        settings = [fingerprint, adapter, *[getattr(config, name) for name in names]]
+        settings = [fingerprint, adapter, prefix_content(self.model_path)]
+        settings += [getattr(config, name) for name in names]
         return reference_key(parts, settings)
 
     @torch.no_grad()

@@ -9,25 +9,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from chatglm.conversations import Turn, check_turns
-from finetune.rows.formats import (
-    COLUMNS_REMEDY,
+from finetune.rows.fields import (
     ROLE_NAMES,
     SPEAKERS,
+    answer_objects,
+    check_present,
+    message_parts,
+    role_of,
+    score_of,
+    shown_value,
+    text_at,
+    turn_objects,
+    turns_after_history,
+    without_missing,
+)
+from finetune.rows.formats import (
+    COLUMNS_REMEDY,
     BadRow,
     Row,
-    _after,
-    _check_unicode,
-    _list_of,
-    _parts,
-    _role,
-    _score,
-    _shown,
-    _text,
-    all_objects,
-    check_present,
+    check_unicode,
     refused_by,
     rename,
-    without_missing,
 )
 from finetune.rows.sources import RowReader
 
@@ -132,11 +134,11 @@ def conversation_question(turns: list[Turn]) -> Question:
     return prompt, tuple(turn._replace(loss=False) for turn in turns)
 
 
-def after_history(row: dict, prompt: str) -> Question:
+def question_after_history(row: dict, prompt: str) -> Question:
     """A prompt after the row's "history" and "system"."""
     if not prompt:
         raise ValueError("the prompt is empty")
-    content = _after(row.get("history") or [], _text(row, "system", ""), prompt, [""])
+    content = turns_after_history(row.get("history"), text_at(row, "system", ""), prompt, [""])
     if isinstance(content, list):
         return prompt, tuple(content[:-1])
     return prompt, ()
@@ -145,21 +147,21 @@ def after_history(row: dict, prompt: str) -> Question:
 def read_message(message: dict, number: int) -> Turn:
     """The turn of {from, value} or {role, content}; raises ValueError, also for a tool call."""
     if "from" in message:
-        role, text = _role(message, "from", SPEAKERS, number), _text(message, "value")
-        calls = [message] if role == "call" else []
+        role, text = role_of(message, "from", SPEAKERS, number), text_at(message, "value")
+        has_calls = role == "call"
     else:
-        role = _role(message, "role", ROLE_NAMES, number)
-        text, calls = _parts(message.get("content"))
-        calls += message.get("tool_calls") or []
-    if calls:
-        raise ValueError(f"turn {number}: tool calls are not compared, got {_shown(message)}")
+        role = role_of(message, "role", ROLE_NAMES, number)
+        text, calls = message_parts(message.get("content"))
+        has_calls = bool(calls or message.get("tool_calls"))
+    if has_calls:
+        raise ValueError(f"turn {number}: tool calls are not compared, got {shown_value(message)}")
     return Turn(role, text)
 
 
 def turns_at(row: dict, key: str) -> list[Turn]:
-    messages = enumerate(_list_of(row, key), 1)
+    messages = enumerate(turn_objects(row, key), 1)
     turns = [read_message(message, number) for number, message in messages]
-    system = _text(row, "system", "")
+    system = text_at(row, "system", "")
     return [Turn("system", system), *turns] if system else turns
 
 
@@ -169,10 +171,10 @@ def one_answer(row: dict, key: str) -> str:
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if not isinstance(value, dict):
-        return _text({key: value}, key)
+        return text_at({key: value}, key)
     turn = read_message(value, 1)
     if turn.role != "assistant":
-        raise ValueError(f'"{key}" must be an answer, got {_shown(value)}')
+        raise ValueError(f'"{key}" must be an answer, got {shown_value(value)}')
     return turn.content
 
 
@@ -184,7 +186,7 @@ def read_pair(row: dict, better: str, worse: str) -> tuple[list[str], list[float
     scores = [1.0, 0.0]
     for place, name in enumerate(("score_chosen", "score_rejected")):
         if name in row:
-            scores[place] = _score({"score": row[name]})
+            scores[place] = score_of({"score": row[name]})
     if scores[0] <= scores[1]:
         raise ValueError(f'"{better}" must have the higher score, got {scores[0]} and {scores[1]}')
     return [one_answer(row, better), one_answer(row, worse)], scores
@@ -200,19 +202,19 @@ def _prompt_pair(row: dict) -> tuple[Question, list[str], list[float]]:
     if isinstance(row["prompt"], list):
         question = conversation_question(turns_at(row, "prompt"))
     else:
-        question = after_history(row, _text(row, "prompt"))
+        question = question_after_history(row, text_at(row, "prompt"))
     return question, *read_pair(row, "chosen", "rejected")
 
 
 def _instruction_pair(row: dict) -> tuple[Question, list[str], list[float]]:
-    instruction, given = _text(row, "instruction"), _text(row, "input", "")
+    instruction, given = text_at(row, "instruction"), text_at(row, "input", "")
     prompt = f"{instruction}\n{given}" if instruction and given else instruction or given
-    question = after_history(row, prompt)
+    question = question_after_history(row, prompt)
     return question, *read_pair(row, "chosen", "rejected")
 
 
 def _question_pair(row: dict) -> tuple[Question, list[str], list[float]]:
-    question = after_history(row, _text(row, "question"))
+    question = question_after_history(row, text_at(row, "question"))
     return question, *read_pair(row, "response_chosen", "response_rejected")
 
 
@@ -230,20 +232,18 @@ def _whole_pair(row: dict) -> tuple[Question, list[str], list[float]]:
 
 def _scored_answers(row: dict) -> tuple[Question, list[str], list[float]]:
     """RLHF (sunzeyeah): the prefix follows the prompt."""
-    answers = row["answers"]
-    if not (isinstance(answers, list) and answers and all_objects(answers)):
-        raise ValueError(f'"answers" must be a list of {{answer, score}}, got {_shown(answers)}')
-    prompt = _text(row, "prompt")
-    question = after_history(row, prompt and prompt + _text(row, "prefix", ""))
-    texts = [_text(answer, "answer") for answer in answers]
-    return question, texts, [_score(answer) for answer in answers]
+    answers = answer_objects(row)
+    prompt = text_at(row, "prompt")
+    question = question_after_history(row, prompt and prompt + text_at(row, "prefix", ""))
+    texts = [text_at(answer, "answer") for answer in answers]
+    return question, texts, [score_of(answer) for answer in answers]
 
 
 def read_label(row: dict) -> float:
     """LIKED or DISLIKED."""
     label = row["label"]
     if not isinstance(label, bool) and label not in (0, 1):
-        raise ValueError(f'"label" must be true or false, got {_shown(label)}')
+        raise ValueError(f'"label" must be true or false, got {shown_value(label)}')
     return LIKED if label else DISLIKED
 
 
@@ -258,7 +258,7 @@ def _labelled_completion(row: dict) -> tuple[Question, list[str], list[float]]:
     if isinstance(row["prompt"], list):
         question = conversation_question(turns_at(row, "prompt"))
     else:
-        question = after_history(row, _text(row, "prompt"))
+        question = question_after_history(row, text_at(row, "prompt"))
     return question, [one_answer(row, "completion")], [read_label(row)]
 
 
@@ -326,7 +326,7 @@ class PreferenceReader(RowReader):
             raise item
         try:
             row = replace(self.read(item), place=place)
-            _check_unicode(row)
+            check_unicode(row)
         except UnicodeEncodeError as error:
             half = error.object[error.start]
             raise BadRow(f"{place}: half a surrogate pair in the text: {half!a}") from None

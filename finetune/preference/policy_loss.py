@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.loss import token_log_probs
+from finetune.loss import ragged_part, token_log_probs
 from finetune.preference.losses import Answers, PairLoss
 from finetune.preference.reference import switched_off
 from finetune.rows.batches import IGNORED
 
-RAGGED = ("input_ids", "lengths", "shared", "keep", "targets")
 DRIFT = "drift_"  # before the names of a batch's answers to other questions
 
 
@@ -25,7 +24,7 @@ class PreferenceLoss(nn.Module):
 
     def log_probs(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """((sequences,) log-probabilities of the answers, (sequences,) tokens of each)."""
-        token_values = token_log_probs(self.model, **{name: batch[name] for name in RAGGED})
+        token_values = token_log_probs(self.model, **ragged_part(batch))
         is_answer = batch["targets"] != IGNORED
         sums = [values.sum() for values in token_values.split(batch["counts"])]
         tokens = [part.sum() for part in is_answer.split(batch["counts"])]

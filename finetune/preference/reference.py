@@ -14,22 +14,33 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from chatglm.loading import stored_prefix
+from finetune.config import RowsConfig
 from finetune.loss import without_peft
 from finetune.rows.groups import RowGroups
 
 REFERENCE_FILE = "reference.safetensors"
 
 
+def can_switch_off(config: RowsConfig, model_path: str) -> bool:
+    """Whether the model without what trains is what the run starts from.
+
+    A P-Tuning prefix that the folder has already is a part of that, and trains on.
+    """
+    has_prefix = config.train_type == "ptuning" and stored_prefix(Path(model_path))
+    return config.switches_off and not has_prefix
+
+
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
-    """A context in which a model computes without its adapters or its P-Tuning prefix."""
+    """A context in which a model computes without its adapters or the prefix that trains."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     # peft's own disable_adapter also takes away that they require gradients, which a graph that
     # is not yet backpropagated needs.
     layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     config = without_peft(model).config
-    length = getattr(config, "pre_seq_len", None)
+    length = getattr(config, "pre_seq_len", None) if trains_prefix(model) else None
     for layer in layers:
         layer._disable_adapters = True
     if length:
@@ -43,10 +54,19 @@ def switched_off(model: nn.Module) -> Iterator[None]:
             config.pre_seq_len = length
 
 
+def trains_prefix(model: nn.Module) -> bool:
+    """Whether a model has a P-Tuning prefix that trains; another one is a part of its base."""
+    for name, parameter in model.named_parameters():
+        if "prefix_encoder" in name and parameter.requires_grad:
+            return True
+    return False
+
+
 def reference_key(parts: list[RowGroups], settings: list[Any]) -> str:
     """A hash of what log-probabilities of rows depend on; `settings` are those of the model."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for data in parts:
+        digest.update(f"{len(data.data)} rows".encode())
         for row in range(len(data.data)):
             digest.update(data.data.ids(row).tobytes())
             digest.update(str(data.data.n_masked(row)).encode())

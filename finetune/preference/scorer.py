@@ -10,6 +10,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -217,6 +218,7 @@ def score_file(flags: ScoreFlags) -> None:
     for row in rows:
         found.append(every[start : start + len(row.answers)])
         start += len(row.answers)
+    check_finite_scores(rows, found)
     if flags.output:
         write_aside(Path(flags.output), score_table(rows, found, Path(flags.output).suffix))
     print(
@@ -230,6 +232,14 @@ def score_file(flags: ScoreFlags) -> None:
             total += 1
     if total:
         print(f"accuracy {right / total:.4f} over {total} pairs")
+
+
+def check_finite_scores(rows: list[Preference], scores: list[list[float]]) -> None:
+    """Raises ValueError naming the first row with a score that is no number."""
+    for row, values in zip(rows, scores):
+        for value in values:
+            if not math.isfinite(value):
+                raise ValueError(f"{row.place}: wanted a finite score, got {value:g}")
 
 
 def score_table(rows: list[Preference], scores: list[list[float]], suffix: str) -> str:

@@ -17,7 +17,8 @@ from uuid import UUID
 from tqdm import tqdm
 
 from finetune.files import written_whole
-from finetune.rows.formats import BadRow, Row, is_missing
+from finetune.rows.fields import is_missing
+from finetune.rows.formats import BadRow, Row
 from finetune.rows.near_duplicates import group_prompts, normalise
 from finetune.rows.sources import RowReader, Source, read_items
 

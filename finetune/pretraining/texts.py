@@ -17,7 +17,8 @@ from chatglm.raw_prompts import RAW_TOKENS, raw_ids
 from finetune.rows.arrays import Dataset, EncodedRow, RowArrays, chosen_rows
 from finetune.rows.documents import encode_document
 from finetune.rows.encoding import RowEncoder
-from finetune.rows.formats import BadRow, Row, rename, without_missing
+from finetune.rows.fields import without_missing
+from finetune.rows.formats import BadRow, Row, rename
 from finetune.rows.groups import RowGroups
 from finetune.rows.sources import RowReader
 

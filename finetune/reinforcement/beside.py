@@ -3,9 +3,10 @@
 import math
 from typing import Any
 
-from finetune.distributed import rank, world_size
+from finetune.distributed import rank, say, world_size
 from finetune.epochs import EpochRows
 from finetune.reinforcement.config import PpoConfig
+from finetune.row_task import describe_rows
 from finetune.rows.arrays import Dataset, join_datasets
 from finetune.rows.batches import Batch, BatchLayout, collate, step_rows
 from finetune.rows.encoding import Preparation, RowEncoder, choose_rows
@@ -22,12 +23,18 @@ def load_pretraining(task: Any, config: PpoConfig) -> tuple[EpochRows[Dataset], 
         task.tokenizer, task.family, config.max_len, config.max_src_len, config.glm3_labels
     )
     preparation = Preparation(RowReader(family=task.family.name), encoder, config.on_bad_row)
+    sources = task.sources_of("pretrain_path")
     datasets, hashes = [], []
-    for source in task.sources_of("pretrain_path"):
+    for source in sources:
         rows, source_hashes = task.read_source(source, preparation)
         datasets.append(choose_rows(rows, encoder, config.is_skip))
+        say(describe_rows(datasets[-1], "pretrain", rows.facts["bad"]))
         hashes += source_hashes
-    return EpochRows(join_datasets(datasets), config.seed), join_hashes(hashes)
+    draws: tuple[tuple[int, int], ...] = ()
+    if any(source.weight != 1 for source in sources):
+        draws = task.draws_of(sources, datasets, len(sources))
+    rows_beside = EpochRows(join_datasets(datasets), config.seed, draws=draws)
+    return rows_beside, join_hashes(hashes)
 
 
 def pretrain_batches(

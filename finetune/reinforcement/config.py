@@ -104,11 +104,6 @@ class RolloutConfig(RowsConfig):
         return RewardKnobs(self.reward_length, self.reward_pattern)
 
     @property
-    def phase_steps(self) -> int:
-        """Optimizer steps of the answers of one rollout."""
-        return self.rollout_steps * self.rollout_epochs
-
-    @property
     def sequences(self) -> int:
         return self.num_generations
 

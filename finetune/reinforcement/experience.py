@@ -11,6 +11,7 @@ import numpy as np
 
 STATE_FILE = "rollouts.safetensors"
 
+EVALUATION = -1  # in place of a step's number: the evaluation rows
 Place = tuple[int, int]  # (number of the step's prompts, number of the prompt among its rows)
 
 

@@ -7,19 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from finetune.loss import token_log_probs
+from finetune.loss import ragged_part, token_log_probs
 from finetune.preference.reference import switched_off
 from finetune.preference.reward import RewardNetwork
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-RAGGED = ("input_ids", "lengths", "shared", "keep", "targets")
-
-
-def ragged_part(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of token_log_probs in a batch."""
-    return {name: batch[name] for name in RAGGED}
 
 
 class PolicyNetwork(nn.Module):

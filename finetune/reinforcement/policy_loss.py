@@ -6,9 +6,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from finetune.loss import nll_sum
+from finetune.loss import nll_sum, ragged_part
 from finetune.reinforcement.experience import Experience
-from finetune.reinforcement.networks import PolicyNetwork, ragged_part
+from finetune.reinforcement.networks import PolicyNetwork
 
 PRETRAIN = "pretrain_"  # before the names of a batch of --pretrain_path
 

@@ -6,7 +6,8 @@ every other task: each prompt is a group of two, its ids and the UTF-8 bytes of 
 
 import hashlib
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,12 +23,17 @@ from finetune.preference.formats import (
 )
 from finetune.rows.arrays import Dataset, EncodedRow, RowArrays, chosen_rows
 from finetune.rows.encoding import RowEncoder, count_ignored
-from finetune.rows.formats import FORMATS, BadRow, Row, all_objects, rename, without_missing
+from finetune.rows.fields import ROLE_NAMES, SPEAKERS, all_objects, without_missing
+from finetune.rows.formats import FORMATS, BadRow, Row, rename
 from finetune.rows.groups import RowGroups, join_groups
 from finetune.rows.sources import RowReader
 
 ANSWER_KEYS = ("response", "output", "target", "answer")
-SPEAKERS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+LAST_TURN_KEYS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+# The roles of turns that an answer follows: questions, results of tools.
+ASKING = tuple(
+    name for name, role in (SPEAKERS | ROLE_NAMES).items() if role in ("user", "observation")
+)
 PLACEHOLDER = "。"  # an answer that is encoded after a conversation and cut off again
 
 
@@ -94,13 +100,13 @@ def with_answer(item: dict[str, Any]) -> dict[str, Any]:
     prompt = item.get("prompt")
     if isinstance(prompt, list) and prompt and all_objects(prompt):  # TRL's, without an answer
         item = item | {"messages": prompt}
-    for key, (usual_role_key, usual_text_key) in SPEAKERS.items():
+    for key, (usual_role_key, usual_text_key) in LAST_TURN_KEYS.items():
         turns = item.get(key)
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
             last = turns[-1]
             role_key = usual_role_key if usual_role_key in last else "role"
             text_key = usual_text_key if usual_text_key in last else "content"
-            if last.get(role_key) in ("user", "human"):
+            if last.get(role_key) in ASKING:
                 answer = {role_key: "assistant", text_key: ""}
                 return item | {key: [*turns, answer]}
     forms = [form for form in FORMATS.values() if len(form.keys) > 1]
@@ -118,18 +124,30 @@ def with_answer(item: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RolloutEncoder(RowEncoder):
-    """Rows to the ids that a model answers, and their content; as the model is asked in serving."""
+    """Rows to the ids that a model answers, and their content; as the model is asked in serving.
+
+    Attributes:
+        max_new_tokens: a conversation with less room for its answer counts as cut.
+    """
+
+    max_new_tokens: int = 1
 
     def check(self, row: Row) -> None:
         """As RowEncoder's, but a row may have several answers: they are references."""
         super().check(replace(row, answers=("",)))
 
     def encode(self, row: Row) -> list[EncodedRow]:
-        """The prompt's ids and the row's content; no id of either is masked."""
+        """The prompt's ids and the row's content.
+
+        All ids of both are masked where the prompt fills max_len: then neither counts. Else none.
+        """
         self.check(row)
         ids, cut = self.prompt_ids(row)
-        content = json.dumps([row.prompt, row.answers, row.turns], ensure_ascii=False)
-        return [EncodedRow(ids, 0, cut), EncodedRow(list(content.encode()), 0, cut)]
+        text = json.dumps([row.prompt, row.answers, row.turns], ensure_ascii=False)
+        content = list(text.encode())
+        if len(ids) >= self.max_len:
+            return [EncodedRow(ids, len(ids), True), EncodedRow(content, len(content), True)]
+        return [EncodedRow(ids, 0, cut), EncodedRow(content, 0, cut)]
 
     def prompt_ids(self, row: Row) -> tuple[list[int], bool]:
         """(ids, whether the prompt was cut)."""
@@ -138,14 +156,17 @@ class RolloutEncoder(RowEncoder):
             return list(encoded.input_ids), encoded.truncated
         turns = [turn._replace(loss=False) for turn in row.turns[:-1]]
         turns.append(Turn("assistant", PLACEHOLDER))
+        # Without a limit: cut at its end a conversation would lose the question.
         ids, labels, cut = encode_conversation(
-            self.family, self.tokenizer, turns, self.max_len, self.max_src_len, False
+            self.family, self.tokenizer, turns, sys.maxsize, self.max_src_len, False
         )[-1]
-        return ids[: count_ignored(labels)], cut
+        # ChatGLM-6B's <sop> before an answer is a label.
+        ids = ids[: count_ignored(labels) + (self.family.name == "glm")]
+        return ids, cut or self.max_len - len(ids) < self.max_new_tokens
 
     def settings(self) -> list[Any]:
         """As RowEncoder's."""
-        return [*super().settings(), "prompts"]
+        return [*super().settings(), "prompts", self.max_new_tokens]
 
 
 class PromptRows(RowGroups):
@@ -175,6 +196,9 @@ class PromptRows(RowGroups):
         return hashlib.sha256(self.data.ids(2 * row).tobytes()).hexdigest()[:16]
 
 
+Prompts = Mapping[int, PromptRows]  # those of several steps, each by its number
+
+
 def prompt_rows(data: Dataset) -> PromptRows:
     """Encoded prompts as rows of the loop."""
     return PromptRows(data, np.arange(0, len(data) + 1, 2, dtype=np.int64))
@@ -188,7 +212,9 @@ def choose_prompts(rows: RowArrays, is_skip: bool) -> PromptRows:
     """
     data = chosen_rows(rows, is_skip)
     if not len(data):
-        raise ValueError(f"all {rows.facts['good']} prompts are longer than --max_src_len")
+        raise ValueError(
+            f"all {rows.facts['good']} prompts are longer than --max_src_len, or fill --max_len"
+        )
     halved = replace(data, truncated=data.truncated // 2, skipped=data.skipped // 2)
     return prompt_rows(halved)
 

@@ -101,8 +101,21 @@ def parse_rewards(text: str) -> dict[str, float]:
 def function_reward(
     answer: ScoredAnswer, weights: dict[str, float], knobs: RewardKnobs
 ) -> dict[str, float]:
-    """{name: reward without its weight} of the functions among `weights`."""
-    return {name: REWARDS[name](answer, knobs) for name in weights if name != MODEL}
+    """{name: reward without its weight} of the functions among `weights`.
+
+    Raises:
+        ValueError: a function failed, or returned no number.
+    """
+    parts: dict[str, float] = {}
+    for name in weights:
+        if name == MODEL:
+            continue
+        try:
+            parts[name] = float(REWARDS[name](answer, knobs))
+        except Exception as error:  # a function may do anything
+            cause = f"{type(error).__name__}: {error}"
+            raise ValueError(f"--rewards {name} failed on {answer.text!r:.60}: {cause}") from error
+    return parts
 
 
 def reference_rewards(weights: dict[str, float]) -> Sequence[str]:

@@ -1,39 +1,44 @@
 """What --task grpo and --task ppo have in common: prompts are answered, answers are learnt from.
 
-`--rollout_steps` steps make a phase with `--rollout_epochs` passes over its answers: at its first
-step the prompts of all its steps are answered by the weights of that moment. Every rank answers a
-part of them and gets the others' samples.
+RolloutTask.step_batches is where the loop comes in. The first step of a phase (phases.py) makes the
+samples of all its prompts, in this order:
 
-RolloutTask.step_batches is where the loop comes in: it starts a phase (`roll_out`), which samples
-answers (`answer`), rewards them (`score`), adds the models' log-probabilities (`add_statistics`)
-and the algorithm's advantages; then it makes the tensors of a step (`batch`).
+    prompts.py      rows -> ids of prompts
+    sampling.py     prompts -> answers, by an implementation of rollout.py
+    scoring.py      answers -> samples with rewards, by rewards.py and a reward model
+    statistics.py   samples -> log-probabilities of policy and reference, the critic's values
+    grpo.py, ppo.py rewards and statistics -> advantages (Algorithm.add_advantages)
+
+collecting.py runs the middle three of them over the ranks. Every step of the phase then makes its
+tensors of these samples (minibatches.py), whose loss is that of policy_loss.py and the Algorithm.
+experience.py keeps the samples in checkpoints; evaluation.py records those of evaluation rows.
 """
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from chatglm.loading import stop_ids
 from finetune.checkpoint import export_model, inner_state
-from finetune.distributed import on_device, rank, say, whole_weights, world_size
+from finetune.distributed import rank
 from finetune.epochs import StepBatches
-from finetune.evaluation.generation import decoded_text
 from finetune.evaluation.metrics import check_packages
-from finetune.files import write_aside
+from finetune.preference.reference import can_switch_off
 from finetune.preference.scorer import RewardScorer, find_reward_model
 from finetune.reinforcement.averaging import WeightAverage
+from finetune.reinforcement.collecting import SampleCollector
 from finetune.reinforcement.config import RolloutConfig
+from finetune.reinforcement.evaluation import evaluation_metrics, write_samples
 from finetune.reinforcement.experience import (
+    EVALUATION,
     STATE_FILE,
     Experience,
     Place,
@@ -42,7 +47,9 @@ from finetune.reinforcement.experience import (
     save_experience,
     summary_of,
 )
+from finetune.reinforcement.minibatches import Minibatches
 from finetune.reinforcement.networks import PolicyNetwork, make_critic, sharing_copy
+from finetune.reinforcement.phases import Phases
 from finetune.reinforcement.policy_loss import Algorithm, RolloutLoss
 from finetune.reinforcement.prompts import (
     PromptReader,
@@ -51,32 +58,19 @@ from finetune.reinforcement.prompts import (
     choose_prompts,
     join_prompts,
     prompt_rows,
-    with_reply,
 )
-from finetune.reinforcement.rewards import (
-    MODEL,
-    ScoredAnswer,
-    function_reward,
-    metric_packages,
-    reference_rewards,
-)
-from finetune.reinforcement.rollout import (
-    MakeRollouts,
-    RolloutAnswer,
-    RolloutRequest,
-    RolloutSampling,
-    RolloutSetup,
-)
+from finetune.reinforcement.rewards import MODEL, metric_packages, reference_rewards
+from finetune.reinforcement.rollout import MakeRollouts, RolloutSetup
+from finetune.reinforcement.sampling import lengths_of
+from finetune.reinforcement.scoring import AnswerScoring
 from finetune.row_task import RowTask
 from finetune.rows.arrays import Dataset, RowArrays
-from finetune.rows.batches import lay_end_to_end
-from finetune.rows.formats import Row, parse_columns
+from finetune.rows.encoding import Preparation
+from finetune.rows.formats import parse_columns
 from finetune.rows.sources import Source
 from finetune.rows.streaming import Stream
 
 EMA = "ema"  # the folder of the averaged policy in a checkpoint
-LARGEST_REWARD = 1e30  # its square, and sums of many, are finite in fp64
-EVALUATION = -1  # in place of a step's number, in seeds
 
 Config = TypeVar("Config", bound=RolloutConfig)
 
@@ -95,6 +89,7 @@ class RolloutTask(RowTask[Config, PromptRows]):
             stop_ids(self.tokenizer), config.rollout_batch, config.length_predictor, self.model_path
         )
         self.rollouts = make_rollouts(setup)
+        self.phases = Phases(config.rollout_steps, config.rollout_epochs)
         self.scorer: RewardScorer | None = None
         self.experience: Experience | None = None
         decay = config.ema_decay
@@ -118,7 +113,17 @@ class RolloutTask(RowTask[Config, PromptRows]):
     @property
     def encoder(self) -> RolloutEncoder:
         config = self.config
-        return RolloutEncoder(self.tokenizer, self.family, config.max_len, config.max_src_len)
+        return RolloutEncoder(
+            self.tokenizer,
+            self.family,
+            config.max_len,
+            config.max_src_len,
+            max_new_tokens=config.max_new_tokens,
+        )
+
+    def preparation(self, name: str) -> Preparation:
+        """As RowTask's; of an evaluation row too all answers are references."""
+        return replace(super().preparation(name), first_answer=False)
 
     def choose(self, rows: RowArrays, *, is_evaluation: bool) -> PromptRows:
         return choose_prompts(rows, self.config.is_skip and not is_evaluation)
@@ -154,23 +159,16 @@ class RolloutTask(RowTask[Config, PromptRows]):
     def rows_per_epoch(self, steps: int | None, step_rows: int) -> int:
         """As in Task: an epoch has --rollout_epochs passes over its prompts."""
         count = super().rows_per_epoch(steps, step_rows)
-        epochs = self.config.rollout_epochs
-        if epochs == 1 or (self.stream and steps):
+        if self.stream and steps:
             return count
-        return epochs * math.ceil(count / step_rows) * step_rows
+        return self.phases.rows_per_epoch(count, step_rows)
 
     def rows_of_step(
         self, epoch: int, place: int, steps_per_epoch: int, step_rows: int
     ) -> tuple[PromptRows, np.ndarray, int]:
         """As in Task: every phase reads its prompts --rollout_epochs times."""
         self.step_rows = step_rows
-        return self.prompts_of(self.prompts_number(epoch * steps_per_epoch + place))
-
-    def prompts_number(self, step: int) -> int:
-        """Which prompts a step reads, counted without the repetitions."""
-        config = self.config
-        phase, within = divmod(step, config.phase_steps)
-        return phase * config.rollout_steps + within % config.rollout_steps
+        return self.prompts_of(self.phases.prompts_number(epoch * steps_per_epoch + place))
 
     def prompts_of(self, number: int) -> tuple[PromptRows, np.ndarray, int]:
         """As rows_of_step, of prompts by their number."""
@@ -195,7 +193,7 @@ class RolloutTask(RowTask[Config, PromptRows]):
         """The policy, with a reference where it cannot be switched on, and a critic."""
         policy: Any = super().build_model(dtype)
         reference = critic = None
-        if self.has_reference and not self.config.switches_off:
+        if self.has_reference and not can_switch_off(self.config, self.model_path):
             reference = self.build_another(policy, dtype).requires_grad_(False)
         if self.algorithm.has_critic:
             critic = make_critic(self.build_another(policy, dtype))
@@ -230,9 +228,7 @@ class RolloutTask(RowTask[Config, PromptRows]):
         """Write the policy, and beside it the rollout that a resumed run goes on with."""
         inner = inner_state(state)
         export_model(model.model, self.method, self.tokenizer, inner, folder)
-        is_within_phase = self.done % self.config.phase_steps != 0
-        current = self.experience if is_within_phase else None
-        save_experience(folder / STATE_FILE, current, self.rollouts.state())
+        save_experience(folder / STATE_FILE, self.experience, self.rollouts.state())
         if self.average is not None:
             (folder / EMA).mkdir()
             averaged = self.average.state_of(inner)
@@ -254,11 +250,11 @@ class RolloutTask(RowTask[Config, PromptRows]):
         if self.average is not None:
             self.average.load(folder)
 
-    # ---- a rollout
+    # ---- a step
 
     def step_batches(self, loss_module: Any, collated: StepBatches, step: int) -> StepBatches:
         """The batches of a step with answers; its phase's first step writes them."""
-        phase, within = divmod(step, self.config.phase_steps)
+        phase, within = self.phases.phase_of(step)
         if self.average is not None:
             self.average.update(loss_module.network.model, step)
         metrics: dict[str, float] = {}
@@ -267,7 +263,7 @@ class RolloutTask(RowTask[Config, PromptRows]):
                 raise ValueError(f"{STATE_FILE} of the checkpoint lacks the answers of its step")
             self.experience, metrics = self.roll_out(loss_module, phase)
         self.done = step + 1
-        number = self.prompts_number(step)
+        number = self.phases.prompts_number(step)
         data: Any = collated.data
         batches: list[Mapping[str, Any]] = []
         tokens = collated.tokens
@@ -275,14 +271,16 @@ class RolloutTask(RowTask[Config, PromptRows]):
             rows = []
             groups = []
             for row in prompts_only["rows"]:
-                samples = self.answers_of(number, row)
+                samples = self.samples_of(number, row)
                 rows.append((data, row))
                 groups.append(samples)
                 tokens += sum(len(sample.tokens) for sample in samples)
-            batches.append(self.batch(rows, groups))
+            batches.append(self.minibatches.batch(rows, groups))
+        if within + 1 == self.phases.steps:  # used up: a checkpoint after this step has none
+            self.experience = None
         return replace(collated, batches=batches, tokens=tokens, metrics=metrics)
 
-    def answers_of(self, number: int, row: int) -> list[Sample]:
+    def samples_of(self, number: int, row: int) -> list[Sample]:
         """The answers to a prompt in this phase; none to an empty place.
 
         Raises:
@@ -302,261 +300,44 @@ class RolloutTask(RowTask[Config, PromptRows]):
         """(the answers of a phase, all that is learnt from them; its metrics)."""
         prompts: dict[int, PromptRows] = {}
         places: list[Place] = []
-        first = phase * self.config.rollout_steps
-        for number in range(first, first + self.config.rollout_steps):
+        for number in self.phases.prompts_numbers(phase):
             data, order, place = self.prompts_of(number)
             prompts[number] = data
             rows = order[place * self.step_rows : (place + 1) * self.step_rows].tolist()
             for row in dict.fromkeys(rows):  # each once, in order
                 places.append((number, row))
         started = time.perf_counter()
-        groups = self.sample(loss_module, prompts, places, self.config.num_generations)
+        groups = self.collector.collect(loss_module, prompts, places, self.config.num_generations)
         seconds = time.perf_counter() - started
         self.rollouts.learn(lengths_of(prompts, groups))
         experience = Experience(phase, groups)
         self.algorithm.add_advantages(experience)
         return experience, summary_of(experience.samples()) | {"rollout_seconds": seconds}
 
-    def sample(
-        self, loss_module: Any, prompts: Mapping[int, PromptRows], places: list[Place], count: int
-    ) -> dict[Place, list[Sample]]:
-        """`count` scored answers to each prompt, of all ranks, with the models' statistics."""
-        was_training = loss_module.training
-        loss_module.eval()
-        rank_places = places[rank() :: world_size()]
-        answers = self.answer(loss_module.network, prompts, rank_places, count)
-        groups = self.score(prompts, rank_places, answers)
-        size = self.config.per_device_train_batch_size
-        if EVALUATION in prompts:
-            size = self.config.per_device_eval_batch_size or size
-        most = math.ceil(len(places) / world_size())
-        self.add_statistics(loss_module, prompts, groups, most, size)
-        loss_module.train(was_training)
-        if world_size() == 1:
-            return groups
-        groups_of_ranks: list[Any] = [None] * world_size()
-        dist.all_gather_object(groups_of_ranks, groups)
-        all_groups: dict[Place, list[Sample]] = {}
-        for rank_groups in groups_of_ranks:
-            all_groups.update(rank_groups)
-        return all_groups
+    @property
+    def collector(self) -> SampleCollector:
+        """What makes samples; the reward model is there after before_training."""
+        scoring = AnswerScoring(self.config, self.tokenizer, self.scorer)
+        return SampleCollector(self.config, self.rollouts, scoring, self.minibatches)
 
-    def answer(
-        self, network: Any, prompts: Mapping[int, PromptRows], places: list[Place], count: int
-    ) -> list[RolloutAnswer]:
-        """`count` answers to each prompt of this rank, one after the other."""
-        config = self.config
-        requests = []
-        for number, row in places:
-            data = prompts[number]
-            ids, question, key = data.prompt(row), data.question(row).prompt, data.key(row)
-            for sample in range(count):
-                request = RolloutRequest(
-                    prompt=ids,
-                    question=question,
-                    group=key,
-                    seed=answer_seed(config.seed, number, data.content(row), sample),
-                    max_new_tokens=config.max_new_tokens,
-                )
-                requests.append(request)
-        sampling = RolloutSampling(config.temperature, config.top_p, config.top_k)
-        with whole_weights(network.model):  # a collective operation: also without requests
-            if not requests:
-                return []
-            return self.rollouts.answers(network.model, requests, sampling)
-
-    def score(
-        self,
-        prompts: Mapping[int, PromptRows],
-        places: list[Place],
-        answers: list[RolloutAnswer],
-    ) -> dict[Place, list[Sample]]:
-        """The answers as samples with their rewards."""
-        config = self.config
-        answers_per_prompt = len(answers) // max(len(places), 1)
-        answer_places: list[Place] = []
-        for place in places:
-            answer_places += [place] * answers_per_prompt
-        rows: list[Row] = []  # question and answer, for the reward model
-        scored: list[ScoredAnswer] = []  # the same, for functions
-        for (number, row), answer in zip(answer_places, answers):
-            question = prompts[number].question(row)
-            ids = text_ids(answer.tokens, answer.finished)
-            text = decoded_text(self.tokenizer, ids)
-            references = tuple(reference for reference in question.answers if reference)
-            rows.append(with_reply(question, text))
-            scored.append(ScoredAnswer(text, len(ids), references))
-        model_scores = [0.0] * len(rows)
-        if self.scorer is not None:
-            model_scores = self.scorer.scores(rows)
-        groups: dict[Place, list[Sample]] = {place: [] for place in places}
-        for i, (place, answer) in enumerate(zip(answer_places, answers)):
-            parts = function_reward(scored[i], config.reward_weights, config.reward_knobs)
-            parts[MODEL] = model_scores[i]
-            reward = self.total_reward(parts, answer.finished)
-            if not abs(reward) < LARGEST_REWARD:
-                number, row = place
-                got = ", ".join(f"{name} {parts[name]:g}" for name in config.reward_weights)
-                raise ValueError(
-                    f"{prompts[number].place(row)}: wanted a finite reward of an answer, got "
-                    f"{reward:g} of {got}"
-                )
-            tokens = np.array(answer.tokens, np.int32)
-            groups[place].append(Sample(tokens, answer.finished, reward))
-        return groups
-
-    def total_reward(self, parts: dict[str, float], is_finished: bool) -> float:
-        """The weighted sum of an answer's rewards by name, clipped, less the penalty."""
-        config = self.config
-        reward = sum(weight * parts[name] for name, weight in config.reward_weights.items())
-        if config.reward_clip is not None:
-            reward = min(max(reward, -config.reward_clip), config.reward_clip)
-        if not is_finished:
-            reward -= config.missing_end_penalty
-        return reward
-
-    def add_statistics(
-        self,
-        loss_module: Any,
-        prompts: Mapping[int, PromptRows],
-        groups: dict[Place, list[Sample]],
-        most: int,
-        size: int,
-    ) -> None:
-        """Add the columns of RolloutLoss.statistics to the samples of this rank.
-
-        Args:
-            most: prompts of the rank that has most; every rank runs as many passes.
-            size: prompts of a pass.
-        """
-        places = list(groups)
-        device = next(loss_module.parameters()).device
-        filler = (next(iter(prompts)), -1)  # a rank that has no prompt left runs the pass too
-        for start in range(0, most, size):
-            pass_places = places[start : start + size] or [filler]
-            rows = [(prompts[number], row) for number, row in pass_places]
-            samples = [groups.get(place, []) for place in pass_places]
-            batch = on_device(self.batch(rows, samples), device)
-            statistics = loss_module(output="statistics", **batch).cpu().numpy()
-            split_columns(statistics, loss_module.statistics_names, samples)
-
-    def batch(
-        self, rows: list[tuple[PromptRows, int]], groups: list[list[Sample]]
-    ) -> dict[str, Any]:
-        """The arguments of RolloutLoss: every answer to the prompts `rows` a sequence of one
-        ragged row.
-
-        Where there is no answer, a prompt without targets keeps the ranks in step.
-        """
-        ids: list[np.ndarray] = []
-        masked: list[int] = []  # of each sequence, the prompt's tokens, which carry no loss
-        all_samples: list[Sample] = []
-        for (data, row), samples in zip(rows, groups):
-            for sample in samples:
-                prompt = data.prompt(row)
-                ids.append(np.concatenate([prompt, sample.tokens]))
-                masked.append(len(prompt))
-                all_samples.append(sample)
-        if not all_samples:
-            data, _ = rows[0]
-            shortest = data.prompt(int(data.row_lengths.argmin()))
-            ids, masked = [np.array(shortest)], [len(shortest)]
-        layout = self.layout
-        batch: dict[str, Any] = dict(
-            lay_end_to_end(ids, masked, layout["share"], layout["multiple"])
-        )
-        batch["samples"] = len(all_samples)
-        algorithm = self.algorithm
-        weights = []
-        for sample in all_samples:
-            size = len(sample.tokens)
-            weights.append(np.full(size, algorithm.weight(size), np.float32))
-        places = len(batch["keep"])
-        batch["weights"] = laid_out(weights, places)
-        for name in ("old", *algorithm.columns):
-            if all(name in sample.columns for sample in all_samples):
-                columns = [sample.columns[name] for sample in all_samples]
-                batch[name] = laid_out(columns, places)
-        return batch
+    @cached_property
+    def minibatches(self) -> Minibatches:
+        """How samples are laid out, in the dtype of build_model."""
+        return Minibatches(self.algorithm, self.layout)
 
     # ---- metrics
 
     def evaluate(
         self, loss_module: Any, model: nn.Module, *, synced: bool, predictions: Path
     ) -> dict[str, float]:
-        """Mean reward, divergence from the reference and tokens of one answer to each row.
-
-        The loss is what is minimised: -(reward - kl_coef kl).
-        """
+        """Mean reward, divergence from the reference and tokens of one answer to each row."""
         data = self.eval_data
         if data is None:
             raise RuntimeError("the evaluation rows are not loaded")
         places = [(EVALUATION, row) for row in range(len(data))]
-        groups = self.sample(loss_module, {EVALUATION: data}, places, 1)
-        metrics = summary_of(groups[place][0] for place in places)
-        metrics["loss"] = self.config.kl_coef * metrics["kl"] - metrics["reward"]
+        groups = self.collector.collect(loss_module, {EVALUATION: data}, places, 1)
+        samples = [groups[place][0] for place in places]
+        metrics = evaluation_metrics(samples, self.config.kl_coef)
         if rank() == 0:
-            self.write_answers(data, groups, predictions)
+            write_samples(data, groups, self.tokenizer, predictions)
         return {name: metrics[name] for name in self.config.evaluated}
-
-    def write_answers(
-        self, data: PromptRows, groups: dict[Place, list[Sample]], path: Path
-    ) -> None:
-        """JSON lines of {prompt, answer, reward}; a disk that takes none is a warning."""
-        lines = []
-        for (_, row), samples in sorted(groups.items()):
-            for sample in samples:
-                ids = text_ids(sample.tokens.tolist(), sample.finished)
-                line = {
-                    "prompt": data.question(row).prompt,
-                    "answer": decoded_text(self.tokenizer, ids),
-                    "reward": round(sample.reward, 6),
-                }
-                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        try:
-            write_aside(path, "".join(lines))
-        except OSError as error:
-            say(f"WARNING: {path} cannot be written ({error.strerror or error}); going on")
-
-
-def text_ids(tokens: list[int], is_finished: bool) -> list[int]:
-    """An answer's ids without its end token."""
-    return tokens[:-1] if is_finished else tokens
-
-
-def answer_seed(seed: int, number: int, content: bytes, sample: int) -> int:
-    """The seed of an answer: of the run's, the prompts' number, the row and the sample."""
-    digest = hashlib.sha256(f"{seed} {number} {sample} ".encode() + content).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def lengths_of(
-    prompts: Mapping[int, PromptRows], groups: dict[Place, list[Sample]]
-) -> dict[str, list[int]]:
-    """{key of a prompt: tokens of its answers}."""
-    lengths: dict[str, list[int]] = {}
-    for (number, row), samples in sorted(groups.items()):
-        prompt_lengths = lengths.setdefault(prompts[number].key(row), [])
-        for sample in samples:
-            prompt_lengths.append(len(sample.tokens))
-    return lengths
-
-
-def laid_out(parts: Sequence[np.ndarray], places: int) -> Tensor:
-    """(places,) fp32: the parts end to end, then zeros."""
-    row = np.zeros(places, np.float32)
-    if parts:
-        values = np.concatenate(parts)
-        row[: len(values)] = values
-    return torch.from_numpy(row)
-
-
-def split_columns(statistics: np.ndarray, names: list[str], groups: list[list[Sample]]) -> None:
-    """Give each sample its part of (columns, N), which has all answers end to end."""
-    start = 0
-    for samples in groups:
-        for sample in samples:
-            end = start + len(sample.tokens)
-            for name, column in zip(names, statistics):
-                sample.columns[name] = column[start:end].copy()
-            start = end

@@ -5,12 +5,27 @@ docs/data.md shows a row of each format.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from chatglm.conversations import Turn, check_turns, rounds_of, tool_call, with_tools
 from chatglm.families import FAMILIES
+from finetune.rows.fields import (
+    ROLE_NAMES,
+    SPEAKERS,
+    answer_objects,
+    answers_at,
+    check_present,
+    message_parts,
+    role_of,
+    score_of,
+    shown_value,
+    text_at,
+    turn_objects,
+    turns_after_history,
+    without_missing,
+)
 
 
 @dataclass(frozen=True)
@@ -57,69 +72,6 @@ class Format:
     also: Callable[[dict], bool] = lambda row: True
 
 
-def _shown(value: object) -> str:
-    """The beginning of a value, for error messages."""
-    try:
-        return json.dumps(value, ensure_ascii=False, default=str)[:60]
-    except TypeError:  # a key that JSON does not have
-        return repr(value)[:60]
-
-
-def is_missing(value: object) -> bool:
-    """Whether a value is null, or the NaN that stands for it in tables."""
-    return value is None or (isinstance(value, float) and value != value)
-
-
-def without_missing(row: dict) -> dict:
-    """A row without the keys whose value is missing: in a table every row has every key."""
-    return {key: value for key, value in row.items() if not is_missing(value)}
-
-
-def _text(row: dict, key: str, default: str | None = None) -> str:
-    value = row.get(key, default)
-    if not isinstance(value, str):
-        raise ValueError(f'"{key}" must be text, got {_shown(value)}')
-    return value
-
-
-def _answers(row: dict, key: str) -> list[str]:
-    """The answers at a key: one text, or a list of several right ones (test files)."""
-    value = row[key]
-    if isinstance(value, list) and value and all_texts(value):
-        return value
-    return [_text(row, key)]
-
-
-def all_texts(values: Sequence[object]) -> bool:
-    return all(isinstance(value, str) for value in values)
-
-
-def all_objects(values: Sequence[object]) -> bool:
-    return all(isinstance(value, dict) for value in values)
-
-
-def _is_question_and_answer(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all_texts(value)
-
-
-def _after(
-    history: object, system: str, prompt: str, answers: list[str]
-) -> tuple[str, list[str]] | list[Turn]:
-    """[[question, answer], ...] and a last question as turns; (prompt, answers) where there is
-    neither a history nor a system text."""
-    if not (isinstance(history, list) and all(map(_is_question_and_answer, history))):
-        raise ValueError(f'"history" must be a list of [question, answer], got {_shown(history)}')
-    if not (history or system):
-        return prompt, answers
-    if len(answers) > 1:
-        raise ValueError("a row with a history or a system text has one answer")
-    turns = [Turn("system", system)] if system else []
-    # As in ChatGLM's tutorials, answers of the history are context: only the last one is learnt.
-    for question, answer in history:
-        turns += [Turn("user", question), Turn("assistant", answer, loss=False)]
-    return [*turns, Turn("user", prompt), Turn("assistant", answers[0])]
-
-
 def _instruction(row: dict, prompt_text: str) -> tuple[str, list[str]]:
     output = row["output"]
     if isinstance(output, int) and not isinstance(output, bool):
@@ -127,18 +79,20 @@ def _instruction(row: dict, prompt_text: str) -> tuple[str, list[str]]:
             f'"output" must be text, got {output}: such lists of UELLM hold the answers\' lengths, '
             "not the answers"
         )
-    return _text(row, "instruction") + _text(row, "input", ""), _answers(row, "output")
+    return text_at(row, "instruction") + text_at(row, "input", ""), answers_at(row, "output")
 
 
 def _alpaca(row: dict, prompt_text: str) -> tuple[str, list[str]] | list[Turn]:
-    texts = (_text(row, "instruction"), _text(row, "input", ""))
+    texts = (text_at(row, "instruction"), text_at(row, "input", ""))
     prompt = "\n".join(filter(None, texts))
-    system = _text(row, "system", "")
-    return _after(row.get("history") or [], system, prompt, _answers(row, "output"))
+    system = text_at(row, "system", "")
+    return turns_after_history(row.get("history"), system, prompt, answers_at(row, "output"))
 
 
 def _prompt(row: dict, prompt_text: str) -> tuple[str, list[str]] | list[Turn]:
-    return _after(row.get("history") or [], "", _text(row, "prompt"), _answers(row, "response"))
+    return turns_after_history(
+        row.get("history"), "", text_at(row, "prompt"), answers_at(row, "response")
+    )
 
 
 HUMAN = "human_generated"  # the only data_type that RLHF's fine-tuning reads
@@ -146,27 +100,19 @@ HUMAN = "human_generated"  # the only data_type that RLHF's fine-tuning reads
 
 def _scored(row: dict, prompt_text: str) -> tuple[str, list[str]] | list[Turn]:
     """RLHF (sunzeyeah): the answer of the highest score, the first of several such."""
-    answers = row["answers"]
-    if not (isinstance(answers, list) and answers and all_objects(answers)):
-        raise ValueError(f'"answers" must be a list of {{answer, score}}, got {_shown(answers)}')
+    answers = answer_objects(row)
     kind = row.get("data_type", HUMAN)
     if kind != HUMAN:
-        raise ValueError(f'"data_type" must be {HUMAN} or absent, got {_shown(kind)}')
-    best = max(answers, key=_score)
-    if not _text(best, "answer"):
-        raise ValueError(f"the answer of the highest score is empty: {_shown(best)}")
-    prompt = _text(row, "prompt")
+        raise ValueError(f'"data_type" must be {HUMAN} or absent, got {shown_value(kind)}')
+    best = max(answers, key=score_of)
+    if not text_at(best, "answer"):
+        raise ValueError(f"the answer of the highest score is empty: {shown_value(best)}")
+    prompt = text_at(row, "prompt")
     if not prompt:
         raise ValueError("the prompt is empty")
-    return _after([], _text(row, "system", ""), prompt + _text(row, "prefix", ""), [best["answer"]])
-
-
-def _score(answer: dict) -> float:
-    """The score of one of several answers; 0 where it has none."""
-    score = answer.get("score", 0)
-    if isinstance(score, bool) or not isinstance(score, (int, float)) or is_missing(score):
-        raise ValueError(f'"score" must be a number, got {_shown(score)}')
-    return score
+    return turns_after_history(
+        None, text_at(row, "system", ""), prompt + text_at(row, "prefix", ""), [best["answer"]]
+    )
 
 
 # What may stand beside the text of a document; with other keys --data_format document says so.
@@ -180,7 +126,7 @@ def _is_document(row: dict) -> bool:
 
 
 def _document(row: dict, prompt_text: str) -> tuple[str, list[str]]:
-    text = _text(row, "text")
+    text = text_at(row, "text")
     if not text.strip():
         raise ValueError('"text" is empty')
     return "", [text]
@@ -188,14 +134,7 @@ def _document(row: dict, prompt_text: str) -> tuple[str, list[str]]:
 
 def _belle(row: dict, prompt_text: str) -> tuple[str, list[str]]:
     # Belle's converter writes a space after every input.
-    return _text(row, "input").rstrip(" "), _answers(row, "target")
-
-
-def _list_of(row: dict, key: str) -> list[dict]:
-    turns = row[key]
-    if not (isinstance(turns, list) and turns and all_objects(turns)):
-        raise ValueError(f'"{key}" must be a list of turns, got {_shown(turns)}')
-    return [without_missing(turn) for turn in turns]
+    return text_at(row, "input").rstrip(" "), answers_at(row, "target")
 
 
 def _finish(turns: list[Turn], row: dict) -> list[Turn]:
@@ -205,14 +144,14 @@ def _finish(turns: list[Turn], row: dict) -> list[Turn]:
     """
     while turns and turns[-1].role != "assistant":
         turns = turns[:-1]
-    if system := _text(row, "system", ""):
+    if system := text_at(row, "system", ""):
         turns = [Turn("system", system), *turns]
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
         except ValueError:
-            raise ValueError(f'"tools" is not valid JSON: {_shown(tools)}') from None
+            raise ValueError(f'"tools" is not valid JSON: {shown_value(tools)}') from None
     if tools:
         _json_text(tools, "tools")
     return with_tools(turns, tools) if tools else turns
@@ -224,14 +163,14 @@ def _calls(text: object, loss: bool = True) -> list[Turn]:
         calls = json.loads(text) if isinstance(text, str) else text
     except ValueError:
         raise ValueError(
-            f"a function call must be JSON of name and arguments, got {_shown(text)}"
+            f"a function call must be JSON of name and arguments, got {shown_value(text)}"
         ) from None
     turns = []
     for call in calls if isinstance(calls, list) else [calls]:
         arguments = _call_arguments(call)
         name = call.get("name") if isinstance(call, dict) else None
         if not (isinstance(arguments, dict) and isinstance(name, str)):
-            raise ValueError(f"a function call has a name and arguments, got {_shown(call)}")
+            raise ValueError(f"a function call has a name and arguments, got {shown_value(call)}")
         turns.append(Turn("assistant", python_call(arguments), name, loss, call=arguments))
     return turns
 
@@ -255,7 +194,7 @@ def _call_arguments(call: object) -> object:
         return json.loads(arguments or "{}")
     except ValueError:
         raise ValueError(
-            f"a function call's arguments are not valid JSON: {_shown(arguments)}"
+            f"a function call's arguments are not valid JSON: {shown_value(arguments)}"
         ) from None
 
 
@@ -263,85 +202,52 @@ def _json_text(value: object, key: str) -> str:
     try:
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     except TypeError:
-        raise ValueError(f'"{key}" must be text or JSON, got {_shown(value)}') from None
-
-
-def _role(turn: dict, key: str, names: dict[str, str], number: int) -> str:
-    value = turn.get(key)
-    if not isinstance(value, str) or value not in names:
-        raise ValueError(
-            f'turn {number}: "{key}" is one of {", ".join(names)}, got {_shown(value)}'
-        )
-    return names[value]
-
-
-SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "system": "system",
-    "function_call": "call",
-    "observation": "observation",
-    "tool": "observation",
-    "function_response": "observation",
-}
+        raise ValueError(f'"{key}" must be text or JSON, got {shown_value(value)}') from None
 
 
 def _sharegpt(row: dict, prompt_text: str) -> list[Turn]:
     turns: list[Turn] = []
-    for number, turn in enumerate(_list_of(row, "conversations"), 1):
-        role = _role(turn, "from", SPEAKERS, number)
+    for number, turn in enumerate(turn_objects(row, "conversations"), 1):
+        role = role_of(turn, "from", SPEAKERS, number)
         if role == "call":
             turns += _calls(turn.get("value"))
         else:
-            turns.append(Turn(role, _text(turn, "value")))
+            turns.append(Turn(role, text_at(turn, "value")))
     return _finish(turns, row)
 
 
 def _chatglm3(row: dict, prompt_text: str) -> list[Turn]:
     turns: list[Turn] = []
-    for turn in _list_of(row, "conversations"):
+    for turn in turn_objects(row, "conversations"):
         loss = turn.get("loss", True)
         if not isinstance(loss, bool):
-            raise ValueError(f'"loss" must be true or false, got {_shown(loss)}')
+            raise ValueError(f'"loss" must be true or false, got {shown_value(loss)}')
         if turn.get("role") == "tool":
             parameters = turn.get("parameters")
             if not isinstance(parameters, dict):
                 raise ValueError(
-                    f'"parameters" of a tool turn must be an object, got {_shown(parameters)}'
+                    f'"parameters" of a tool turn must be an object, got {shown_value(parameters)}'
                 )
-            text, name = python_call(parameters), _text(turn, "name")
+            text, name = python_call(parameters), text_at(turn, "name")
             turns.append(Turn("assistant", text, name, loss, call=parameters))
             turns.append(Turn("observation", _json_text(turn.get("observation"), "observation")))
         else:
-            turns.append(Turn(_text(turn, "role"), _text(turn, "content"), loss=loss))
+            turns.append(Turn(text_at(turn, "role"), text_at(turn, "content"), loss=loss))
     return _finish(turns, row)
-
-
-ROLE_NAMES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "observation",
-    "function": "observation",
-}
 
 
 def _openai(row: dict, prompt_text: str) -> list[Turn]:
     turns: list[Turn] = []
-    for number, message in enumerate(_list_of(row, "messages"), 1):
-        role = _role(message, "role", ROLE_NAMES, number)
+    for number, message in enumerate(turn_objects(row, "messages"), 1):
+        role = role_of(message, "role", ROLE_NAMES, number)
         weight = message.get("weight", 1)
         if isinstance(weight, bool) or weight not in (0, 1):
-            raise ValueError(f'turn {number}: "weight" must be 0 or 1, got {_shown(weight)}')
+            raise ValueError(f'turn {number}: "weight" must be 0 or 1, got {shown_value(weight)}')
         loss = weight == 1
-        text, calls = _parts(message.get("content"))
+        text, calls = message_parts(message.get("content"))
         tool_calls = message.get("tool_calls") or []
         if not isinstance(tool_calls, list):
-            raise ValueError(f'"tool_calls" must be a list, got {_shown(tool_calls)}')
+            raise ValueError(f'"tool_calls" must be a list, got {shown_value(tool_calls)}')
         for call in tool_calls:
             calls.append(call.get("function", call) if isinstance(call, dict) else call)
         if message.get("function_call"):
@@ -351,33 +257,6 @@ def _openai(row: dict, prompt_text: str) -> list[Turn]:
         if calls:
             turns += _calls(calls, loss)
     return _finish(turns, row)
-
-
-def _parts(content: object) -> tuple[str, list]:
-    """(text, tool calls) of a message's content: text, null, or a list of parts.
-
-    Parts of reasoning are left out.
-    """
-    if content is None or isinstance(content, str):
-        return content or "", []
-    if not (isinstance(content, list) and all_objects(content)):
-        raise ValueError(f'"content" must be text or a list of parts, got {_shown(content)}')
-    texts, calls = [], []
-    for part in content:
-        kind = part.get("type")
-        value = part.get("value", part.get(kind) if isinstance(kind, str) else None)
-        if kind == "text" and isinstance(value, str):
-            texts.append(value)
-        elif kind == "tool_call":
-            if isinstance(value, list):
-                calls += value
-            else:
-                calls.append(json.loads(value) if isinstance(value, str) else value)
-        elif kind != "reasoning":
-            raise ValueError(
-                f'a part of "content" is text, reasoning or a tool_call, got {_shown(part)}'
-            )
-    return "\n".join(texts), calls
 
 
 def _first_turn_has(key: str) -> Callable[[dict], bool]:
@@ -408,20 +287,20 @@ FORMATS: dict[str, Format] = {
     "instruction": Format(("instruction", "output"), _instruction, ("input",)),
     "question": Format(
         ("question", "answer"),
-        lambda row, prompt_text: (_text(row, "question"), _answers(row, "answer")),
+        lambda row, prompt_text: (text_at(row, "question"), answers_at(row, "answer")),
     ),
     "text": Format(
         ("text", "answer"),
-        lambda row, prompt_text: (prompt_text + _text(row, "text"), _answers(row, "answer")),
+        lambda row, prompt_text: (prompt_text + text_at(row, "text"), answers_at(row, "answer")),
     ),
     "advertisegen": Format(
         ("content", "summary"),
-        lambda row, prompt_text: (_text(row, "content"), _answers(row, "summary")),
+        lambda row, prompt_text: (text_at(row, "content"), answers_at(row, "summary")),
     ),
     "belle": Format(("input", "target"), _belle),
     "context": Format(
         ("context", "target"),
-        lambda row, prompt_text: (_text(row, "context"), _answers(row, "target")),
+        lambda row, prompt_text: (text_at(row, "context"), answers_at(row, "target")),
     ),
     "document": Format(("text",), _document, also=_is_document),
 }
@@ -454,7 +333,7 @@ def find_format(row: dict, remedy: str = "") -> str:
                 check_present(given, "answer")
             return name
     if "conversations" in row:
-        turns = _shown(row["conversations"])
+        turns = shown_value(row["conversations"])
         raise ValueError(
             f'"conversations" must be a list of {{from, value}} or {{role, content}}, got {turns}'
         )
@@ -474,12 +353,6 @@ def find_format(row: dict, remedy: str = "") -> str:
     wanted = " or ".join(dict.fromkeys(key_lists))
     keys = ", ".join(map(str, row))[:200] or "none"
     raise ValueError(f"no format has these keys: {keys}; wanted {wanted}{remedy}")
-
-
-def check_present(row: dict, key: str) -> None:
-    """Raises ValueError where a row has a key that a format needs, but its value is missing."""
-    if key in row:
-        raise ValueError(f'"{key}" must be text, got {_shown(row[key])}')
 
 
 def parse_columns(text: str, known: tuple[str, ...] = COLUMN_NAMES) -> dict[str, str]:
@@ -522,7 +395,7 @@ def parse_row(
     """
     try:
         row = _read_row(item, place, prompt_text, data_format, columns)
-        _check_unicode(row)
+        check_unicode(row)
     except UnicodeEncodeError as error:
         raise BadRow(
             f"{place}: half a surrogate pair in the text: {error.object[error.start]!a}"
@@ -564,7 +437,7 @@ def _read_row(
     return row
 
 
-def _check_unicode(row: Row) -> None:
+def check_unicode(row: Row) -> None:
     """Raises UnicodeEncodeError for text that UTF-8 cannot hold."""
     texts = [row.prompt, *row.answers]
     for turn in row.turns:

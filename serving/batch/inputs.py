@@ -11,7 +11,8 @@ from typing import Any
 
 from chatglm.files import shorten
 from finetune.files import utf8_json
-from finetune.rows.formats import BadRow, Row, is_missing
+from finetune.rows.fields import is_missing
+from finetune.rows.formats import BadRow, Row
 from finetune.rows.sources import DELIMITERS, RowReader, parse_sources, read_items
 from serving.endpoints.replies import CHAT_PATH, NumberedRequest, last_question
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from chatglm.files import shorten
-from finetune.rows.formats import BadRow, is_missing
+from finetune.rows.fields import is_missing
+from finetune.rows.formats import BadRow
 from finetune.rows.sources import read_file_items
 from serving.simulate.uellm_published import dealt_objectives
 from serving.simulate.workload import poisson_arrivals

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks.preferences import make_advice
 from chatglm import kernels, load_model
@@ -23,9 +23,11 @@ from finetune.preference.formats import (
 )
 from finetune.preference.losses import LOSSES, Answers, make_loss
 from finetune.preference.policy_loss import PreferenceLoss
-from finetune.preference.reference import REFERENCE_FILE, switched_off
+from finetune.preference.reference import REFERENCE_FILE, reference_key, switched_off
 from finetune.preference.reward import RewardTraining
+from finetune.rows.arrays import EncodedRow, dataset_of
 from finetune.rows.formats import BadRow
+from finetune.rows.groups import RowGroups
 from tests.conftest import REPO_ROOT, shared_file
 from tests.finetune.runs import metrics, write_rows
 from tests.finetune.tasks import CASES, last_metrics, make_pairs, parse, run, task_flags
@@ -165,6 +167,33 @@ def test_pairs():
             "must end with a question, got assistant",
         ),
         ({"prompt": "q", "chosen": {"role": "user", "content": "a"}, "rejected": "b"}, "an answer"),
+        (
+            {
+                "prompt": "q",
+                "answers": [{"answer": "a", "score": 10**400}, {"answer": "b", "score": 10**400}],
+            },
+            '"score" must be a number of at most',
+        ),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": float("inf")},
+            '"score" must be a number of at most',
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "q", "tool_calls": 5}]}
+            | {"chosen": "a", "rejected": "b"},
+            "turn 1: tool calls are not compared",
+        ),
+        (
+            {
+                "prompt": "q",
+                "chosen": {
+                    "role": "assistant",
+                    "content": [{"type": "tool_call", "value": "{"}],
+                },
+                "rejected": "b",
+            },
+            "a tool call must be JSON, got",
+        ),
         ([], "wanted an object, got list"),
         ({"prompt": "\ud800", "chosen": "a", "rejected": "b"}, "half a surrogate pair"),
     ],
@@ -361,6 +390,19 @@ def test_loss_and_gradients_are_a_plain_forward_passs(bases, tmp_path, loss_type
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-3)
 
 
+def test_answers_to_other_questions_fit_max_len(bases, tmp_path):
+    """KTO's drift: a long question with a long answer to another one is cut as rows are."""
+    rows = [
+        {"prompt": "水泵漏油" * 20, "completion": "好", "label": True},
+        {"prompt": "水", "completion": "不用管" * 60, "label": False},
+    ]
+    file = write_rows(tmp_path / "c.jsonl", rows)
+    task = made("dpo", bases["glm2"], tmp_path, "--train_path", file, "--loss_type", "kto")
+    batch = task.mismatched(task.data, [0, 1], torch.ones(2))
+    assert max(batch["lengths"]) < 96  # of --max_len; a sequence's last token predicts nothing
+    assert batch["counts"][0] > 1
+
+
 @pytest.mark.parametrize("family", ["glm", "glm2", "qwen2"])
 def test_reward_loss_is_a_plain_forward_passs(bases, tmp_path, family):
     words = ["--margin", "0.1", "--score_margin", "0.2", "--center", "0.01"]
@@ -400,6 +442,30 @@ def test_switched_off_is_the_base_and_keeps_the_graph(bases, tmp_path):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_a_prefix_that_does_not_train_is_not_switched_off(bases):
+    """Of LoRA on a model with a prefix: it is a part of what the run starts from."""
+    model = load_model(bases["glm2"], pre_seq_len=4, dtype=torch.float32).eval()
+    model.requires_grad_(False)
+    ids = torch.arange(5, 15)[None]
+    logits = model(input_ids=ids).logits
+    with switched_off(model):
+        assert torch.equal(model(input_ids=ids).logits, logits)
+    model.transformer.prefix_encoder.requires_grad_(True)
+    with torch.no_grad(), switched_off(model):
+        assert not torch.equal(model(input_ids=ids).logits, logits)
+
+
+def test_the_key_of_a_reference_knows_which_rows_are_evaluated():
+    """Not only which rows there are in all."""
+
+    def part(start, stop):
+        rows = [(f"f:{n}", EncodedRow([n, n + 1], 1, False)) for n in range(start, stop)]
+        return RowGroups(dataset_of(rows), np.arange(stop - start + 1))
+
+    keys = [reference_key([part(0, n), part(n, 3)], []) for n in (1, 2)]
+    assert keys[0] != keys[1]
+
+
 def test_a_computed_reference_is_the_switchs(bases, tmp_path, capsys):
     """With --adapter the reference is the adapter as it was: at the start the margin is 0."""
     first = run(task_flags("dpo", CASES["dpo"], bases["glm2"], tmp_path / "a"))
@@ -420,6 +486,25 @@ def test_a_computed_reference_is_the_switchs(bases, tmp_path, capsys):
     folder = run([*flags, "--overwrite_output_dir", "--adapter", str(second)])
     assert "computing the reference's log-probabilities" in capsys.readouterr().out
     assert last_metrics(folder)["margin"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_reference_is_that_of_its_prefix(bases, tmp_path):
+    """Kept log-probabilities of a model with a P-Tuning prefix are not those of another prefix."""
+    case = CASES["finetune"]
+    keys = []
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        words = ["--max_steps", "1", "--seed", seed, "--eval_path="]
+        tuned = run(
+            task_flags("finetune", case, bases["glm2"], folder, *words, method="ptuning-v2")
+        )
+        words = ["--model_name_or_path", tuned]
+        more = task_flags("dpo", CASES["dpo"], tuned, tmp_path / "dpo", method="ptuning-v2")
+        task = PreferenceTraining(parse([*more, *words]))
+        task.load_rows()
+        assert task.keeps_reference
+        keys.append(task.key([task.data]))
+    assert keys[0] != keys[1]
 
 
 # ---- what is learnt
@@ -522,6 +607,7 @@ def test_a_stream_of_pairs(bases, tmp_path, task):
     "words, said",
     [
         ("dpo --loss_type kto --per_device_train_batch_size 1", "must be at least 2; got 1"),
+        ("dpo --loss_type kto --eval_path e --per_device_eval_batch_size 1", "at least 2; got 1"),
         ("dpo --train_type all --streaming", "--streaming needs a reference"),
         ("dpo --adapter a --loss_type kto", "no such"),
         ("dpo --init_lora_weights pissa --loss_type kto", "--loss_type kto needs a reference"),
@@ -561,6 +647,12 @@ def test_scores(bases, tmp_path, capsys):
     assert "4 answers to 3 questions" in capsys.readouterr().out
     assert score.main(["--model_path", str(bases["glm3"]), "--file", str(file)]) == 1
     assert "is no reward model: it has no reward.json" in capsys.readouterr().err
+    head = folder / "value_head.safetensors"
+    save_file({"weight": load_file(head)["weight"] * float("nan")}, head)
+    (folder / "checksums.json").unlink()
+    assert score.main(list(map(str, flags))) == 1
+    assert "r.jsonl:1: wanted a finite score, got nan" in capsys.readouterr().err
+    assert output.read_text().splitlines()[0] == json.dumps(lines[0], ensure_ascii=False)
     (tmp_path / "bad.jsonl").write_text('{"a": 1}\n')
     assert score.main(["--model_path", str(folder), "--file", str(tmp_path / "bad.jsonl")]) == 1
     assert "bad.jsonl:1: no format has these keys: a" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,6 +30,8 @@ from finetune.reinforcement.ppo import Ppo, PpoTraining, advantages_of, token_re
 from finetune.reinforcement.prompts import PromptReader, with_reply
 from finetune.reinforcement.rewards import REWARDS, RewardKnobs, ScoredAnswer, parse_rewards
 from finetune.reinforcement.rollout import RolloutRequest, RolloutSampling
+from finetune.reinforcement.sampling import answer_requests
+from finetune.reinforcement.scoring import AnswerScoring
 from finetune.rows.formats import BadRow
 from serving.rollouts.continuous import ContinuousRollouts, make_rollouts
 from serving.rollouts.order import GuessedOrder, LengthHistory
@@ -68,6 +71,21 @@ def test_rewards_by_hand(name, text, tokens, wanted):
 
 def test_a_row_without_answers_has_no_metric():
     assert REWARDS["exact_match"](ScoredAnswer("油封", 2, ()), RewardKnobs()) == 0
+
+
+def test_a_reward_that_fails_names_the_row_and_itself(monkeypatch):
+    """One line also where a function of REWARDS has an error of its own."""
+    words = ["--task", "grpo", "--model_name_or_path", "m", "--train_path", "t"]
+    config = parse([*words, "--rewards", "length,contains"])
+    scoring = AnswerScoring(config, None, None)
+    for wrong in (lambda answer, knobs: 1 / 0, lambda answer, knobs: None):
+        monkeypatch.setitem(REWARDS, "contains", wrong)
+        with pytest.raises(ValueError, match="^f:7: --rewards contains failed on '油封': "):
+            scoring.reward(ScoredAnswer("油封", 2, ()), 0.0, True, "f:7")
+    monkeypatch.setitem(REWARDS, "contains", lambda answer, knobs: float("inf"))
+    clipped = AnswerScoring(replace(config, reward_clip=5.0), None, None)
+    with pytest.raises(ValueError, match="^f:7: wanted a finite reward .* contains inf"):
+        clipped.reward(ScoredAnswer("油封", 2, ()), 0.0, True, "f:7")
 
 
 @pytest.mark.parametrize(
@@ -113,6 +131,7 @@ def test_weights_of_rewards():
 
 ASKED = [{"role": "user", "content": "水泵"}]
 ANSWERED = {"role": "assistant", "content": "好"}
+CALLED = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
 SCORED = [{"answer": "坏", "score": 0}, {"answer": "好", "score": 1}]
 
 
@@ -136,6 +155,7 @@ SCORED = [{"answer": "坏", "score": 0}, {"answer": "好", "score": 1}]
         ({"messages": [*ASKED, ANSWERED], "label": True}, ("好",)),
         ({"messages": [*ASKED, ANSWERED], "label": False}, ("",)),
         ({"prompt": "水泵", "completion": "坏", "label": False}, ("",)),
+        ({"messages": [*ASKED, CALLED, {"role": "tool", "content": "5"}]}, ("",)),
     ],
 )
 def test_rows_need_no_answers(item, answers):
@@ -180,10 +200,37 @@ def test_prompts_are_the_serving_ones(bases, tmp_path, family):
     assert [turn.role for turn in turns] == ["user", "assistant", "user", "assistant"]
     text = tokenizer.decode(task.data.prompt(1))
     assert "水泵" in text and "它" in text and "好" not in text
+    chat = family_of(tokenizer).encode_chat(tokenizer, "它", [("水泵", "是")])
+    assert task.data.prompt(1)[-1] == chat[-1]  # such as ChatGLM-6B's <sop>
     reply = with_reply(task.data.question(1), "新")
     assert reply.answers == ("新",) and reply.turns[-1] == Turn("assistant", "新")
     assert [turn.loss for turn in reply.turns if turn.role == "assistant"] == [False, True]
     assert task.data.row_lengths.tolist() == [len(task.data.prompt(i)) for i in (0, 1)]
+
+
+def test_a_conversation_without_room_for_an_answer_is_dropped(bases, tmp_path):
+    """Cut in its middle it would ask for nothing; one with little room gets short answers."""
+    words = task_flags("grpo", CASES["grpo"], bases["glm3"], tmp_path, "--max_new_tokens", 48)
+    task = GrpoTraining(parse(words), make_rollouts)
+    rows = [{"prompt": "它", "response": "", "history": [["水泵" * n, "是"]]} for n in (1, 90, 45)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task.load_rows()
+    assert [task.data.place(row)[-2:] for row in range(len(task.data))] == [":1", ":3"]
+    assert (task.data.skipped, task.data.truncated) == (1, 2)
+    short, long = answer_requests(task.config, {0: task.data}, [(0, 0), (0, 1)], 1)
+    assert short.max_new_tokens == 48
+    assert 0 < long.max_new_tokens == 96 - len(long.prompt) < 48
+
+
+def test_evaluation_rows_keep_all_their_references(bases, tmp_path):
+    """As training rows: an answer may equal any of them."""
+    words = task_flags("grpo", CASES["grpo"], bases["glm2"], tmp_path)
+    row = json.dumps({"prompt": "水泵", "response": ["好", "行"]}) + "\n"
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text(row)
+    task = GrpoTraining(parse(words), make_rollouts)
+    task.load_rows()
+    assert task.data.question(0).answers == task.eval_data.question(0).answers == ("好", "行")
 
 
 # ---- advantages and losses
@@ -478,6 +525,18 @@ def test_a_torn_rollout_is_one_line(tmp_path):
         load_experience(path)
 
 
+def test_a_checkpoint_without_a_step_keeps_the_loaded_answers(bases, tmp_path):
+    """A run that resumes amid a rollout and ends at once saves what it loaded."""
+    more = ["--max_steps", 1, "--eval_path=", "--rollout_epochs", 2]
+    words = task_flags("grpo", CASES["grpo"], bases["glm2"], tmp_path, *more)
+    first = run(words)
+    again = [*words, "--resume_from_checkpoint", str(first), "--output_dir", str(tmp_path / "b")]
+    second = run(again)
+    name = "rollouts.safetensors"
+    assert load_experience(first / name)[0] is not None
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
 def test_a_resume_amid_a_rollout_needs_its_answers(bases, tmp_path):
     """Others would be sampled, by other weights."""
     task = GrpoTraining(
@@ -548,6 +607,17 @@ def test_other_rows_are_learnt_beside(bases, tmp_path):
     assert losses[-1] < losses[0] - 5
 
 
+def test_rows_beside_are_drawn_by_their_weights(bases, tmp_path, capsys):
+    """--pretrain_path takes weights as --train_path does."""
+    rows = tmp_path / "pretrain.jsonl"
+    rows.write_text(6 * (json.dumps({"prompt": "a", "response": "油油"}) + "\n"))
+    flags = task_flags("ppo", CASES["ppo"], bases["glm2"], tmp_path)
+    task = PpoTraining(parse([*flags, "--pretrain_path", f"{rows}:0.5"]), make_rollouts)
+    task.load_rows()
+    assert task.pretraining.count() == 3
+    assert "6 pretrain rows" in capsys.readouterr().out
+
+
 def test_the_average_of_the_weights(bases, tmp_path):
     """ema/ is the average over all steps, also of a run that was resumed; it loads."""
     more = ["--max_steps", 4, "--save_model_step", 1, "--eval_path=", "--ema_decay", "0.5"]
@@ -584,6 +654,18 @@ def test_a_reference_that_cannot_be_switched_off(bases, tmp_path):
     run(task_flags("grpo", CASES["grpo"], bases["glm2"], tmp_path / "second", *more))
     drift = metrics(tmp_path / "second" / "out", "kl")
     assert drift[0] == pytest.approx(0, abs=1e-6) and abs(drift[-1]) > 1e-5
+
+
+def test_a_reference_keeps_the_prefix_that_the_run_starts_from(bases, tmp_path):
+    """On a folder with a P-Tuning prefix: no divergence at the first answers, then some."""
+    words = task_flags(
+        "finetune", CASES["finetune"], bases["glm2"], tmp_path / "a", method="ptuning-v2"
+    )
+    first = run([*words, "--learning_rate", "0.3"])
+    more = ["--num_train_epochs", 2, "--eval_path="]
+    run(task_flags("grpo", CASES["grpo"], first, tmp_path / "b", *more, method="ptuning-v2"))
+    drift = metrics(tmp_path / "b" / "out", "kl")
+    assert drift[0] == pytest.approx(0, abs=1e-5) and abs(drift[-1]) > 1e-5
 
 
 @pytest.mark.parametrize("method", ["lora", "all"])

@@ -15,7 +15,7 @@ from finetune.preference.losses import LOSSES
 from finetune.preference.policy_loss import PreferenceLoss
 from finetune.reinforcement.experience import Experience, Sample
 from finetune.reinforcement.grpo import GrpoTraining
-from finetune.reinforcement.task import split_columns
+from finetune.reinforcement.statistics import split_columns
 from serving.rollouts.continuous import make_rollouts
 from tests.conftest import REPO_ROOT
 from tests.finetune.runs import child_env
@@ -142,7 +142,7 @@ def test_grpo_is_trls(bases, tmp_path):
             samples.append(Sample(tokens, True, float(draw.normal())))
         groups.append(samples)
     rows = [(task.data, 0), (task.data, 1)]
-    batch = task.batch(rows, groups)
+    batch = task.minibatches.batch(rows, groups)
     found = task.loss_module(network)(output="statistics", **batch).numpy()
     split_columns(found, ["old", "reference"], groups)
     case = {"prompts": [], "answers": [], "old": [], "generations": PAIRS, "longest": 6}
@@ -167,6 +167,6 @@ def test_grpo_is_trls(bases, tmp_path):
     wanted = of_trl("trl_grpo.py", tmp_path)
     for name in GRPO_LOSSES:
         task, network = grpo_task(base, tmp_path / name, name)
-        batch = task.batch([(task.data, 0), (task.data, 1)], groups)
+        batch = task.minibatches.batch([(task.data, 0), (task.data, 1)], groups)
         loss = task.loss_module(network)(scale=1 / task.count_labels(batch), **batch)
         same_as_trl(name, loss, network.model, wanted)
