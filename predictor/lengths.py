@@ -420,10 +420,15 @@ def split_sides(
 
 
 def check_label_count(lengths: LengthArrays, target_model: int, purpose: str) -> None:
-    """Raises BadRow where fewer than two labels are of the predicted model."""
-    count = len(lengths.of_model(target_model)[0])
-    if count < 2:
-        raise BadRow(f"too few rows of {purpose}: {count}")
+    """Raises BadRow where fewer than two labels are of the predicted model, or all were cut."""
+    finished = lengths.of_model(target_model)[2]
+    if len(finished) < 2:
+        raise BadRow(f"too few rows of {purpose}: {len(finished)}")
+    if not finished.any():
+        raise BadRow(
+            f"none of the {len(finished)} answers of {purpose} finished: "
+            "their lengths are not known"
+        )
 
 
 def target_test_rows(

@@ -364,6 +364,11 @@ def test_the_only_served_model_need_not_be_named(tmp_path):
         ([], {}, "no rows"),
         (some_rows(30) + some_rows(30, served="o"), {"served_model": ""}, "--served_model ''"),
         ([{"prompt": "p"}], {}, 'no "output_tokens"'),
+        (
+            [row | {"finished": False} for row in some_rows()],
+            {},
+            "none of the .* answers of 'm' to train on finished",
+        ),
     ],
 )
 def test_rows_that_do_not_fit_are_named(tmp_path, rows, changes, said):
