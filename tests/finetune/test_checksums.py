@@ -196,3 +196,10 @@ def test_a_run_folder_in_place_of_a_checkpoint_names_the_checkpoints(copy, bases
     )
     assert merge_lora.main(["--ori_model_dir", str(bases["glm2"]), "--model_dir", str(run)]) == 1
     assert f"--model_dir: {run} is a run's folder" in capsys.readouterr().err
+
+
+def test_what_a_killed_writer_left_is_not_listed(tmp_path):
+    (tmp_path / "a").write_text("a")
+    (tmp_path / f".{CHECKSUMS}.0123.tmp").touch()
+    assert write_checksums(tmp_path) == 1
+    assert set(json.loads((tmp_path / CHECKSUMS).read_text())["files"]) == {"a"}
