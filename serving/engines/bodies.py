@@ -20,6 +20,8 @@ from transformers import (
 from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
 from chatglm.kernels import turn_pairs_, turn_rotated_halves_
 
+STATIC_RUNS = "the server and run_requests run it with --engine static"
+
 
 class Attention(Protocol):
     """What a ForwardPass needs of an attention module."""
@@ -156,7 +158,7 @@ class CausalBody:
         if kinds != {"full_attention"}:
             raise ValueError(
                 f"the continuous engine wants layers of full attention, got {', '.join(kinds)}; "
-                "try --engine static"
+                f"{STATIC_RUNS}"
             )
         self.blocks: list[Block] = [make_block(layer) for layer in body.layers]
         self.norm: nn.Module = body.norm
@@ -261,5 +263,5 @@ def body_of(model: PreTrainedModel) -> ServedBody:
         return CausalBody(model, lambda layer: CausalBlock(layer, turn_rotated_halves_))
     raise ValueError(
         "the continuous engine runs ChatGLM, GLM, Llama and Qwen models, "
-        f"got {type(model).__name__}; try --engine static"
+        f"got {type(model).__name__}; {STATIC_RUNS}"
     )
