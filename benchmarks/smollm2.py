@@ -13,7 +13,7 @@ command goes on, also with a larger --count:
     serve     answers to --requests other prompts, then one load of benchmarks/length_serving.py:
               fcfs, gittins by the predictor at arrival, and gittins with re-reading
 
-1,000 prompts take about 40 minutes on one core, most of them collecting; 3,300 give the figures of
+1,000 prompts take about 45 minutes of one core, most of them collecting; 3,300 give the figures of
 docs/results.md. length_serving.py goes on with OUTPUT/cells.jsonl: other policies, repetitions.
 --prompts takes any file of collect_lengths.py; where rows have "lang", those that are not "en" are
 left out. --model names a folder in place of the package.
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--cap", type=whole(2), default=512, help="longest answer in tokens [512]")
     add("--layers", help="layers whose states are kept [22 of 30]")
     add("--every", type=whole(), default=64, help="answer tokens between two readings [64]")
-    add("--requests", type=whole(), default=60, help="held-out prompts, and those served [60]")
+    add("--requests", type=whole(), default=40, help="held-out prompts, and those served [40]")
     add("--load", type=number(above=True), default=1.2, help="share of the capacity [1.2]")
     add("--train_flags", default="", help="more flags of train.py, for both predictors")
     add("--collect_flags", default="", help="more flags of collect_lengths.py: --state_entropy")
