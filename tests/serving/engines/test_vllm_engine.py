@@ -205,9 +205,16 @@ def test_the_server_on_vllm(folder, tmp_path):
     assert found["glm_foundry"]["output_tokens"] == len(wanted) - ends
 
 
+def vllm_children() -> set[str]:
+    """The process ids of vLLM among this process's children."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return {child for child in children if "vllm" in Path(f"/proc/{child}/cmdline").read_text()}
+
+
 @pytest.mark.slow
 def test_rows_of_files_on_vllm(folder, tmp_path):
     """serving.batch --engine vllm: the answers of the continuous engine, and no vLLM left."""
+    before = vllm_children()  # of this module's other tests
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "你好"}\n{"prompt": "hello world", "max_tokens": 5}\n', "utf-8")
     lines = {}
@@ -225,5 +232,4 @@ def test_rows_of_files_on_vllm(folder, tmp_path):
         for key in ("answer", "output_tokens", "finish_reason"):
             assert ours[key] == theirs[key]
     assert len(lines["vllm"]) == 2
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    assert not [child for child in children if "vllm" in Path(f"/proc/{child}/cmdline").read_text()]
+    assert vllm_children() <= before
