@@ -181,7 +181,6 @@ class Monitor:
         self.served_model, self.limits, self.log_prompts = served_model, limits, log_prompts
         self._file = LogFile(path) if path else None
         self._tracked: dict[int, TrackedRequest] = {}
-        self._waiting: set[int] = set()
         self._running: dict[int, Record] = {}
         self._recent: deque[bool] = deque(maxlen=RECENT)
         # Of whole answers: (log of actual over predicted length, whether it is within the q90).
@@ -260,18 +259,14 @@ class Monitor:
     def __call__(self, event: Event) -> None:
         kind = event.kind
         self.events[kind] += 1
-        if kind == "arrived":
-            self._waiting.add(event.id)
-        elif kind == "admitted":
+        if kind == "admitted":
             assert isinstance(event.what, Record)
-            self._waiting.discard(event.id)
             self._running[event.id] = event.what
             if self.figures is not None and not event.what.preemptions:
                 queue_s = event.what.first_admitted_s - event.what.request.arrival_s
                 self.figures.observe("queue_seconds", max(queue_s, 0.0))
         elif kind == "preempted":
             self._running.pop(event.id, None)
-            self._waiting.add(event.id)
         elif kind == "refused":
             self.forget(event.id)
         elif kind == "reread":
@@ -281,7 +276,6 @@ class Monitor:
         if self.figures is not None and kind in ("finished", "withdrawn", "refused"):
             self.figures.count("requests", self._reason(event))
         if kind in ("finished", "withdrawn"):
-            self._waiting.discard(event.id)
             self._running.pop(event.id, None)
             assert isinstance(event.what, Completion)
             self._finish(event.what, self._tracked.pop(event.id, None))
@@ -452,7 +446,7 @@ class Monitor:
     def _gauges(self) -> dict[str, Callable[[], float]]:
         """What gives each of the figures' GAUGES."""
         return {
-            "waiting_requests": lambda: len(self._waiting),
+            "waiting_requests": lambda: len(self.under_way()[1]),
             "running_requests": lambda: len(self._running),
             "kv_used_tokens": self.used_tokens,
             "kv_reserved_tokens": self.reserved_tokens,

@@ -135,7 +135,7 @@ def idle(server) -> bool:
         engine.count()
         or engine.rows
         or monitor._running
-        or monitor._waiting
+        or monitor.under_way()[1]
         or any(slab.rows for slab in slabs)
     )
 

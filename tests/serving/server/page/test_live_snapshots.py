@@ -182,8 +182,8 @@ def test_a_full_queue_turns_away(tiny_folders):
             assert late.status_code == 429
             found.service.cancel_all()
             threads[0].join(30)
-            viewer.wait_for(lambda s: s["running"] == 0)
-            ask(found, slo_s=0.001)
+            viewer.wait_for(lambda s: s["totals"]["cancelled"] == 1 and s["running"] == 0)
+            assert ask(found, slo_s=0.001).status_code == 200
             last = viewer.wait_for(lambda s: s["totals"]["late"] == 1)
         [entry] = last["ended"]
         assert entry["in_time"] is False and entry["median"] is None and entry["slo_s"] == 0.001
