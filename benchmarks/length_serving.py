@@ -43,8 +43,7 @@ from benchmarks.steady import (
 )
 from chatglm.commands import Parser, number, run_command, whole
 from finetune.config import PRECISIONS, parse_positive
-from finetune.rows.formats import BadRow
-from finetune.rows.sources import read_json_items
+from finetune.rows.sources import good_items, read_json_items
 from scripts.collect_lengths import row_seed
 from serving.policies.continuous import POLICIES
 from serving.request import Limits, Request
@@ -234,9 +233,7 @@ def read_collected(path: Path) -> list[dict]:
         ValueError: one is none, or there are none.
     """
     rows = []
-    for place, item in read_json_items(path):
-        if isinstance(item, BadRow):
-            raise item
+    for place, item in good_items(read_json_items(path)):
         if not isinstance(item, dict) or not item.keys() >= COLLECTED:
             raise ValueError(f"{place}: not a line of collect_lengths.py")
         rows.append(item)

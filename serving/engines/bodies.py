@@ -158,7 +158,7 @@ class CausalBody:
         if kinds != {"full_attention"}:
             raise ValueError(
                 f"the continuous engine wants layers of full attention, got {', '.join(kinds)}; "
-                f"{STATIC_RUNS}"
+                + STATIC_RUNS
             )
         self.blocks: list[Block] = [make_block(layer) for layer in body.layers]
         self.norm: nn.Module = body.norm

@@ -14,7 +14,7 @@ import numpy as np
 from chatglm.files import shorten
 from finetune.rows.fields import is_missing
 from finetune.rows.formats import BadRow
-from finetune.rows.sources import read_file_items
+from finetune.rows.sources import good_items, read_file_items
 from serving.simulate.uellm_published import dealt_objectives
 from serving.simulate.workload import poisson_arrivals
 
@@ -54,9 +54,7 @@ def read_request_items(path: str | Path) -> list[tuple[str, dict]]:
         ValueError: it has no rows, or one that is no object; the message has its place.
     """
     rows = []
-    for place, item in read_file_items(path):
-        if isinstance(item, BadRow):
-            raise item
+    for place, item in good_items(read_file_items(path)):
         if not isinstance(item, dict):
             raise BadRow(f"{place}: wanted an object with an instruction, got {shorten(item)}")
         rows.append((place, item))

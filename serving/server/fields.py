@@ -9,21 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+from finetune.rows.fields import ROLE_NAMES
 from serving.server.structured import Guided, ResponseFormat, StructuredOutputs
 from serving.server.tool_choice import ToolChoice
 from serving.tools.names import check_tool_name
 
 Schema = dict[str, Any]  # a part of JSON Schema
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "observation",
-    "function": "observation",
-    "observation": "observation",
-}
+ROLES = ROLE_NAMES | {"observation": "observation"}
 MESSAGES = 65536  # of a chat
 TOOLS = 128  # of a request, as OpenAI has it
 MOST = 2**31 - 1  # of counts and token ids
