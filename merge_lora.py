@@ -146,6 +146,7 @@ def check_folders(base: Path, adapter: Path, save_dir: Path, verify: str | None)
     """Raises ValueError where a folder is not what it should be, damaged, or merged already."""
     from chatglm.checksums import check_folder_files, is_top
     from chatglm.runs import check_not_run
+    from chatglm.saving import is_free
 
     check_not_run(adapter, "--model_dir")
     refuse_foreign(adapter)
@@ -160,8 +161,7 @@ def check_folders(base: Path, adapter: Path, save_dir: Path, verify: str | None)
         raise ValueError(
             f"{base} already holds this adapter ({MERGED_NOTE}); merging twice would apply it twice"
         )
-    is_free = not save_dir.exists() or (save_dir.is_dir() and not any(save_dir.iterdir()))
-    if save_dir != adapter and not is_free:
+    if save_dir != adapter and not is_free(save_dir):
         raise ValueError(f"--save_dir {save_dir} is not empty")
     for folder in (base, adapter):
         check_folder_files(folder, verify, default="full", wanted=is_top)

@@ -111,10 +111,10 @@ def convert_adapter(
     from .configuration import ChatGLMConfig
     from .folders import check_folder, read_model_config
     from .loading import resolve_mode
-    from .saving import held_aside
+    from .saving import held_aside, is_free
 
     base = check_folder(base, weights=True).resolve()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if not is_free(output):
         raise ValueError(f"--output {output} is there already: name a new folder")
     source = read_source(path)
     family = resolve_mode(base, mode)

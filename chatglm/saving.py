@@ -54,6 +54,11 @@ def set_modes(folder: Path) -> None:
             path.chmod(mode)
 
 
+def is_free(output: Path) -> bool:
+    """Whether a folder can be written there: there is nothing, or an empty folder."""
+    return not output.exists() or (output.is_dir() and not any(output.iterdir()))
+
+
 def put_in_place(aside: Path, output: Path) -> None:
     """Write checksums in the folder `aside` and move it to `output`, as `move_in_place` does."""
     set_modes(aside)

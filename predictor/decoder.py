@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from chatglm.files import read_json
+from chatglm.saving import is_free
 from finetune.files import sha256, write_json
 from predictor.calibration import Conformal, Tail, kaplan_meier, levels_of
 from predictor.heads import HEADS, Head, Reader
@@ -272,6 +273,14 @@ def read_card(folder: str | Path) -> dict:
             f"{path}: format version {version}, this program reads up to {FORMAT_VERSION}"
         )
     return card
+
+
+def check_holds_predictor(output: Path, flag: str) -> None:
+    """Raises ValueError where a folder or file is there that is no predictor's."""
+    if not is_free(output) and not (output / CARD).is_file():
+        raise ValueError(
+            f"{flag} {output} holds other things than a predictor; name another folder"
+        )
 
 
 def backbone_name(card: dict, folder: str | Path) -> str:

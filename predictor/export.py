@@ -21,6 +21,7 @@ import numpy as np
 
 from chatglm.checksums import check_folder_files, is_top
 from chatglm.commands import Parser, run_command
+from chatglm.saving import is_free
 from finetune.files import sha256, written_folder
 from predictor.backbones import BACKBONES, ChatGLMBackbone, EncoderBackbone, find_base_model
 from predictor.command_flags import add_yes_no
@@ -144,7 +145,7 @@ def check_output(checkpoint: Path, output: Path, overwrite: bool) -> None:
         )
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; name a folder")
-    if not output.exists() or not any(output.iterdir()):
+    if is_free(output):
         return
     if not (output / CARD).is_file() or (output / "trainer").exists():
         raise ValueError(

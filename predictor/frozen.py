@@ -36,6 +36,7 @@ from predictor.decoder import (
     FOLDS,
     Decoder,
     check_folds,
+    check_holds_predictor,
     decode_cross_fitted,
     fold_of,
     read_card,
@@ -136,10 +137,7 @@ def train_frozen(config: PredictorConfig) -> Path:
 
 def check_predictor_dir(output: Path, *, overwrite: bool) -> None:
     """Raises ValueError where the folder is in use."""
-    if output.exists() and not (output / CARD).is_file() and any(output.iterdir()):
-        raise ValueError(
-            f"--output_dir {output} holds other things than a predictor; name another folder"
-        )
+    check_holds_predictor(output, "--output_dir")
     if (output / CARD).is_file() and not overwrite:
         raise ValueError(
             f"--output_dir {output} already holds a predictor: "

@@ -27,7 +27,15 @@ from finetune.files import check_file_to_write, sha256, write_json, written_fold
 from finetune.rows.sources import split_names
 from predictor.calibration import kaplan_meier
 from predictor.command_flags import add_bad_row_flag, add_predictor_flags, add_yes_no
-from predictor.decoder import CARD, FOLDS, Decoder, decode_cross_fitted, fold_of, write_card
+from predictor.decoder import (
+    CARD,
+    FOLDS,
+    Decoder,
+    check_holds_predictor,
+    decode_cross_fitted,
+    fold_of,
+    write_card,
+)
 from predictor.evaluate import ObservedLengths
 from predictor.held_out import compare_held_out, describe_held_out
 from predictor.kernel import FILE as KERNEL_FILE
@@ -357,7 +365,7 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path) -> Non
     """
     # The target of a link is replaced, not the link.
     source, output = source.resolve(), output.resolve()
-    check_holds_predictor(output)
+    check_holds_predictor(output, "--output")
     with written_folder(output) as aside:
         copy_files(source, aside)
         (aside / CHECKSUMS).unlink(missing_ok=True)  # it is of the old head and card
@@ -369,15 +377,6 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path) -> Non
         write_card(aside, with_new_checksums(card, aside))
         update_manifest(aside)
         check_loads(aside, predictor)
-
-
-def check_holds_predictor(output: Path) -> None:
-    """Raises ValueError where a folder or file is there that is no predictor's."""
-    is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    if not is_free and not (output / CARD).is_file():
-        raise ValueError(
-            f"--output {output} holds other things than a predictor; name another folder"
-        )
 
 
 def copy_files(source: Path, target: Path) -> None:
@@ -490,7 +489,7 @@ def run_update(flags: UpdateFlags) -> None:
     """Update the predictor, print the report, write the files."""
     folder = Path(flags.predictor)
     output = Path(flags.output or flags.predictor)
-    check_holds_predictor(output)
+    check_holds_predictor(output, "--output")
     logs = split_names(flags.log, "--log")
     if flags.json:
         check_file_to_write(Path(flags.json), "--json", logs)

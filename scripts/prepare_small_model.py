@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chatglm.commands import Parser, number, run_command, whole  # noqa: E402
 from chatglm.families import OWN_FAMILIES  # noqa: E402
 from chatglm.files import read_json  # noqa: E402
-from chatglm.saving import held_aside, move_in_place, set_modes  # noqa: E402
+from chatglm.saving import held_aside, is_free, move_in_place, set_modes  # noqa: E402
 from finetune.files import writing  # noqa: E402
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def run(family: str, tokenizer: str, output_dir: str, **sizes: Any) -> None:
         raise ValueError(f"--output_dir {output} would replace --tokenizer {tokenizer}")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output_dir {output} is a file; name a folder")
-    if output.exists() and any(output.iterdir()) and not (output / "config.json").is_file():
+    if not is_free(output) and not (output / "config.json").is_file():
         raise ValueError(f"--output_dir {output} is not empty and holds no model")
     folder = make_model(family, tokenizer, output, **sizes)
     vocabulary = read_json(folder / "config.json")

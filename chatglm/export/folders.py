@@ -23,7 +23,7 @@ from ..files import read_json, shorten
 from ..folders import check_folder, check_json_files, read_model_config
 from ..loading import base_of_adapter, load_tokenizer, resolve_mode
 from ..lora_layouts import Update
-from ..saving import held_aside, put_in_place
+from ..saving import held_aside, is_free, put_in_place
 from ..shards import BaseWeights
 from ..tokenization import ChatGLMTokenizer
 from ..weights import check_fit, refuse_missing, refuse_quantized, stored_prefix, stored_shapes
@@ -71,7 +71,7 @@ def written_aside(output: Path, write: Callable[[Path], str]) -> str:
 
 def check_new(output: Path) -> None:
     """Raises ValueError where there is something at `output`, other than an empty folder."""
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if not is_free(output):
         raise ValueError(f"--output {output} is there already: name a new folder")
 
 
