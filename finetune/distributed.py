@@ -206,7 +206,7 @@ def agree(decide: Callable[[], T]) -> T:
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """What a rank tells the others in first_of_node: on the first of a node, a value or an error.
+    """What a rank tells the others: a value or an error.
 
     Attributes:
         made: the value alone, or nothing.
@@ -216,30 +216,46 @@ class Outcome(Generic[T]):
     error: Exception | None = None
 
 
+def outcome_of(make: Callable[[], T]) -> Outcome[T]:
+    try:
+        return Outcome((make(),))
+    except (ValueError, OSError, MemoryError, ImportError) as error:
+        return Outcome(error=error)
+
+
+def gather_outcomes(outcome: Outcome[T]) -> list[Outcome[T]]:
+    """Those of all ranks; raises the first error there is. No time limit applies."""
+    outcomes: list[Any] = [outcome]
+    if world_size() > 1:
+        wait_for_all()
+        outcomes = [None] * world_size()
+        dist.all_gather_object(outcomes, outcome)
+    for other in outcomes:
+        if other.error is not None:
+            raise other.error
+    return outcomes
+
+
 def first_of_node(make: Callable[[], T]) -> T:
     """What `make()` returns on the first rank of a node, on all ranks of the node.
 
     It may take hours: no time limit applies. An error on one node is raised on all.
     """
-    answer: Outcome[T] = Outcome()
-    if local_rank() == 0:
-        try:
-            answer = Outcome((make(),))
-        except (ValueError, OSError, MemoryError, ImportError) as error:
-            answer = Outcome(error=error)
-    gathered: list[Any] = [answer]
-    if world_size() > 1:
-        wait_for_all()
-        gathered = [None] * world_size()
-        dist.all_gather_object(gathered, answer)
-    answers: list[Outcome[T]] = gathered
-    for other in answers:
-        if other.error is not None:
-            raise other.error
-    for other in reversed(answers[: rank() + 1]):
+    outcomes = gather_outcomes(outcome_of(make) if local_rank() == 0 else Outcome())
+    for other in reversed(outcomes[: rank() + 1]):
         if other.made:
             return other.made[0]
     raise RuntimeError("no rank below this one is the first of a node")
+
+
+def on_each_rank(make: Callable[[], T]) -> T:
+    """What `make()` returns on this rank; an error on one is raised on all.
+
+    It may take hours: no time limit applies.
+    """
+    outcome = outcome_of(make)
+    gather_outcomes(Outcome[T](error=outcome.error))
+    return outcome.made[0]
 
 
 def with_local_model(config: Config) -> Config:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from finetune.distributed import rank, world_size
+from finetune.distributed import on_each_rank, rank, world_size
 from finetune.reinforcement.config import RolloutConfig
 from finetune.reinforcement.experience import EVALUATION, Place, Sample
 from finetune.reinforcement.minibatches import Minibatches
@@ -43,7 +43,7 @@ class SampleCollector:
         answers = sampled_answers(
             self.rollouts, loss_module.network, self.config, prompts, rank_places, count
         )
-        groups = self.scoring.samples(prompts, rank_places, answers)
+        groups = on_each_rank(lambda: self.scoring.samples(prompts, rank_places, answers))
         most = math.ceil(len(places) / world_size())
         size = self.prompts_of_a_pass(EVALUATION in prompts)
         add_statistics(loss_module, self.minibatches, prompts, groups, most=most, size=size)

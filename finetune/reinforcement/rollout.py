@@ -44,6 +44,9 @@ class RolloutSampling(NamedTuple):
 class Rollouts(Protocol):
     """Writes answers with the weights as they are."""
 
+    def check(self, model: Any) -> None:
+        """Raises ValueError: it cannot run such a model, whose weights may be partitioned."""
+
     def answers(
         self, model: Any, requests: Sequence[RolloutRequest], sampling: RolloutSampling
     ) -> list[RolloutAnswer]:

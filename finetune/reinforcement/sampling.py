@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetune.distributed import whole_weights
+from finetune.distributed import on_each_rank, whole_weights
 from finetune.reinforcement.config import RolloutConfig
 from finetune.reinforcement.experience import Place, Sample
 from finetune.reinforcement.prompts import Prompts
@@ -30,10 +30,12 @@ def sampled_answers(
     """
     requests = answer_requests(config, prompts, places, count)
     sampling = RolloutSampling(config.temperature, config.top_p, config.top_k)
+
+    def answers() -> list[RolloutAnswer]:
+        return rollouts.answers(network.model, requests, sampling) if requests else []
+
     with whole_weights(network.model):
-        if not requests:
-            return []
-        return rollouts.answers(network.model, requests, sampling)
+        return on_each_rank(answers)
 
 
 def answer_requests(

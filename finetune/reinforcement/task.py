@@ -190,8 +190,16 @@ class RolloutTask(RowTask[Config, PromptRows]):
     # ---- the model
 
     def build_model(self, dtype: torch.dtype) -> PolicyNetwork:
-        """The policy, with a reference where it cannot be switched on, and a critic."""
+        """The policy, with a reference where it cannot be switched on, and a critic.
+
+        Raises:
+            ValueError: the policy's answers cannot be sampled.
+        """
         policy: Any = super().build_model(dtype)
+        try:
+            self.rollouts.check(policy)
+        except ValueError as error:
+            raise ValueError(f"--task {self.config.task} samples answers: {error}") from None
         reference = critic = None
         if self.has_reference and not can_switch_off(self.config, self.model_path):
             reference = self.build_another(policy, dtype).requires_grad_(False)

@@ -20,6 +20,8 @@ from transformers import (
 from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
 from chatglm.kernels import turn_pairs_, turn_rotated_halves_
 
+TURN_PAIRS = (GlmForCausalLM, Glm4ForCausalLM)  # of neighbouring values, by the rotary angles
+TURN_HALVES = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 STATIC_RUNS = "the server and run_requests run it with --engine static"
 
 
@@ -136,9 +138,6 @@ class CausalBody:
 
     Args:
         make_block: of a decoder layer.
-    Raises:
-        ValueError: a sequence's rotary angles would depend on the longest sequence of the pass
-            (rope_type dynamic or longrope), or a layer attends to a window.
     """
 
     def __init__(self, model: PreTrainedModel, make_block: Callable[[Any], Block]):
@@ -149,17 +148,6 @@ class CausalBody:
         self.prefix: Tensor | None = None
         self.prompt_length = self.prefix_length = 0
         self.rotary = body.rotary_emb
-        if self.rotary.rope_type in ("dynamic", "longrope"):
-            raise ValueError(
-                "the continuous engine wants rotary angles that depend on positions alone, "
-                f"got rope_type {self.rotary.rope_type!r}"
-            )
-        kinds = set(getattr(body.config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise ValueError(
-                f"the continuous engine wants layers of full attention, got {', '.join(kinds)}; "
-                + STATIC_RUNS
-            )
         self.blocks: list[Block] = [make_block(layer) for layer in body.layers]
         self.norm: nn.Module = body.norm
         self.embed: nn.Module = body.embed_tokens
@@ -253,15 +241,43 @@ def body_of(model: PreTrainedModel) -> ServedBody:
     """The body of a model with its output layer.
 
     Raises:
+        ValueError: as `check_runs`.
+    """
+    check_runs(model)
+    if is_own_class(model):
+        return ServedChatGLM(model)
+    turn_ = turn_pairs_ if isinstance(model, TURN_PAIRS) else turn_rotated_halves_
+    return CausalBody(model, lambda layer: CausalBlock(layer, turn_))
+
+
+def check_runs(model: PreTrainedModel) -> None:
+    """Read no weight, so that they may be partitioned.
+
+    Raises:
         ValueError: the continuous engine cannot run such a model.
     """
-    if isinstance(getattr(model, "config", None), (ChatGLM1Config, ChatGLM2Config)):
-        return ServedChatGLM(model)
-    if isinstance(model, (GlmForCausalLM, Glm4ForCausalLM)):
-        return CausalBody(model, lambda layer: CausalBlock(layer, turn_pairs_))
-    if isinstance(model, (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)):
-        return CausalBody(model, lambda layer: CausalBlock(layer, turn_rotated_halves_))
-    raise ValueError(
-        "the continuous engine runs ChatGLM, GLM, Llama and Qwen models, "
-        f"got {type(model).__name__}; {STATIC_RUNS}"
-    )
+    if is_own_class(model):
+        return
+    if not isinstance(model, (*TURN_PAIRS, *TURN_HALVES)):
+        raise ValueError(
+            "the continuous engine runs ChatGLM, GLM, Llama and Qwen models, "
+            f"got {type(model).__name__}; {STATIC_RUNS}"
+        )
+    body: Any = model.model
+    rope_type = body.rotary_emb.rope_type
+    if rope_type in ("dynamic", "longrope"):  # by the longest sequence of a pass
+        raise ValueError(
+            "the continuous engine wants rotary angles that depend on positions alone, "
+            f"got rope_type {rope_type!r}"
+        )
+    kinds = set(getattr(body.config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(
+            f"the continuous engine wants layers of full attention, got {', '.join(kinds)}; "
+            + STATIC_RUNS
+        )
+
+
+def is_own_class(model: PreTrainedModel) -> bool:
+    """Whether it is one of this project's ChatGLM classes."""
+    return isinstance(getattr(model, "config", None), (ChatGLM1Config, ChatGLM2Config))

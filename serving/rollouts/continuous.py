@@ -16,7 +16,9 @@ from finetune.reinforcement.rollout import (
     RolloutSetup,
 )
 from serving.engines.answers import Answer, Sampling
+from serving.engines.bodies import check_runs
 from serving.engines.continuous_engine import ContinuousEngine
+from serving.engines.passes import plain_model
 from serving.policies.continuous import Fcfs
 from serving.request import FOREVER, Limits, Request
 from serving.rollouts.order import GuessedOrder, LengthHistory
@@ -50,6 +52,9 @@ class ContinuousRollouts:
         self.predictor = predictor
         self.ordered = ordered
         self.history = LengthHistory()
+
+    def check(self, model: Any) -> None:
+        check_runs(plain_model(model))
 
     def answers(
         self, model: Any, requests: Sequence[RolloutRequest], sampling: RolloutSampling

@@ -11,6 +11,7 @@ from chatglm.families import FAMILIES
 from finetune.evaluation.generation import generate_answers
 from finetune.evaluation.predict import main as predict
 from tests.finetune.runs import METHODS, make_rows, metrics, write_rows
+from tests.finetune.tasks import CASES, run, task_flags
 
 OLDER = ("glm_base", "pangu")
 OWN_WORDS = {"pangu": {"freeze": ["--train_type", "freeze", "--freeze_module_name", "h.1."]}}
@@ -160,6 +161,19 @@ def test_several_blanks_are_learnt_and_filled(older_flags, train, tmp_path, caps
     assert capsys.readouterr().out == "水泵\n轮胎\n"
     with pytest.raises(ValueError, match="fills one blank of a request, got 2"):
         FAMILIES["glm_base"].encode_chat(tokenizer, asked[0])
+
+
+@pytest.mark.parametrize("task", ["grpo", "ppo"])
+@pytest.mark.parametrize("family", OLDER)
+def test_a_task_that_samples_answers_is_refused_before_an_earlier_run_goes(
+    older, tmp_path, family, task
+):
+    words = task_flags(task, CASES[task], older[family], tmp_path)
+    earlier = tmp_path / "out" / "epoch-1-step-1"
+    earlier.mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"^--task {task} samples answers: the continuous engine"):
+        run([*words, "--overwrite_output_dir"])
+    assert earlier.is_dir()
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,31 @@ import torch
 import train as command_line
 from chatglm import load_model
 from finetune.rows.sources import read_rows
-from tests.finetune.runs import STOPS, TWO_RANKS, metrics
+from tests.finetune.runs import STOPS, TWO_RANKS, launch, metrics
 from tests.finetune.test_checkpoint import same_losses
 from tests.finetune.test_training import logits_of, plain_run
+
+RANK = """
+import torch.distributed as dist
+from finetune.distributed import on_each_rank, rank
+dist.init_process_group("gloo")
+print(on_each_rank(rank), flush=True)
+def fail():
+    if rank():
+        raise ValueError("no answer could be sampled")
+try:
+    on_each_rank(fail)
+except ValueError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.mark.launch
+def test_an_error_of_one_rank_is_raised_on_all(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    lines = launch("torchrun", script).stdout.splitlines()
+    assert sorted(lines) == ["0", "1", *["no answer could be sampled"] * 2]
 
 
 @pytest.mark.launch
