@@ -6,11 +6,10 @@ serving.server.openapi describes them in /openapi.json.
 """
 
 import asyncio
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as Http
@@ -33,9 +32,10 @@ from serving.server.access import (
 from serving.server.adapters import add_adapter_routes
 from serving.server.chat import parse_body
 from serving.server.chat_completions import ChatResponse
-from serving.server.choices import CLOSING, EventStream
+from serving.server.choices import EventStream
 from serving.server.completions import CompletionResponse, parse_completion
 from serving.server.embeddings import EmbeddingResponse, embedding_list, parse_embedding
+from serving.server.json_bodies import CLIENT_S, BodyReader
 from serving.server.openapi import openapi_document
 from serving.server.page.routes import add_page_routes
 from serving.server.predictors import add_predictor_routes
@@ -44,8 +44,6 @@ from serving.server.responses import ResponsesResponse, parse_response
 from serving.server.service import Service
 
 SHOWN_MODELS = 9  # names that an error lists
-BODY_BYTES = 2 * 2**20
-CLIENT_S = 30.0  # for a whole body
 RETRY_S = 2  # Retry-After of a busy server
 Parse = Callable[[Any], Any]  # of a body's JSON into a GenerationRequest
 Respond = Callable[..., Any]  # of (service, request, group, http) into an endpoint's response
@@ -87,17 +85,30 @@ def make_app(
             expose_headers=[REQUEST_ID, "Retry-After"],
         )
     app.add_middleware(RequestObserver, count=service.monitor.count_exchange, writes_log=access_log)
-    get = partial(app.api_route, methods=["GET", "HEAD"])
+    add_error_handlers(app)
+    bodies = BodyReader(app.state.closing, client_s)
 
     async def checked_body(http: Http) -> Any:
         try:
             service.check_open()
         except ServiceClosed as error:
-            raise ApiError(503, str(error), "unavailable") from None
-        check_json(http)
-        return await read_json_body(http, app.state.closing, client_s)
+            raise api_error_of(error) from None
+        return await bodies.read(http)
 
+    add_state_routes(app, service)
     add_adapter_routes(app, service.adapters, checked_body)
+    add_answer_routes(app, service, bodies)
+    add_predictor_routes(app, lambda: service.predictors, checked_body)
+    app.state.live = None
+    if page:
+        app.state.live = add_page_routes(
+            app, service, checked_body, needs_key=needs_key, closing=app.state.closing
+        )
+    return app
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """What clients get for errors: OpenAI's error objects."""
 
     @app.exception_handler(ApiError)
     async def api_error(http: Http, error: ApiError):
@@ -116,6 +127,11 @@ def make_app(
     @app.exception_handler(ClientDisconnect)
     async def client_gone(http: Http, error: Exception):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def add_state_routes(app: FastAPI, service: Service) -> None:
+    """What the server is, and how it is: health, models, metrics."""
+    get = partial(app.api_route, methods=["GET", "HEAD"])
 
     @get("/health")
     async def health():
@@ -151,12 +167,14 @@ def make_app(
             service.monitor.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8"
         )
 
+
+def add_answer_routes(app: FastAPI, service: Service, bodies: BodyReader) -> None:
+    """The endpoints that ask a model."""
     post = partial(app.post, response_model=None)
 
     async def read(http: Http, parse: Parse) -> Any:
-        check_json(http)
         with api_errors():
-            return parse(await read_json_body(http, app.state.closing, client_s))
+            return parse(await bodies.read(http))
 
     async def answer(http: Http, parse: Parse, respond: Respond) -> Response | dict[str, Any]:
         asked = await read(http, parse)
@@ -190,14 +208,6 @@ def make_app(
     @post("/v1/responses")
     async def responses(http: Http):
         return await answer(http, parse_response, ResponsesResponse)
-
-    add_predictor_routes(app, lambda: service.predictors, checked_body)
-    app.state.live = None
-    if page:
-        app.state.live = add_page_routes(
-            app, service, checked_body, needs_key=needs_key, closing=app.state.closing
-        )
-    return app
 
 
 def allowed_methods(app: FastAPI, http: Http) -> list[str]:
@@ -243,61 +253,3 @@ def check_model(name: str | None, *served: str) -> None:
     if name is not None and name not in served:
         only = ", ".join(map(repr, served[:SHOWN_MODELS]))
         raise ApiError(404, f"there is no model {name!r} here, only {only}", "model_not_found")
-
-
-def check_json(http: Http) -> None:
-    """Raises ApiError where the body is not declared as JSON.
-
-    A web page of another origin can send other content types without a CORS preflight.
-    """
-    declared = http.headers.get("content-type", "")
-    if declared.split(";")[0].strip().lower() != "application/json":
-        wanted = "wanted the header Content-Type: application/json"
-        remedy = "(curl -H content-type:application/json)"
-        raise ApiError(415, f"{wanted} {remedy}, got {declared[:64]!r}")
-
-
-async def read_json_body(http: Http, closing: asyncio.Event, client_s: float) -> Any:
-    """The body's JSON.
-
-    Raises:
-        ApiError: it is too large or too late, or `closing` came first.
-        ValueError: it is no JSON.
-    """
-    reading, closing_wait = (
-        asyncio.create_task(read_body(http)),
-        asyncio.create_task(closing.wait()),
-    )
-    try:
-        await asyncio.wait(
-            {reading, closing_wait}, timeout=client_s, return_when=asyncio.FIRST_COMPLETED
-        )
-        if not reading.done():
-            if closing.is_set():
-                raise ApiError(503, CLOSING, "unavailable", {"Connection": "close"})
-            late = f"the body did not come within {client_s:g} s"
-            raise ApiError(408, late, None, {"Connection": "close"})
-        body = reading.result()
-    finally:
-        reading.cancel()
-        closing_wait.cancel()
-    try:
-        return json.loads(body.decode(), parse_constant=not_a_number)
-    except RecursionError:
-        raise ValueError("the body is not valid JSON: nested too deep") from None
-    except ValueError as error:
-        why = getattr(error, "msg", None) or str(error)[:100]
-        raise ValueError(f"the body is not valid JSON: {why}") from None
-
-
-async def read_body(http: Http) -> bytearray:
-    body = bytearray()
-    async for piece in http.stream():
-        body += piece
-        if len(body) > BODY_BYTES:
-            raise ApiError(413, f"the body is larger than {BODY_BYTES:,} bytes")
-    return body
-
-
-def not_a_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")

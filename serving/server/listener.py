@@ -19,7 +19,8 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serving.server.access import REQUEST_ID, AccessRules, ApiError
-from serving.server.api import CLIENT_S, RETRY_S, make_app
+from serving.server.api import RETRY_S, make_app
+from serving.server.json_bodies import CLIENT_S
 from serving.server.monitor import Monitor
 from serving.server.page.live import LIVE_PATH, LiveView
 from serving.server.service import Service
