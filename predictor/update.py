@@ -501,6 +501,11 @@ def run_update(flags: UpdateFlags) -> None:
     log = newest_rows(log, name, flags.newest + flags.hold_out)
     held_out = newest_rows(log, name, flags.hold_out).examples if flags.hold_out else []
     fitted_to = log.examples[: len(log.examples) - len(held_out)]
+    if held_out and not fitted_to:
+        raise ValueError(
+            f"--hold_out {flags.hold_out}: wanted also older rows of {name!r} to learn from, "
+            f"the log has {len(held_out)} rows"
+        )
     new, report = update_predictor(
         predictor, fitted_to, refit=flags.refit, min_rows=flags.min_rows, ridge=ridge_of(folder)
     )

@@ -398,6 +398,8 @@ def test_the_command_refuses_in_one_line(tmp_path, folder, capsys):
     assert capsys.readouterr().err.startswith(
         "predictor.update: error: --min_rows: wanted at least 50 rows"
     )
+    assert module.main([*base, "--hold_out", "20"]) == 1
+    assert "--hold_out 20: wanted also older rows of" in capsys.readouterr().err
     assert module.main([*base, "--min_rows", "20", "--dry_run"]) == 0
     assert "update 1" not in capsys.readouterr().out
     assert module.main(["--predictor", str(tmp_path), "--log", str(log)]) == 1
