@@ -82,6 +82,9 @@ class SavedTask(Protocol):
     def export(self, model: Any, state: dict[str, Tensor], folder: Path) -> None:
         """Write what inference needs of the trained model; `state` as export_model takes it."""
 
+    def extra_bytes(self, model: Any) -> int:
+        """Estimated size of what `export` writes besides the model's weights."""
+
     def load_state(self, folder: Path) -> None:
         """Read what `export` wrote for a resumed run alone; raises ValueError."""
 
@@ -302,14 +305,19 @@ def checkpoint_bytes(model: nn.Module, saves: str) -> int:
 
     The exported weights, and of each trainable one the fp32 master, two moments and a copy.
     """
-    total = 10_000_000
+    total = 10_000_000 + exported_bytes(model, saves)
     for parameter in model.parameters():
-        numel = whole_size(parameter)
-        size = parameter.element_size()
-        if parameter.requires_grad or saves == "model":
-            total += numel * size
         if parameter.requires_grad:
-            total += numel * (12 + size)
+            total += whole_size(parameter) * (12 + parameter.element_size())
+    return total
+
+
+def exported_bytes(model: nn.Module, saves: str) -> int:
+    """Size of the weights that `export_model` writes."""
+    total = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad or saves == "model":
+            total += whole_size(parameter) * parameter.element_size()
     return total
 
 
@@ -362,7 +370,7 @@ class Checkpointer:
         self.model = model
         self.task = task
         self.base = base
-        self.needed = checkpoint_bytes(model, task.method.saves)
+        self.needed = checkpoint_bytes(model, task.method.saves) + task.extra_bytes(model)
         self.data = agree(task.data_hash)
         self.eval_data = agree(task.evaluation_id)
         self.contents = agree(

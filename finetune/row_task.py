@@ -329,6 +329,10 @@ class RowTask(Generic[Config, Rows]):
         """Write what inference needs; `state` as checkpoint.export_model takes it."""
         export_model(model, self.method, self.tokenizer, state, folder)
 
+    def extra_bytes(self, model: nn.Module) -> int:
+        """None: `export` writes the model's weights alone."""
+        return 0
+
 
 def check_reading_flags(config: RowsConfig, sources: Sequence[Source]) -> None:
     """Raises ValueError for a flag of how texts are read where no source has texts."""

@@ -284,6 +284,10 @@ class LengthTraining:
         }
         write_card(folder, card)
 
+    def extra_bytes(self, model: LengthNetwork) -> int:
+        """None: a card is small."""
+        return 0
+
 
 def network_of(loss_module: nn.Module) -> LengthNetwork:
     """The network inside of a LengthLoss."""

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from chatglm.loading import stop_ids
-from finetune.checkpoint import export_model, inner_state
+from finetune.checkpoint import export_model, exported_bytes, inner_state
 from finetune.distributed import rank
 from finetune.epochs import StepBatches
 from finetune.evaluation.metrics import check_packages
+from finetune.parameters import parameter_sizes, trained_size
 from finetune.preference.reference import can_switch_off
 from finetune.preference.scorer import RewardScorer, find_reward_model
 from finetune.reinforcement.averaging import WeightAverage
@@ -242,6 +243,13 @@ class RolloutTask(RowTask[Config, PromptRows]):
             averaged = self.average.state_of(inner)
             export_model(model.model, self.method, self.tokenizer, averaged, folder / EMA)
             self.average.save(folder)
+
+    def extra_bytes(self, model: Any) -> int:
+        """Of the averaged weights, exported and in fp32. Rollouts are small beside them."""
+        if self.average is None:
+            return 0
+        policy = model.model
+        return exported_bytes(policy, self.method.saves) + 4 * trained_size(parameter_sizes(policy))
 
     def before_save(self, loss_module: Any, *, evaluated: bool) -> None:
         """Average the weights of the last step too."""

@@ -632,6 +632,11 @@ def test_the_average_of_the_weights(bases, tmp_path):
     found = load_file(last / "ema" / ADAPTER)
     assert torch.allclose(found[f"{name}.weight"], wanted, atol=1e-7)
     load_model(last / "ema")
+    written = [last / "average.safetensors", last / "ema" / ADAPTER]
+    task = GrpoTraining(parse(words), make_rollouts)
+    network = task.build_model(torch.float32)
+    size = sum(file.stat().st_size for file in written)
+    assert task.extra_bytes(network) == pytest.approx(size, rel=0.1)
     run([*words, "--resume_from_checkpoint", str(find_step(out, 2))])
     again = load_file(find_step(out, 4) / "ema" / ADAPTER)
     assert all((again[key] == found[key]).all() for key in found)
