@@ -174,7 +174,7 @@ def answering(flags: argparse.Namespace, model: Path, prompts: Path, lengths: Pa
     words = ["scripts/collect_lengths.py", "--model_path", model, "--prompts", prompts]
     words += ["--output", lengths, "--device", "cpu", "--precision", flags.precision]
     words += ["--do_sample", *SAMPLING, "--max_new_tokens", flags.cap, "--keep_answers"]
-    return [*words, "--batch_size", 64]
+    return [*words, "--engine", "continuous", "--batch_size", 64]
 
 
 def collect(flags: argparse.Namespace, results: Results, model: Path, prompts: Path) -> list[str]:

@@ -10,11 +10,14 @@ A line has what the predictor is trained on: prompt, output_tokens (without the 
 (the end token came within --max_new_tokens), served_model. The same command goes on where it was
 stopped, also with more prompts or samples.
 
+--engine continuous begins an answer as soon as one of --batch_size ends, where --engine static
+waits for the longest of a batch: on one device it is faster where lengths differ. Sampled answers
+come from the same distribution by the same seeds, but each draw takes another number from its
+generator, so they are not those of the other engine. Their settings say so ("engine"), and one file
+has answers of one engine.
+
 With --states DIR the served model's hidden states are kept too, at the end of the prompt and every
---state_every answer tokens; train.py --backbone states learns from them. The answers are then made
-by the continuous engine: sampled ones come from the same distribution by the same seeds, but each
-draw takes another number from its generator, so they are not those of the command without --states.
-Their settings say so ("engine"), and one file has answers of one kind.
+--state_every answer tokens, by the continuous engine; train.py --backbone states learns from them.
 """
 
 import argparse
@@ -66,7 +69,7 @@ from finetune.launched import single_start  # noqa: E402
 from finetune.rows.formats import BadRow  # noqa: E402
 from finetune.rows.sources import read_json_items  # noqa: E402
 from predictor.labels import parse_prompt, served_name  # noqa: E402
-from scripts.collected_states import AnswerWithStates, answers_with_states  # noqa: E402
+from scripts.continuous_answers import CollectedAnswer, continuous_answers  # noqa: E402
 from serving.engines import Sampling  # noqa: E402
 
 if TYPE_CHECKING:
@@ -223,29 +226,32 @@ def answer_line(
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-class LinesWithStates:
+class ContinuousLines:
     """Answers and their states, written together: no line is there before its states are.
 
     Args:
         file: of the lines, open to append.
-        lines: how many it has.
+        folder: of the states, if they are kept.
+        lines: how many the file has.
     """
 
-    def __init__(self, file: BinaryIO, folder: "StateFolder", lines: int):
+    def __init__(self, file: BinaryIO, folder: "StateFolder | None", lines: int):
         self.file, self.folder, self.count = file, folder, lines
         self._waiting: list[str] = []
         self._flushed_s = time.monotonic()
 
-    def add(self, line: str, answer: AnswerWithStates) -> None:
+    def add(self, line: str, answer: CollectedAnswer) -> None:
         """Add an answer's line and states; both are on disk within FLUSH_S."""
-        self.folder.add(self.count, answer.readings)
+        if self.folder is not None:
+            self.folder.add(self.count, answer.readings)
         self.count += 1
         self._waiting.append(line)
         if time.monotonic() - self._flushed_s > FLUSH_S:
             self.flush()
 
     def flush(self) -> None:
-        self.folder.flush()
+        if self.folder is not None:
+            self.folder.flush()
         self.file.write("".join(self._waiting).encode())
         self.file.flush()
         os.fsync(self.file.fileno())
@@ -263,6 +269,7 @@ class CollectionFlags(InferenceFlags):
     samples: int
     limit: int | None
     keep_answers: bool
+    engine: str
     states: str | None
     state_layers: tuple[int, ...] | None
     state_every: int | None
@@ -300,8 +307,8 @@ def collect_alone(flags: CollectionFlags) -> str:
         asked = [question.prompt for question in questions]
         predicted = predict_lengths(flags.predictor, asked, setup.tokenizer.name_or_path)
     questions = [questions[i] for i in longest_first(encoded, predicted)]
-    if flags.states:
-        return collect_states(flags, questions, setup, sampling)
+    if flags.engine == "continuous":
+        return ask_continuously(flags, questions, setup, sampling)
     work = measure_prompts(encoded, predicted, flags)
     with open_answerer(flags, setup, AnswerOptions(options, sampling), work) as answerer:
         settings = answer_settings(flags, setup, answerer.fingerprint()) | sampling
@@ -358,15 +365,15 @@ def ask(
     return summary_line(flags, len(questions), tokens, unfinished, len(done))
 
 
-def collect_states(
+def ask_continuously(
     flags: CollectionFlags,
     questions: list[Question],
     setup: InferenceSetup,
     sampling: dict[str, float],
 ) -> str:
-    """As `ask`, by the continuous engine, with the answers' hidden states."""
+    """As `ask`, by the continuous engine; with --states the answers' hidden states are kept."""
     model = load_ready(setup.folder, device=flags.device, **loading_options(flags))
-    tap = open_tap(flags, model)
+    tap = open_tap(flags, model) if flags.states else None
     seed = flags.seed if flags.do_sample else None
     named = {"served_model": flags.served_model or served_name(flags.model_path)}
     weights = model_fingerprint(model)
@@ -375,7 +382,7 @@ def collect_states(
     done, whole = read_done(Path(flags.output), row_end | settings)
     row_end |= {"settings": settings}
     questions = [q for q in questions if (q.prompt, q.sample) not in done]
-    answered = answers_with_states(
+    answered = continuous_answers(
         model,
         tap,
         [question.ids for question in questions],
@@ -383,9 +390,11 @@ def collect_states(
         setup.tokenizer,
         flags.batch_size,
     )
-    about = {**named, "weights": weights, **described_states(tap, model, flags.max_new_tokens)}
+    about: dict[str, Any] = {**named, "weights": weights}
+    if tap is not None:
+        about |= described_states(tap, model, flags.max_new_tokens)
     tokenizer = setup.tokenizer if flags.keep_answers else None
-    tokens, unfinished = write_states(
+    tokens, unfinished = write_continuous(
         flags,
         questions,
         answered,
@@ -422,15 +431,15 @@ def described_states(tap: "StateTap", model: "PreTrainedModel", cap: int | None)
     }
 
 
-def write_states(
+def write_continuous(
     flags: CollectionFlags,
     questions: list[Question],
-    answered: Iterable[AnswerWithStates],
+    answered: Iterable[CollectedAnswer],
     about: dict[str, Any],
     line_of: Callable[[Question, list[int], bool], str],
     whole: int,
 ) -> tuple[int, int]:
-    """Append the answers' lines and states; returns (tokens, unfinished answers).
+    """Append the answers' lines, and their states; returns (tokens, unfinished answers).
 
     Args:
         about: of the folder of states.
@@ -438,14 +447,13 @@ def write_states(
     """
     from serving.engines.state_shards import StateFolder
 
-    assert flags.states
     output = Path(flags.output)
     there = count_lines(output, whole)
-    folder = StateFolder(Path(flags.states), about, there)
+    folder = StateFolder(Path(flags.states), about, there) if flags.states else None
     tokens = unfinished = 0
     with writing(output), open_to_append(output) as file:
         file.truncate(whole)
-        lines = LinesWithStates(file, folder, there)
+        lines = ContinuousLines(file, folder, there)
         try:
             for answer in with_progress(answered, len(questions), answer_counts):
                 line = line_of(questions[answer.number], answer.ids, answer.finished)
@@ -475,7 +483,7 @@ def question_sampling(
     return Sampling(flags.max_new_tokens, sampling["temperature"], sampling["top_p"], seed=own_seed)
 
 
-def answer_counts(answer: AnswerWithStates) -> tuple[int, int]:
+def answer_counts(answer: CollectedAnswer) -> tuple[int, int]:
     """(rows, tokens) of an answer."""
     return 1, len(answer.ids)
 
@@ -534,6 +542,12 @@ def build_parser() -> Parser:
         "--limit", type=parse_positive, help="ask only so many prompts, the first of the file"
     )
     parser.add_argument("--keep_answers", action="store_true", help="write the answers' text too")
+    parser.add_argument(
+        "--engine",
+        choices=("static", "continuous"),
+        help="static: batch after batch; continuous: --batch_size answers at once, on one device "
+        "[static; continuous with --states]",
+    )
     add_state_flags(parser)
     return parser
 
@@ -562,12 +576,16 @@ def add_state_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_state_flags(parser: Parser, args: argparse.Namespace) -> None:
-    """Refuse flags that --states needs, or that it cannot have, in one line."""
+def check_engine_flags(parser: Parser, args: argparse.Namespace) -> None:
+    """Choose the engine; refuse flags that it needs, or that it cannot have, in one line."""
     if not args.states:
         for name in ("state_layers", "state_every", "state_entropy"):
             if getattr(args, name):
                 parser.error(f"--{name} is of --states DIR, which is not given")
+    elif args.engine == "static":
+        parser.error("--states: only --engine continuous reads hidden states")
+    args.engine = args.engine or ("continuous" if args.states else "static")
+    if args.engine == "static":
         return
     if args.do_sample and args.temperature <= 0:
         parser.error(f"--temperature must be above 0 with --do_sample, got {args.temperature}")
@@ -575,8 +593,8 @@ def check_state_flags(parser: Parser, args: argparse.Namespace) -> None:
     given = [name for name in placing if getattr(args, name)]
     if given:
         parser.error(
-            f"--{given[0]} places replicas, and --states reads the model of one device: leave it "
-            "out, and say --device"
+            f"--{given[0]} places replicas, and the continuous engine answers on one device here: "
+            "leave it out, and say --device"
         )
 
 
@@ -584,7 +602,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(single_start(argv))
     check_given(parser, vars(args), PLACING)
-    check_state_flags(parser, args)
+    check_engine_flags(parser, args)
     if args.samples > 1 and not args.do_sample:
         parser.error(
             f"--samples {args.samples} without --do_sample would be the same answer "

@@ -85,7 +85,7 @@ ELSEWHERE = {  # file -> the test that runs it
     "scripts/collect_lengths.py": (
         "tests/predictor/test_collect.py::test_lengths_are_those_of_predict"
     ),
-    "scripts/collected_states.py": (
+    "scripts/continuous_answers.py": (
         "tests/predictor/test_collected_states.py::test_states_of_every_line"
     ),
     "scripts/launch/slurm.sh": "tests/finetune/test_launching.py::test_slurm_script",

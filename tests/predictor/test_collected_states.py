@@ -103,16 +103,30 @@ def check_prompts(folder, rows, states):
         np.testing.assert_allclose(states["mean"][place], plain.mean(1), atol=2e-3, rtol=2e-3)
 
 
-def test_greedy_lengths_are_those_without_states(collect, tmp_path):
-    assert collect("--keep_answers") == 0
+def test_greedy_lengths_are_those_of_batches(collect, tmp_path):
+    """By both engines, and with states or without them."""
     output = tmp_path / "lengths.jsonl"
-    tapped = in_order(rows_of(output.read_bytes()))
-    output.unlink()
-    assert collect("--keep_answers", states=False) == 0
-    plain = in_order(rows_of(output.read_bytes()))
-    assert tapped[0]["settings"].pop("engine") == "continuous"
-    for ours, theirs in zip(tapped, plain, strict=True):
-        assert {**ours, "settings": 0} == {**theirs, "settings": 0}
+    found = []
+    for states, more in ((True, ()), (False, ("--engine", "continuous")), (False, ())):
+        assert collect("--keep_answers", *more, states=states) == 0
+        found.append(in_order(rows_of(output.read_bytes())))
+        output.unlink()
+    tapped, continuous, batched = found
+    assert tapped == continuous
+    assert {row["settings"].pop("engine") for row in continuous} == {"continuous"}
+    assert continuous == batched
+
+
+def test_the_continuous_engine_is_stopped_and_gone_on_with(collect, tmp_path):
+    sampled = [*SAMPLED, "--samples", "2", "--engine", "continuous"]
+    assert collect(*sampled, states=False) == 0
+    output = tmp_path / "lengths.jsonl"
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join([*lines[:7], lines[7][:9]]))
+    assert collect(*sampled, states=False) == 0
+    again = output.read_bytes()
+    assert again.splitlines(keepends=True)[:7] == lines[:7]
+    assert in_order(rows_of(again)) == in_order(rows_of(b"".join(lines)))
 
 
 def test_stopped_and_gone_on_with(collect, tmp_path):
@@ -234,6 +248,7 @@ def test_lines_of_the_other_kind_are_refused(collect, capsys):
         (["--state_layers", "0"], "wanted layers from 1"),
         (["--state_layers", "a"], "wanted layers from 1"),
         (["--device", "0", "--devices", "cpu,cpu"], "--devices places replicas"),
+        (["--engine", "static"], "--states: only --engine continuous reads hidden states"),
         (["--do_sample", "--temperature", "0"], "--temperature must be above 0"),
     ],
 )

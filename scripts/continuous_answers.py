@@ -1,4 +1,4 @@
-"""Answers made by the continuous engine, with their hidden states, for collect_lengths.py."""
+"""Answers made by the continuous engine, also with their hidden states, for collect_lengths.py."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 512  # prompt tokens of a pass, at most
 
 
-class AnswerWithStates(NamedTuple):
-    """An answer to the prompt `number`, and the states at its start and every so many tokens.
+class CollectedAnswer(NamedTuple):
+    """An answer to the prompt `number`.
 
-    ids: without the end token. finished: the end token came.
+    Attributes:
+        ids: without the end token.
+        finished: the end token came.
+        readings: the states at its start and every so many tokens; none without a tap.
     """
 
     number: int
@@ -31,16 +34,18 @@ class AnswerWithStates(NamedTuple):
     readings: "list[StateReading]"
 
 
-def answers_with_states(
+def continuous_answers(
     model: "PreTrainedModel",
-    tap: "StateTap",
+    tap: "StateTap | None",
     prompts: Sequence[list[int]],
     samplings: Sequence[Sampling],
     tokenizer: "FamilyTokenizer",
     batch_size: int,
-) -> Iterator[AnswerWithStates]:
+) -> Iterator[CollectedAnswer]:
     """The answers as they end; `batch_size` are made at once, begun in the order of the prompts.
 
+    Args:
+        tap: reads the states.
     Raises:
         ValueError: the continuous engine cannot run the model, or it has no such layers.
         RuntimeError: an answer failed.
@@ -68,22 +73,22 @@ def answers_with_states(
 
 
 def ended_answers(
-    events: Iterator[Event], tap: "StateTap", answers: dict[int, Answer]
-) -> Iterator[AnswerWithStates]:
+    events: Iterator[Event], tap: "StateTap | None", answers: dict[int, Answer]
+) -> Iterator[CollectedAnswer]:
     """The answers whose end is among the events; their number is the request's id."""
     readings: dict[int, list[StateReading]] = {}
     for event in events:
-        for reading in tap.take():
+        for reading in tap.take() if tap else ():
             readings.setdefault(reading.request_id, []).append(reading)
         if event.kind == "finished":
-            yield finished_answer(answers.pop(event.id), readings.pop(event.id))
+            yield finished_answer(answers.pop(event.id), readings.pop(event.id, []))
 
 
-def finished_answer(answer: Answer, readings: "list[StateReading]") -> AnswerWithStates:
+def finished_answer(answer: Answer, readings: "list[StateReading]") -> CollectedAnswer:
     """An ended answer without its end token, and the readings before its end."""
     finished = answer.reason == "stop"
     if not finished and answer.reason != "length":
         raise RuntimeError(f"the answer to prompt {answer.id} ended: {answer.reason}")
     ids = answer.tokens[:-1] if finished else answer.tokens
     within = [reading for reading in readings if reading.at == 0 or reading.at < len(ids)]
-    return AnswerWithStates(answer.id, ids, finished, within)
+    return CollectedAnswer(answer.id, ids, finished, within)
