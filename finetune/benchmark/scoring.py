@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from chatglm.families import family_of
 from finetune.benchmark.encoding import (
     Continuation,
     PairEncoder,
@@ -73,11 +74,11 @@ class ChoiceScorer:
     def grows_trees(self) -> bool:
         """Whether choices may share their context.
 
-        ChatGLM-6B's context looks ahead, and P-Tuning v1's vectors have no place in a tree's mask.
+        The contexts of ChatGLM-6B and GLM-10B look ahead, and P-Tuning v1's vectors have no place
+        in a tree's mask.
         """
-        body = self.inner.base_model
-        looks_ahead = self.tokenizer.family == "glm"
-        return not looks_ahead and not getattr(body, "prompt_length", 0)
+        looks_ahead = family_of(self.tokenizer).infills
+        return not looks_ahead and not getattr(self.inner.base_model, "prompt_length", 0)
 
     def scores(self, questions: Sequence[Question], report: Report) -> list[list[float]]:
         """The log-likelihood of each question's continuations.

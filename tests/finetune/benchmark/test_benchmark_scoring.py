@@ -9,7 +9,7 @@ from finetune.benchmark.questions import Question
 from finetune.benchmark.scoring import ChoiceScorer, cut_before
 from tests.causal_folders import make_causal_folder
 
-KINDS = ("glm", "glm2", "glm4", "llama", "qwen2")
+KINDS = ("glm", "glm2", "glm4", "glm_base", "pangu", "llama", "qwen2")
 LONG = "水泵漏油怎么办？先检查油封，再更换密封圈。"
 QUESTIONS = [
     Question({}, (LONG + "答案：",) * 3, ("油封", "水泵坏了", "油封坏了"), ("", "", ""), (0,)),
