@@ -211,6 +211,7 @@ FAMILIES: dict[str, Family] = {
 }
 CHATGLM_FAMILIES = ("glm", "glm2", "glm3", "glm4")
 OWN_FAMILIES = (*CHATGLM_FAMILIES, "glm_base", "pangu")  # those of our own model classes
+TOKENIZER_FILES = tuple(dict.fromkeys(family.tokenizer_file for family in FAMILIES.values()))
 
 
 def raw_family(family: Family) -> Family:

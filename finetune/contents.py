@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from chatglm.adapters import adapter_file
+from chatglm.families import TOKENIZER_FILES
 from chatglm.files import read_json
 from chatglm.folders import check_folder
 from chatglm.hub import model_short_name, resolve_folder
@@ -18,7 +19,7 @@ from finetune.ds_file import read_ds_file
 from finetune.files import sha256
 from finetune.rows.sources import parse_sources
 
-TOKENIZERS = ("tokenizer.model", "ice_text.model", "tokenizer.json", "vocab.txt")
+TOKENIZERS = (*TOKENIZER_FILES, "vocab.txt")  # the last one is an encoder's
 
 
 def path_contents(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chatglm.families import TOKENIZER_FILES
 from chatglm.files import read_json
 from chatglm.saving import is_free
 from finetune.files import sha256, write_json
@@ -297,13 +298,13 @@ def backbone_name(card: dict, folder: str | Path) -> str:
 def tokenizer_hash(folder: str | Path) -> str:
     """sha256 of the tokenizer's model file of a served model's folder.
 
-    The file is tokenizer.model, ice_text.model or tokenizer.json, the first that is there.
+    The file is the first of TOKENIZER_FILES that is there.
 
     Raises:
         FileNotFoundError: the folder has none of them.
     """
-    for name in ("tokenizer.model", "ice_text.model", "tokenizer.json"):
+    for name in TOKENIZER_FILES:
         file = Path(folder) / name
         if file.is_file():
             return sha256(file)
-    raise FileNotFoundError(f"{folder}: no tokenizer.model, ice_text.model or tokenizer.json")
+    raise FileNotFoundError(f"{folder}: no tokenizer, none of {', '.join(TOKENIZER_FILES)}")

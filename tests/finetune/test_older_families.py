@@ -10,6 +10,8 @@ from chatglm import load_model, load_tokenizer
 from chatglm.families import FAMILIES
 from finetune.evaluation.generation import generate_answers
 from finetune.evaluation.predict import main as predict
+from predictor.decoder import read_card, tokenizer_hash
+from predictor.runtime import LengthPredictor
 from tests.finetune.runs import METHODS, make_rows, metrics, write_rows
 from tests.finetune.tasks import CASES, run, task_flags
 
@@ -161,6 +163,21 @@ def test_several_blanks_are_learnt_and_filled(older_flags, train, tmp_path, caps
     assert capsys.readouterr().out == "水泵\n轮胎\n"
     with pytest.raises(ValueError, match="fills one blank of a request, got 2"):
         FAMILIES["glm_base"].encode_chat(tokenizer, asked[0])
+
+
+@pytest.mark.parametrize("family", OLDER)
+def test_a_predictor_trains_on_the_model(older, tmp_path, family):
+    rows = []
+    for number in range(24):
+        row = {"prompt": f"水泵漏油{number}", "output_tokens": 5 + number % 7, "finished": True}
+        rows.append(row)
+    words = ["--task", "predictor", "--backbone", "chatglm", "--model_name_or_path", older[family]]
+    words += ["--train_path", write_rows(tmp_path / "rows.json", rows), "--max_steps", 1]
+    folder = run([*words, "--output_dir", tmp_path / "out"])
+    card = read_card(folder)
+    assert card["served_model"]["tokenizer_sha256"] == tokenizer_hash(older[family])
+    [prediction] = LengthPredictor.from_pretrained(folder).predict("轮胎异响。")
+    assert 1 <= prediction.median_tokens <= 512
 
 
 @pytest.mark.parametrize("task", ["grpo", "ppo"])
