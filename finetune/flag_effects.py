@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from chatglm.families import FAMILIES
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -36,7 +38,8 @@ def refuse_without_effect(config: object, given: Iterable[str], effects: dict[st
             )
 
 
-UNSHARED = ("glm", "glm_base", "pangu")  # families of ours whose rows share no beginning
+# Families whose rows share no beginning.
+UNSHARED = tuple(name for name, family in FAMILIES.items() if not family.shares_beginning)
 LORA = Effect("--train_type lora; got {c.train_type}", lambda c: c.train_type == "lora")
 PTUNING = Effect("--train_type ptuning; got {c.train_type}", lambda c: c.train_type == "ptuning")
 EVALUATION = Effect("--eval_path", lambda c: c.has_evaluation)

@@ -178,7 +178,7 @@ class LoopFlags:
     share_prefix: bool = fixed_flag(
         True,
         "ragged: compute a prefix that all rows of a micro-batch share only once, "
-        "where no dropout acts (not glm)",
+        "where no dropout acts (ChatGLM2, ChatGLM3, GLM-4)",
     )
     gradient_checkpointing: str = flag(
         "False",

@@ -46,6 +46,26 @@ def test_links_lead_somewhere(path):
             assert (path.parent / target).exists(), target
 
 
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives a document's headings."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", text, re.M):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading.strip().lower())
+        found.add(re.sub(r"[^\w\- ]", "", words).replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
+def test_links_name_headings(path):
+    for target, anchor in re.findall(
+        r"\]\(([^)#\s]*)#([^)\s]+)\)", path.read_text(encoding="utf-8")
+    ):
+        file = path.parent / target if target else path
+        if not target.startswith(("http://", "https://")) and file.suffix == ".md":
+            assert anchor in anchors(file), f"{target}#{anchor}"
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)
 def test_training_flags_exist(path):
     text = path.read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 
+from chatglm.families import FAMILIES
 from finetune.config import TrainConfig, flags_of, parse_config
 from finetune.evaluation import evaluate, predict
 from finetune.flag_effects import ESTIMATING, EVALUATING, PLACING, PREDICTING
@@ -200,6 +201,15 @@ def test_t10_predictor(capsys, name):
     value, without, beside = PREDICTOR_CASES[name]
     assert f"--{name} needs " in refused(capsys, f"{without} --{name} {value}", "predictor")
     assert getattr(parse(f"{beside} --{name} {value}", "predictor"), name) is not None
+
+
+@pytest.mark.parametrize("mode", FAMILIES)
+def test_share_prefix_is_of_families_that_share(capsys, mode):
+    words = f"--share_prefix False --lora_dropout 0 --mode {mode}"
+    if FAMILIES[mode].shares_beginning:
+        assert parse(words).share_prefix is False
+    else:
+        assert "--share_prefix needs " in refused(capsys, words)
 
 
 def test_t10_a_flag_at_its_default_changes_nothing():
