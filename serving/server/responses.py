@@ -31,7 +31,7 @@ RESPONSES_TABLE = FieldTable(
         "instructions": Text("The system's message.", longest=MOST),
         **{name: field for name, field in SAMPLING.items() if name not in LEFT_OUT},
         "max_output_tokens": Number(int, 1, MOST, "Tokens of the answer, at most."),
-        "tools": ResponseTools("Functions that the answer may call; ChatGLM3 and GLM-4."),
+        "tools": ResponseTools("Functions that the answer may call; of models that know tools."),
         "tool_choice": ResponseChoice("auto, none, required, or the tool that is called."),
         "text": TextFormat("format: the form of the answer's text."),
     },
