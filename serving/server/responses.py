@@ -122,8 +122,9 @@ class ResponsesResponse:
 
     def body(self, status: str, output: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """OpenAI's response object."""
-        empty = {"error": None, "incomplete_details": None, "usage": None}
-        return self.head | empty | {"status": status, "output": output} | more
+        fields = {"status": status, "error": None, "output": output}
+        # At the end, where a gateway looks for them.
+        return self.head | fields | {"incomplete_details": None, "usage": None} | more
 
     def ended(self, output: list[dict[str, Any]]) -> dict[str, Any]:
         """The response object of an ended answer."""
