@@ -34,6 +34,9 @@ COMMANDS = {
     "cluster": Entry("serving.cluster.command", "replicas of a model on a Ray cluster"),
     "keys": Entry("serving.server.keys", "a new API key for a server"),
     "feedback": Entry("serving.feedback.command", "training rows from what people said of answers"),
+    "predictor-evaluate": Entry("predictor.evaluate", "how good a predictor of answer lengths is"),
+    "predictor-export": Entry("predictor.export", "a trained predictor as a folder for serving"),
+    "predictor-update": Entry("predictor.update", "a predictor, adapted to a server's log"),
     "run": Entry("serving.run_requests.command", "a list of requests, policy by policy"),
     "monitor": Entry("serving.monitor.command", "load of GPUs or CPU cores over time"),
     "demo": Entry("serving.demo.command", "batches, a schedule, a placement on paper"),
@@ -55,7 +58,7 @@ COMMANDS = {
 def usage() -> str:
     lines = ["usage: glm-foundry COMMAND ...", "", "commands:"]
     for name, entry in COMMANDS.items():
-        lines.append(f"  {name:<10} {entry.text}")
+        lines.append(f"  {name:<18} {entry.text}")
     lines += ["", "glm-foundry COMMAND --help lists a command's flags; --version the version."]
     return "\n".join(lines)
 

@@ -105,7 +105,7 @@ def add_placing_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--deployer",
         choices=DEPLOYER_NAMES,
-        help="what chooses the devices of the layers [helr, where one of the flags below is given]",
+        help="what chooses the devices of the layers [helr, with --num_gpus or --devices alone]",
     )
     add(
         "--num_gpus",
@@ -147,6 +147,13 @@ def add_placing_flags(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="with --measure: seconds for all stress tests [120]",
     )
+
+
+def check_is_placed(flags: PlacementFlags) -> None:
+    """Raises ValueError where a flag describes a placement that is not asked for."""
+    if not flags.is_placed and (flags.cluster or flags.measure):
+        flag = "--cluster" if flags.cluster else "--measure"
+        raise ValueError(f"{flag} needs --deployer, --num_gpus, --devices or --device_map")
 
 
 def plan_replicas(

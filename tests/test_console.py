@@ -27,7 +27,7 @@ HEAVY |= {
 # Commands whose --help imports numpy.
 READ_WITH_NUMPY = {
     *("simulate", "deploy", "cost", "lengths", "run", "monitor", "demo", "sweep"),
-    "prepare",
+    *("prepare", "predictor-evaluate", "predictor-export", "predictor-update"),
 }
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from chatglm.commands import number, whole
 from finetune.evaluation.inference import LoadingFlags, add_loading_flags, add_packing_flag
 from finetune.flag_effects import Effect
-from finetune.placing import PlacementFlags, add_placing_flags
+from finetune.placing import PlacementFlags, add_placing_flags, check_is_placed
 from serving.endpoints.remote import RemoteServer, is_url
 from serving.endpoints.replies import Endpoint
 
@@ -125,6 +125,7 @@ def open_local(flags: EndpointFlags, policy: str, sizes: tuple[int, int], slo_s:
     from serving.replicas.served_model import ServedModel, limits_of_flags, load_predictor
 
     max_batch, kv_tokens = sizes
+    check_is_placed(flags)
     if POLICIES[policy].predicts and not flags.predictor:
         raise ValueError(f"--policy {policy} uses predicted lengths and needs --predictor DIR")
     if flags.engine == "vllm" and flags.adapter:

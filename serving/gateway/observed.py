@@ -14,6 +14,12 @@ OUTPUT_TOKENS = re.compile(rb'"(?:completion_tokens|output_tokens|eval_count)"\s
 PROMPT_TOKENS = re.compile(rb'"(?:prompt_tokens|input_tokens|prompt_eval_count)"\s*:\s*(\d+)')
 FINISH = re.compile(rb'"(?:finish_reason|done_reason)"\s*:\s*"(\w+)"')
 WHOLE = (b"stop", b"tool_calls", b"function_call")
+# /v1/responses has no finish reason: an event of its streams says that the answer is whole, and
+# what is missing stands at the beginning or the end of other answers.
+HEAD_BYTES = 2048
+COMPLETED_EVENT = b"\nevent: response.completed"
+NOTHING_MISSING = re.compile(rb'"incomplete_details"\s*:\s*null')
+FAILED = re.compile(rb'"status"\s*:\s*"failed"')
 
 
 class AnswerTail:
@@ -26,11 +32,16 @@ class AnswerTail:
     def __init__(self, is_stream: bool) -> None:
         self.is_stream = is_stream
         self.sent = self.events = 0
-        self._tail = b""
+        self._head = self._tail = b""
+        self._is_completed = False  # a stream of /v1/responses
 
     def add(self, chunk: bytes) -> int:
         """Take a chunk; returns how many events it holds."""
         self.sent += len(chunk)
+        if not self.is_stream and len(self._head) < HEAD_BYTES:
+            self._head += chunk[: HEAD_BYTES - len(self._head)]
+        elif self.is_stream and COMPLETED_EVENT in self._tail[-len(COMPLETED_EVENT) :] + chunk:
+            self._is_completed = True
         if len(chunk) >= TAIL_BYTES:
             self._tail = chunk[-TAIL_BYTES:]
         else:
@@ -51,7 +62,10 @@ class AnswerTail:
     def is_whole(self) -> bool:
         """Whether the answer ended by itself."""
         reasons = FINISH.findall(self._tail)
-        return bool(reasons) and reasons[-1] in WHOLE
+        if reasons or self.is_stream:
+            return self._is_completed or bool(reasons) and reasons[-1] in WHOLE
+        ends = self._head + b" " + self._tail
+        return bool(NOTHING_MISSING.search(ends)) and not FAILED.search(ends)
 
 
 def last_number(pattern: re.Pattern[bytes], text: bytes) -> int | None:

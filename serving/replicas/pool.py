@@ -363,7 +363,7 @@ class ReplicaPool:
         code = replica.process.wait()
         with self._changed:
             was_ready = replica.state == READY
-            served_s = time.monotonic() - replica.began_s
+            served_s = time.monotonic() - replica.ready_s
             replica.state = ENDED
             moved, replica.flights = list(replica.flights.values()), {}
             self._changed.notify_all()

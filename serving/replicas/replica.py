@@ -6,7 +6,6 @@ Free of torch.
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,7 +108,7 @@ class Replica:
         flights: what it answers, by request id.
         has_vocabulary: whether grammars can be compiled there.
         ready: what it said when it had loaded.
-        began_s, ready_s: when its process was started, and when it had loaded, of time.monotonic.
+        ready_s: when it had loaded the model, of time.monotonic.
         failures: starts in a row that have failed. restarts: all after the first.
         finished: answers that have finished in it.
     """
@@ -122,7 +121,7 @@ class Replica:
         self.ready: ReplicaReady | None = None
         self.failures = self.restarts = 0
         self.copied_tokens = self.finished = 0
-        self.began_s = self.ready_s = 0.0
+        self.ready_s = 0.0
         self.reason = ""
         self.channel: Channel | None = None
         self.process: subprocess.Popen[bytes] | None = None
@@ -139,7 +138,6 @@ class Replica:
         with theirs:
             self.process = subprocess.Popen(command, stdin=theirs.fileno(), env=environment)
         self.state, self.has_vocabulary, self.ready, self.reason = STARTING, False, None, ""
-        self.began_s = time.monotonic()
         self.channel = Channel(Connection(ours.detach()))
         self.channel.send(self.job)
         return self.channel

@@ -24,7 +24,7 @@ from chatglm.runs import check_not_run
 from finetune.evaluation.inference import LoadingFlags, add_loading_flags, add_packing_flag
 from finetune.files import write_json
 from finetune.out_of_memory import explained, memory_there
-from finetune.placing import PlacementFlags, add_placing_flags
+from finetune.placing import PlacementFlags, add_placing_flags, check_is_placed
 from predictor.pictures import new_figure
 from serving.engines import IN_PROCESS, Sampling
 from serving.engines.runner import AnswerBackend
@@ -187,6 +187,7 @@ def policy_names(text: str) -> list[str]:
 
 def checked_limits(flags: ListRunFlags, names: Sequence[str], rows: Sequence[ListedRow]) -> Limits:
     """The engine's limits; raises ValueError for what can be known before the model is loaded."""
+    check_is_placed(flags)
     if flags.picture is not None:
         new_figure()  # says where matplotlib is not installed
         if flags.picture.suffix not in (".png", ".svg", ".pdf"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from chatglm.commands import Parser
 from finetune.evaluation.inference import LoadingFlags, add_loading_flags, add_packing_flag
-from finetune.placing import PlacementFlags, add_placing_flags
+from finetune.placing import PlacementFlags, add_placing_flags, check_is_placed
 from serving.engines import ENGINES
 from serving.policies.continuous import OBJECTIVE_HELP, POLICIES, POLICY_HELP
 from serving.policies.gittins import OBJECTIVES
@@ -185,9 +185,11 @@ def check_bounds(flags: ServerFlags) -> None:
         raise ValueError(
             f"--prefix_cache_tokens must be at least 0, got {flags.prefix_cache_tokens}"
         )
-    if not flags.is_placed and (flags.cluster or flags.measure):
-        flag = "--cluster" if flags.cluster else "--measure"
-        raise ValueError(f"{flag} needs --deployer, --num_gpus, --devices or --device_map")
+    check_is_placed(flags)
+    if flags.no_page and (flags.tools or flags.code_interpreter or flags.feedback):
+        raise ValueError(
+            "--tools, --code_interpreter and --feedback are of the page, not --no_page"
+        )
     if flags.max_queue < 0:
         raise ValueError(f"--max_queue must be at least 0, got {flags.max_queue}")
     if flags.max_connections < 1:

@@ -31,7 +31,7 @@ RESPONSES_TABLE = FieldTable(
         "instructions": Text("The system's message.", longest=MOST),
         **{name: field for name, field in SAMPLING.items() if name not in LEFT_OUT},
         "max_output_tokens": Number(int, 1, MOST, "Tokens of the answer, at most."),
-        "tools": ResponseTools("Functions that the answer may call; ChatGLM3 and GLM-4."),
+        "tools": ResponseTools("Functions that the answer may call; of models that know tools."),
         "tool_choice": ResponseChoice("auto, none, required, or the tool that is called."),
         "text": TextFormat("format: the form of the answer's text."),
     },
@@ -122,8 +122,9 @@ class ResponsesResponse:
 
     def body(self, status: str, output: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """OpenAI's response object."""
-        empty = {"error": None, "incomplete_details": None, "usage": None}
-        return self.head | empty | {"status": status, "output": output} | more
+        fields = {"status": status, "error": None, "output": output}
+        # At the end, where a gateway looks for them.
+        return self.head | fields | {"incomplete_details": None, "usage": None} | more
 
     def ended(self, output: list[dict[str, Any]]) -> dict[str, Any]:
         """The response object of an ended answer."""

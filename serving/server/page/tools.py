@@ -92,7 +92,7 @@ class PageTools:
         ended.add_done_callback(self._call_ended)
         try:
             return await asyncio.wait_for(asyncio.shield(ended), self.call_s)
-        except TimeoutError:
+        except asyncio.TimeoutError:  # another class than TimeoutError before Python 3.11
             return failure(f"{name} took longer than {self.call_s:g} s")
 
     def _call_ended(self, call: "asyncio.Future[ToolResult]") -> None:

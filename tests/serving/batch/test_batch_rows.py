@@ -347,6 +347,7 @@ def wait_for_lines(path, count: int, process):
         (["--model", "http://127.0.0.1:9", "--engine", "vllm"], "--engine needs a model in this"),
         (["--model", "{model}", "--engine", "vllm", "--adapter", "a=b"], "vllm takes none"),
         (["--model", "{model}", "--engine", "vllm", "--policy", "fifo"], "makes static batches"),
+        (["--model", "{model}", "--cluster", "c.json"], "--cluster needs --deployer, --num_gpus"),
     ],
 )
 def test_errors_are_one_line(tiny_folders, tmp_path, capsys, words, message):

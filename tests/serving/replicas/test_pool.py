@@ -23,7 +23,7 @@ from serving.engines.runner import EngineRunner
 from serving.engines.stage_reports import ModelLoading
 from serving.policies.continuous import POLICIES
 from serving.replicas.messages import ReplicaJob
-from serving.replicas.pool import MOST_MOVES, ReplicaPool
+from serving.replicas.pool import MOST_MOVES, STEADY_S, ReplicaPool
 from serving.replicas.replica import (
     ENDED,
     LONGEST_WAIT_S,
@@ -377,6 +377,20 @@ def test_waits_double_and_are_bounded():
         replica.failures = failures
         waits.append(replica.next_wait_s())
     assert waits == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, LONGEST_WAIT_S, LONGEST_WAIT_S]
+
+
+def test_the_time_of_loading_is_none_of_service(monkeypatch):
+    """A replica that dies soon after it has loaded, however long that took, is not steady."""
+    pool = ReplicaPool([job("m")])
+    monkeypatch.setattr(pool, "_restart", lambda replica: None)
+    [replica] = pool.replicas
+    failures = []
+    for served_s in (1.0, 1.0, STEADY_S + 1.0):
+        replica.process = subprocess.Popen(["true"])
+        replica.state, replica.ready_s = READY, time.monotonic() - served_s
+        pool._replica_ended(replica)
+        failures.append(replica.failures)
+    assert failures == [1, 2, 0]
 
 
 @pytest.mark.parametrize(

@@ -330,6 +330,7 @@ def test_by_a_predictor_at_a_rate(folders, tmp_path, capsys):
         (["--predictor", "/nowhere"], "/nowhere"),
         (["--profile", "none"], "no profile 'none'"),
         (["--slo_factor", "0"], "--slo_factor: wanted a number above 0"),
+        (["--cluster", "c.json"], "--cluster needs --deployer, --num_gpus, --devices or"),
         (["--rate", "3", "--at_once"], "not allowed with"),
     ],
 )

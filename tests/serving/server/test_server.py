@@ -445,6 +445,7 @@ def test_the_policy_where_none_is_named():
         (["--policy", "fcfs", "--drain_s", "-1"], "--drain_s must be at least 0"),
         (["--policy", "fcfs", "--max_queue", "-1"], "--max_queue must be"),
         (["--policy", "fcfs", "--max_connections", "0"], "--max_connections must be at least 1"),
+        (["--policy", "fcfs", "--no_page", "--tools", "samples"], "are of the page, not --no_page"),
         (["--policy", "fcfs", "--model", "/nowhere"], "/nowhere"),
         (["--policy", "fcfs", "--port", "99999"], "--port 99999: bind"),
     ],
