@@ -6,7 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from chatglm.commands import Parser, number, whole
-from serving.server.flags import ServerFlags, check_bounds, parse_flags, server_parser
+from serving.server.flags import (
+    ServerFlags,
+    check_bounds,
+    given_flags,
+    parse_flags,
+)
 
 DESCRIPTION = """Serve replicas of a model on a Ray cluster, routed by predicted work.
 
@@ -145,9 +150,9 @@ def words_of(arguments: Mapping[str, Any]) -> list[str]:
 
 def check_cluster_flags(flags: ClusterFlags) -> None:
     """Raises ValueError for flags that do not fit a cluster, or each other."""
-    defaults = vars(server_parser().parse_args(["--model", flags.server.model]))
+    given = given_flags(flags.server)
     for name, why in NOT_SHARED.items():
-        if getattr(flags.server, name) != defaults[name]:
+        if name in given:
             raise ValueError(f"--{name} is not of a cluster: {why}")
     check_bounds(flags.server)
     placed = flags.server.is_placed

@@ -4,9 +4,14 @@ import argparse
 from dataclasses import dataclass
 
 from chatglm.commands import Parser, number, whole
+from finetune.flag_effects import check_given
 from serving.gateway.dispatch import ORDERS
 from serving.gateway.kinds import KINDS
-from serving.server.shared_flags import add_access_flags, add_recalibration_flags
+from serving.server.shared_flags import (
+    RECALIBRATION_EFFECTS,
+    add_access_flags,
+    add_recalibration_flags,
+)
 
 DESCRIPTION = """Add predicted lengths to the requests of engines that run.
 
@@ -138,7 +143,10 @@ def add_listening_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_gateway_flags(argv: list[str] | None = None) -> GatewayFlags:
-    return GatewayFlags(**vars(gateway_parser().parse_args(argv)))
+    parser = gateway_parser()
+    values = vars(parser.parse_args(argv))
+    check_given(parser, values, RECALIBRATION_EFFECTS)
+    return GatewayFlags(**values)
 
 
 def upstream_addresses(text: str) -> list[str]:

@@ -83,8 +83,6 @@ def check_gateway_flags(flags: GatewayFlags) -> None:
     if flags.kind != "llm-d" and (flags.ttft_ms is not None or flags.tpot_ms is not None):
         flag = "--ttft_ms" if flags.ttft_ms is not None else "--tpot_ms"
         raise ValueError(f"{flag} is of --kind llm-d, got --kind {flags.kind}")
-    if flags.recalibrated_dir and not flags.recalibrate:
-        raise ValueError("--recalibrated_dir needs --recalibrate")
     if not flags.recalibrate:
         return
     if not flags.predictor:

@@ -5,11 +5,16 @@ from dataclasses import dataclass
 
 from chatglm.commands import Parser
 from finetune.evaluation.inference import LoadingFlags, add_loading_flags, add_packing_flag
+from finetune.flag_effects import Effect, refuse_without_effect
 from finetune.placing import PlacementFlags, add_placing_flags, check_is_placed
 from serving.engines import ENGINES
 from serving.policies.continuous import OBJECTIVE_HELP, POLICIES, POLICY_HELP
 from serving.policies.gittins import OBJECTIVES
-from serving.server.shared_flags import add_access_flags, add_recalibration_flags
+from serving.server.shared_flags import (
+    RECALIBRATION_EFFECTS,
+    add_access_flags,
+    add_recalibration_flags,
+)
 from serving.tools.flags import add_tool_flags
 
 DESCRIPTION = """Serve a model over OpenAI's API, its queue ordered by predicted answer lengths.
@@ -18,6 +23,14 @@ python -m serving.server --model DIR                    # first come, first serv
 python -m serving.server --model DIR --predictor DIR    # by predicted length and deadline
 """
 SERVED = [name for name in POLICIES if "oracle" not in name]  # an oracle needs true lengths
+VLLM = Effect("--engine vllm", lambda c: c.engine == "vllm")
+SERVER_EFFECTS = {
+    "log_prompts": Effect("--log FILE", lambda c: bool(c.log)),
+    "vllm_python": VLLM,
+    "vllm_args": VLLM,
+    "measure_s": Effect("--measure", lambda c: c.measure),
+    **RECALIBRATION_EFFECTS,
+}
 
 
 @dataclass(frozen=True)
@@ -173,8 +186,15 @@ def parse_flags(argv: list[str] | None = None) -> ServerFlags:
     return ServerFlags(**vars(server_parser().parse_args(argv)))
 
 
+def given_flags(flags: ServerFlags) -> list[str]:
+    """The names of those that are not at their defaults."""
+    defaults = vars(server_parser().parse_args(["--model", flags.model]))
+    return [name for name, default in defaults.items() if getattr(flags, name) != default]
+
+
 def check_bounds(flags: ServerFlags) -> None:
-    """Raises ValueError for a number of the flags that is out of range."""
+    """Raises ValueError for a number that is out of range, or a flag that has no effect."""
+    refuse_without_effect(flags, given_flags(flags), SERVER_EFFECTS)
     if not flags.slo_s > 0:
         raise ValueError(f"--slo_s must be above 0, got {flags.slo_s:g}")
     if not 0 < flags.client_s < 1e6:

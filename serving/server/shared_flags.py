@@ -2,7 +2,11 @@
 
 import argparse
 
+from finetune.flag_effects import Effect
 from serving.server.keys import KEY_VARIABLE
+
+RECALIBRATION = Effect("--recalibrate", lambda c: c.recalibrate)
+RECALIBRATION_EFFECTS = dict.fromkeys(("recalibrate_every", "recalibrated_dir"), RECALIBRATION)
 
 
 def add_access_flags(parser: argparse.ArgumentParser) -> None:

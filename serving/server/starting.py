@@ -42,8 +42,6 @@ log = logging.getLogger(__name__)
 
 def check_predictor_flags(flags: ServerFlags) -> None:
     """Raises ValueError for flags of the predictor that do not fit."""
-    if flags.recalibrated_dir and not flags.recalibrate:
-        raise ValueError("--recalibrated_dir needs --recalibrate")
     if not flags.predictor:
         if flags.recalibrate or flags.predictor_dir:
             flag = "--recalibrate" if flags.recalibrate else "--predictor_dir"

@@ -409,6 +409,7 @@ def test_a_recalibrated_folder_that_does_not_fit_is_left(tiny_folders, root, cap
         (["--predictor", "P", "--recalibrate", "--recalibrated_dir", "P"], "beside --predictor"),
         (["--predictor", "P", "--recalibrate", "--recalibrated_dir", "docs"], "other things"),
         (["--predictor", "P", "--recalibrated_dir", "x"], "needs --recalibrate"),
+        (["--predictor", "P", "--recalibrate_every", "90"], "needs --recalibrate"),
     ],
 )
 def test_flags_that_do_not_fit_are_one_line(words, wanted):
