@@ -579,3 +579,7 @@ def test_flags_that_do_not_fit_are_one_line(capsys):
         assert main([*words, *more]) == 1
         error = capsys.readouterr().err.splitlines()[-1]
         assert wanted in error and error.startswith("serving.gateway: error: ")
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--recalibrate_every", "90"])
+    assert stopped.value.code == 2
+    assert "--recalibrate_every needs --recalibrate" in capsys.readouterr().err
