@@ -1,6 +1,7 @@
 # GLM Foundry's commands in an image, without a model: mount models at /models.
 #   docker build -t glm-foundry:cpu .
 #   docker build -t glm-foundry:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
+#   docker build -t glm-foundry:ray --build-arg EXTRAS=serve,ray .     for docs/cluster.md
 # docs/deploying.md says how to run it.
 ARG BASE=python:3.11-slim-bookworm
 
@@ -21,8 +22,9 @@ COPY finetune finetune
 COPY predictor predictor
 COPY serving serving
 COPY ds_configs ds_configs
+ARG EXTRAS=serve
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir ".[serve]"
+RUN pip install --no-cache-dir ".[$EXTRAS]"
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="GLM Foundry" \
