@@ -10,7 +10,12 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from finetune.rows.fields import ROLE_NAMES
-from serving.server.structured import Guided, ResponseFormat, StructuredOutputs
+from serving.server.structured import (
+    Guided,
+    ResponseFormat,
+    StructuredOutputs,
+    check_nesting,
+)
 from serving.server.tool_choice import ToolChoice
 from serving.tools.names import check_tool_name
 
@@ -198,7 +203,9 @@ class LogitBias:
             raise ValueError(f"{name} must be an object of at most {BIASES} token ids")
         biases = []
         for token, bias in value.items():
-            if not token.isascii() or not token.isdigit() or int(token) > MOST:
+            # Python refuses to read a text of thousands of digits.
+            is_short = len(token) <= len(str(MOST))
+            if not (is_short and token.isascii() and token.isdigit()) or int(token) > MOST:
                 raise ValueError(f"{name} must name tokens by ids from 0 to {MOST}")
             biases.append((int(token), BIAS.read(f"{name}[{token}]", bias)))
         return tuple(sorted(biases))
@@ -381,6 +388,7 @@ def read_calls(name: str, message: dict[str, Any]) -> tuple[dict[str, Any], ...]
             values = None
         if not isinstance(values, dict):
             raise ValueError(f"{place}.function.arguments must be a JSON object")
+        check_nesting(f"{place}.function.arguments", values)
         tool = check_tool_name(f"{place}.function.name", function.get("name"))
         read.append({"function": {"name": tool, "arguments": values}})
     return tuple(read)
@@ -409,6 +417,7 @@ class Tools:
             check_tool_name(f"{place}.name", function.get("name"))
             if not isinstance(function.get("parameters", {}), (dict, type(None))):
                 raise ValueError(f"{place}.parameters must be an object")
+            check_nesting(place, function)
             check_characters(place, json.dumps(function, ensure_ascii=False))
             tools.append({"type": "function", "function": function})
         return tuple(tools)

@@ -5,13 +5,20 @@ Free of torch, of HTTP and of llguidance, whose JSON of grammars the functions b
 
 import json
 import keyword
-from collections.abc import Callable, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from typing import Any
 
 JSON_CHARACTERS = 65536  # of a schema, or a grammar
 JSON_DEPTH = 64
+INDENT = 4  # spaces of a level, where a prompt shows tools over several lines
+# llguidance counts remainders in a state each, some 400 bytes and 10 microseconds: multipleOf 10^9
+# would take all memory. Several of a schema multiply: their least common multiple is bounded.
+MOST_MULTIPLE = 10_000
 REGEX_CHARACTERS = 4096
 CHOICES = 1024
 # What may stand between JSON's tokens: without a bound, a model can write spaces forever.
@@ -20,6 +27,9 @@ CALL_WHITESPACE = "[ ]?"
 ANY_OBJECT = {"type": "object"}
 # Forced text may be any of its tokens' sequences: the model's own tokenization is among them.
 NO_FORCING = '%llguidance {"no_forcing": true}'
+# What a grammar in Lark has; as llguidance's own check, which takes quadratic time on empty lines.
+LARK = re.compile(r"^[^\S\n]*(?:%llguidance\b|start\s*:)", re.MULTILINE)
+JSON_IN_LARK = re.compile(r"%json\s*(?=\{)")
 
 
 @dataclass(frozen=True)
@@ -50,22 +60,63 @@ def guided_schema(name: str, schema: Any, whitespace: str) -> dict[str, Any]:
 
 
 def check_schema_size(name: str, schema: Any) -> None:
-    """Raises ValueError where JSON is too large or nested too deep."""
-    level, depth = [schema], 0
-    while level:
-        depth += 1
-        if depth > JSON_DEPTH:
-            raise ValueError(f"{name} is nested deeper than {JSON_DEPTH} levels")
-        deeper: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                deeper += value.values()
-            elif isinstance(value, list):
-                deeper += value
-        level = deeper
+    """Raises ValueError where a schema is too large, nested too deep, or too costly to compile."""
+    check_nesting(name, schema)
     size = len(json.dumps(schema))
     if size > JSON_CHARACTERS:
         raise ValueError(f"{name} must have at most {JSON_CHARACTERS} characters, got {size}")
+    check_multiples(name, schema)
+
+
+def levels_of(value: Any) -> Iterator[list[Any]]:
+    """The values of JSON by how deep they are nested: the whole first."""
+    level = [value]
+    while level:
+        yield level
+        deeper: list[Any] = []
+        for inside in level:
+            if isinstance(inside, dict):
+                deeper += inside.values()
+            elif isinstance(inside, list):
+                deeper += inside
+        level = deeper
+
+
+def check_nesting(name: str, value: Any) -> None:
+    """Raises ValueError where JSON is nested too deep."""
+    for depth, _ in enumerate(levels_of(value), 1):
+        if depth > JSON_DEPTH:
+            raise ValueError(f"{name} is nested deeper than {JSON_DEPTH} levels")
+
+
+def indented_size(value: Any) -> int:
+    """Characters of JSON that is written over several lines: much more than on one, if deep."""
+    size = len(json.dumps(value, ensure_ascii=False))
+    for depth, level in enumerate(levels_of(value)):
+        ends = sum(isinstance(inside, (dict, list)) for inside in level)
+        size += (INDENT * depth + 1) * (len(level) + ends)  # an end has a line of its own
+    return size
+
+
+def check_multiples(name: str, schema: Any) -> None:
+    """Raises ValueError where its multipleOf together need too many states of an automaton."""
+    together = 1
+    for level in levels_of(schema):
+        for inside in level:
+            multiple = inside.get("multipleOf") if isinstance(inside, dict) else None
+            if type(multiple) in (int, float):
+                together = math.lcm(together, significant_digits(multiple))
+            if together > MOST_MULTIPLE:
+                raise ValueError(
+                    f"{name}: the least common multiple of the digits of its multipleOf must be "
+                    f"at most {MOST_MULTIPLE}, got one that goes beyond with {multiple:g}"
+                )
+
+
+def significant_digits(number: float) -> int:
+    """The digits of a number without its sign, its point and zeros at the end; 1 for 0."""
+    digits = "".join(map(str, Decimal(repr(number)).as_tuple().digits))
+    return int(digits.rstrip("0") or "1")
 
 
 def regex_form(name: str, pattern: Any) -> Form:
@@ -77,6 +128,12 @@ def regex_form(name: str, pattern: Any) -> Form:
 def grammar_form(name: str, grammar: Any) -> Form:
     """Of a text by a grammar in llguidance's form of Lark, or llama.cpp's GBNF."""
     check_text(name, grammar, JSON_CHARACTERS)
+    for found in JSON_IN_LARK.finditer(grammar):
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(grammar, found.end())
+        except (ValueError, RecursionError):
+            raise ValueError(f"{name}: what follows %json must be a JSON schema") from None
+        check_schema_size(f"{name}: the schema after %json", schema)
     return Form(json.dumps({"grammar": grammar}))
 
 
@@ -279,15 +336,17 @@ def answer_grammar(shape: AnswerShape, form: Form | None, tools: Sequence[dict[s
 def entry_of(form: Form) -> dict[str, Any]:
     """An entry of llguidance's grammars."""
     from llguidance import regex_to_lark
-    from llguidance.gbnf_to_lark import any_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
     entry = json.loads(form.grammar)
     if "regex" in entry:
         # \d, \w and \s are Unicode's, as in Python.
         return {"lark_grammar": f"start: /{regex_to_lark(entry['regex'], '')}/"}
     if "grammar" in entry:
+        if LARK.search(entry["grammar"]):
+            return {"lark_grammar": entry["grammar"]}
         try:
-            return {"lark_grammar": any_to_lark(entry["grammar"])}
+            return {"lark_grammar": gbnf_to_lark(entry["grammar"])}
         except Exception as error:  # the converter raises what it likes
             why = " ".join(str(error).split())[:200]
             raise ValueError(f"the grammar is neither Lark nor GBNF: {why}") from None
@@ -339,6 +398,8 @@ def fenced_call(
         raise ValueError(f"{place}.properties must be an object")
     shared = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
     required = parameters.get("required") or []
+    if not isinstance(required, list):
+        raise ValueError(f"{place}.required must be a list of names")
     entries = list(properties.items())
     for position, (name, schema) in enumerate(entries):
         if not name.isidentifier() or keyword.iskeyword(name):

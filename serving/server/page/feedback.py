@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from finetune.files import utf8_json
 from serving.server.access import ApiError
 from serving.server.fields import CHAT_TABLE, Text
 from serving.server.monitor import LogFile
@@ -46,7 +47,7 @@ class FeedbackFile:
     def add(self, line: dict[str, Any]) -> None:
         """Append a line. Raises OSError where it cannot be written."""
         with self._lock:
-            self._file.write(json.dumps(line, ensure_ascii=False))
+            self._file.write(utf8_json(line))
             if self._file.lost_lines:
                 raise OSError(f"{self.path} cannot be written")
 
