@@ -12,7 +12,8 @@ from typing import Any
 
 WHITESPACE = " \t\n\r"
 SPACES = re.compile(f"[{WHITESPACE}]*")
-MOST_MEMBERS = 1024  # of an object: reading millions would hold up all other requests
+# Reading millions of values, or of members of the whole, would hold up all other requests.
+MOST_VALUES, MOST_MEMBERS = 2**20, 1024
 MOST_ANSWERS = 128  # that are counted as load: an engine refuses more
 MOST_LIMIT = 2**31 - 1  # tokens of an answer, likewise
 PREFIX_CHARACTERS = 512  # from one prefix of a long message to the next
@@ -104,7 +105,12 @@ def merged(given: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]
 
 
 def parse_request_body(body: bytes) -> RequestBody | None:
-    """The fields of a body; None where it is no JSON object, which the engine will say itself."""
+    """The fields of a body; None where it is no JSON object, which the engine will say itself.
+
+    None too where it may hold more than MOST_VALUES values, by its commas.
+    """
+    if body.count(b",") >= MOST_VALUES:
+        return None
     try:
         text = body.decode()
         members = object_members(text)

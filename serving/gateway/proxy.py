@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 MOST_TRIES = 4  # of a request, in all; it may be the reason why upstreams fail
 MOST_BODY_BYTES = 64 * 2**20
+MOST_HELD_BYTES = 2**30  # of the bodies of all open requests
 BODY_S = 60.0  # for a client to send a body
 READ_S = 30.0  # for a client to read a part of its answer
 RETRY_AFTER_S = "2"
@@ -118,7 +119,7 @@ class Gateway:
         observe: called with each answer's prompt, tokens and whether it ended by itself.
         log_file: of the same, as rows of a length predictor; None without --log.
         session: of HTTP to the upstreams; set while it serves.
-        open: requests in it. draining: it takes no more.
+        open: requests in it; held_bytes: of their bodies. draining: it takes no more.
         view: of what it does. page: what shows it; None without.
         unknown_lengths: answers whose upstream reported no usage.
     """
@@ -146,7 +147,7 @@ class Gateway:
         self.observe: Callable[[str, int, bool], None] = lambda prompt, tokens, finished: None
         self.log_file: LogFile | None = None
         self.session: aiohttp.ClientSession | None = None
-        self.open = self.unknown_lengths = 0
+        self.open = self.held_bytes = self.unknown_lengths = 0
         self.draining = False
         self.view = GatewayView(dispatcher, self.drift)
         self.page: OwnPage | None = None
@@ -214,8 +215,15 @@ class Gateway:
             text = f"{self.open} requests are open (--max_requests)"
             raise ApiError(429, text, "queue_full", retry_later())
         self.open += 1
+        held = 0
         try:
             body = await body_of_request(request)
+            if self.held_bytes + len(body) > MOST_HELD_BYTES:
+                text = f"the bodies of open requests have {self.held_bytes:,} bytes, with this one "
+                text += f"{self.held_bytes + len(body):,}: more than {MOST_HELD_BYTES:,}"
+                raise ApiError(429, text, "queue_full", retry_later())
+            held = len(body)
+            self.held_bytes += held
             call = await self._call_of(request, body, exchange)
             if not call.is_answer:
                 response = await self._forward(call)
@@ -226,6 +234,7 @@ class Gateway:
             return response
         finally:
             self.open -= 1
+            self.held_bytes -= held
 
     async def _call_of(self, request: web.BaseRequest, body: bytes, exchange: Exchange) -> Call:
         """A request with its prediction, and its place in the order."""

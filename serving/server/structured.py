@@ -13,6 +13,8 @@ from decimal import Decimal
 from functools import partial
 from typing import Any
 
+from chatglm.files import shorten
+
 JSON_CHARACTERS = 65536  # of a schema, or a grammar
 JSON_DEPTH = 64
 INDENT = 4  # spaces of a level, where a prompt shows tools over several lines
@@ -53,7 +55,7 @@ def guided_schema(name: str, schema: Any, whitespace: str) -> dict[str, Any]:
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
     if not isinstance(schema, dict):
-        raise ValueError(f"{name} must be a JSON schema: an object")
+        raise ValueError(f"{name} must be a JSON schema: an object, got {shorten(schema)}")
     check_schema_size(name, schema)
     options = {"whitespace_pattern": whitespace, "coerce_one_of": True}
     return {**schema, "x-guidance": options}
@@ -68,7 +70,7 @@ def check_schema_size(name: str, schema: Any) -> None:
     check_multiples(name, schema)
 
 
-def levels_of(value: Any) -> Iterator[list[Any]]:
+def nesting_levels(value: Any) -> Iterator[list[Any]]:
     """The values of JSON by how deep they are nested: the whole first."""
     level = [value]
     while level:
@@ -84,7 +86,7 @@ def levels_of(value: Any) -> Iterator[list[Any]]:
 
 def check_nesting(name: str, value: Any) -> None:
     """Raises ValueError where JSON is nested too deep."""
-    for depth, _ in enumerate(levels_of(value), 1):
+    for depth, _ in enumerate(nesting_levels(value), 1):
         if depth > JSON_DEPTH:
             raise ValueError(f"{name} is nested deeper than {JSON_DEPTH} levels")
 
@@ -92,7 +94,7 @@ def check_nesting(name: str, value: Any) -> None:
 def indented_size(value: Any) -> int:
     """Characters of JSON that is written over several lines: much more than on one, if deep."""
     size = len(json.dumps(value, ensure_ascii=False))
-    for depth, level in enumerate(levels_of(value)):
+    for depth, level in enumerate(nesting_levels(value)):
         ends = sum(isinstance(inside, (dict, list)) for inside in level)
         size += (INDENT * depth + 1) * (len(level) + ends)  # an end has a line of its own
     return size
@@ -101,11 +103,11 @@ def indented_size(value: Any) -> int:
 def check_multiples(name: str, schema: Any) -> None:
     """Raises ValueError where its multipleOf together need too many states of an automaton."""
     together = 1
-    for level in levels_of(schema):
+    for level in nesting_levels(schema):
         for inside in level:
             multiple = inside.get("multipleOf") if isinstance(inside, dict) else None
             if type(multiple) in (int, float):
-                together = math.lcm(together, significant_digits(multiple))
+                together = math.lcm(together, digits_of_number(multiple))
             if together > MOST_MULTIPLE:
                 raise ValueError(
                     f"{name}: the least common multiple of the digits of its multipleOf must be "
@@ -113,7 +115,7 @@ def check_multiples(name: str, schema: Any) -> None:
                 )
 
 
-def significant_digits(number: float) -> int:
+def digits_of_number(number: float) -> int:
     """The digits of a number without its sign, its point and zeros at the end; 1 for 0."""
     digits = "".join(map(str, Decimal(repr(number)).as_tuple().digits))
     return int(digits.rstrip("0") or "1")
@@ -140,7 +142,9 @@ def grammar_form(name: str, grammar: Any) -> Form:
 def choice_form(name: str, choices: Any) -> Form:
     """Of one of several texts."""
     if not isinstance(choices, list) or not 0 < len(choices) <= CHOICES:
-        raise ValueError(f"{name} must be a list of 1 to {CHOICES} texts")
+        raise ValueError(
+            f"{name} must be a list of 1 to {CHOICES} texts, got {counted_or_shown(choices)}"
+        )
     for number, choice in enumerate(choices):
         check_text(f"{name}[{number}]", choice, REGEX_CHARACTERS)
     alternatives = " | ".join(map(lark_text, choices))
@@ -150,11 +154,17 @@ def choice_form(name: str, choices: Any) -> Form:
 def check_text(name: str, text: Any, longest: int) -> None:
     """Raises ValueError where it is no text, empty, too long, or no Unicode."""
     if not isinstance(text, str) or not 0 < len(text) <= longest:
-        raise ValueError(f"{name} must be a text of 1 to {longest} characters")
+        got = len(text) if isinstance(text, str) else shorten(text)
+        raise ValueError(f"{name} must be a text of 1 to {longest} characters, got {got}")
     try:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"{name} holds half of a surrogate pair, which is no character") from None
+
+
+def counted_or_shown(value: Any) -> str:
+    """What came instead of a list of some length, as an error says it."""
+    return str(len(value)) if isinstance(value, list) else shorten(value)
 
 
 def lark_text(text: str) -> str:
@@ -191,10 +201,13 @@ class ResponseFormat:
             return json_form(name, ANY_OBJECT)
         if kind != "json_schema":
             kinds = '"text", "json_object" or "json_schema"'
-            raise ValueError(f"{name} must be an object of the type {kinds}")
+            raise ValueError(f"{name} must be an object of the type {kinds}, got {shorten(value)}")
         inside = value.get("json_schema")
         if not isinstance(inside, dict):
-            raise ValueError(f"{name}.json_schema must be an object with a name and a schema")
+            raise ValueError(
+                f"{name}.json_schema must be an object with a name and a schema, "
+                f"got {shorten(inside)}"
+            )
         return json_form(f"{name}.json_schema.schema", inside.get("schema", ANY_OBJECT))
 
     def schema(self) -> dict[str, Any]:
@@ -236,7 +249,9 @@ class Guided:
             try:
                 value = json.loads(value)
             except (ValueError, RecursionError):
-                raise ValueError(f"{name} must be a JSON schema, or its text") from None
+                raise ValueError(
+                    f"{name} must be a JSON schema, or its text, got {shorten(value)}"
+                ) from None
         return STRUCTURED[self.kind](name, value)
 
     def schema(self) -> dict[str, Any]:
@@ -259,7 +274,9 @@ class StructuredOutputs:
             return json_form(name, ANY_OBJECT)
         if len(given) != 1 or given[0] not in STRUCTURED:
             kinds = ", ".join([*STRUCTURED, "json_object"])
-            raise ValueError(f"{name} must be an object with exactly one of {kinds}")
+            raise ValueError(
+                f"{name} must be an object with exactly one of {kinds}, got {shorten(value)}"
+            )
         return Guided(given[0], "").read(f"{name}.{given[0]}", value[given[0]])
 
     def schema(self) -> dict[str, Any]:
@@ -395,17 +412,19 @@ def fenced_call(
     check_schema_size(place, parameters)
     properties = parameters.get("properties") or {}
     if not isinstance(properties, dict):
-        raise ValueError(f"{place}.properties must be an object")
+        raise ValueError(f"{place}.properties must be an object, got {shorten(properties)}")
     shared = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
     required = parameters.get("required") or []
     if not isinstance(required, list):
-        raise ValueError(f"{place}.required must be a list of names")
+        raise ValueError(f"{place}.required must be a list of names, got {shorten(required)}")
     entries = list(properties.items())
     for position, (name, schema) in enumerate(entries):
         if not name.isidentifier() or keyword.iskeyword(name):
             raise ValueError(f"{place}: ChatGLM3 writes arguments by Python names, got {name!r}")
         if not isinstance(schema, (dict, bool)):
-            raise ValueError(f"{place}.properties.{name} must be a JSON schema: an object")
+            raise ValueError(
+                f"{place}.properties.{name} must be a JSON schema: an object, got {shorten(schema)}"
+            )
         inside = {**shared, **schema} if isinstance(schema, dict) else schema
         guided = guided_schema(f"{place}.properties.{name}", inside, CALL_WHITESPACE)
         parts.append({"name": f"value{number}_{position}", "json_schema": guided})

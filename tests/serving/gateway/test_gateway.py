@@ -479,6 +479,20 @@ def test_a_client_that_leaves_while_it_is_written_to_is_not_late(engine, monkeyp
     assert (totals["cancelled"], totals["late"]) == (1, 0)
 
 
+def test_bodies_that_wait_are_bounded(engine, monkeypatch):
+    monkeypatch.setattr(proxy, "MOST_HELD_BYTES", 1500)
+    engine.holds = True
+    with gateway_before(engine) as gateway, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(gateway.ask, "x" * 1000)
+        wait_until(lambda: engine.now == 1)
+        refused = gateway.ask("x" * 1000)
+        assert refused.status_code == 429 and "more than 1,500" in refused.text
+        assert refused.headers["Retry-After"]
+        engine.holds = False
+        assert first.result().status_code == gateway.ask("x" * 1000).status_code == 200
+        assert gateway.gateway.held_bytes == 0
+
+
 @pytest.mark.parametrize("number", ["9" * 400, "1e999", "true"])
 @pytest.mark.parametrize("name", ["n", "slo_s", "max_tokens", "priority"])
 def test_numbers_of_any_size_are_the_engine_s_to_refuse(engine, name, number):

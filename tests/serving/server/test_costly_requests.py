@@ -17,11 +17,11 @@ from serving.server.responses import parse_response
 from serving.server.structured import (
     MOST_MULTIPLE,
     check_schema_size,
+    digits_of_number,
     entry_of,
     fenced_call,
     grammar_form,
     indented_size,
-    significant_digits,
 )
 from serving.server.text_encoder import TextEncoder
 from serving.server.tools import (
@@ -132,7 +132,7 @@ def test_a_long_name_of_a_token_is_one_line():
 
 def test_multiples_are_bounded():
     """llguidance takes some 400 bytes for each remainder: of 10^9 all memory there is."""
-    assert [significant_digits(n) for n in (0, 7, 200_000, 0.01, 12.5)] == [1, 7, 2, 1, 125]
+    assert [digits_of_number(n) for n in (0, 7, 200_000, 0.01, 12.5)] == [1, 7, 2, 1, 125]
     fine = {"properties": {"a": {"multipleOf": 0.01}, "multipleOf": {"multipleOf": 60}}}
     check_schema_size("x", fine)
     check_schema_size("x", {"multipleOf": MOST_MULTIPLE - 1})
