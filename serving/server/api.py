@@ -186,7 +186,7 @@ def add_answer_routes(app: FastAPI, service: Service, bodies: BodyReader) -> Non
         asked = await read(http, parse)
         check_model(asked.model, service.name, *service.adapters.names())
         with api_errors():
-            group = await service.ask(asked)
+            group = await unless_disconnected(http, service.ask(asked))
         response = respond(service, asked, group, http)
         if asked.stream:
             return EventStream(response)

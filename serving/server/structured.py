@@ -106,7 +106,7 @@ def check_multiples(name: str, schema: Any) -> None:
     for level in nesting_levels(schema):
         for inside in level:
             multiple = inside.get("multipleOf") if isinstance(inside, dict) else None
-            if type(multiple) in (int, float):
+            if isinstance(multiple, (int, float)):
                 together = math.lcm(together, digits_of_number(multiple))
             if together > MOST_MULTIPLE:
                 raise ValueError(

@@ -1,5 +1,6 @@
 """Small requests that would cost a server its memory, its time or its other answers."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -220,6 +221,36 @@ def test_an_answer_is_watched_by_its_last_tokens(text):
     assert found == wanted
 
 
+# ---- who leaves
+
+
+def post_bytes(path: str, body: str) -> bytes:
+    """A whole request, for a socket."""
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}Content-Type: application/json\r\n\r\n{body}".encode()
+
+
+def test_who_leaves_before_the_engine_has_it_makes_room(tiny_folders):
+    """Grammars are compiled one after another, which may take a while."""
+    waiting = []
+
+    async def never(write):
+        waiting.append(write)
+        await asyncio.Event().wait()
+
+    def prepare(service):
+        service.grammars.compiled = never
+
+    body = json.dumps({"messages": [ASKED], "guided_regex": "a"})
+    with running(tiny_folders["glm2"], prepare=prepare) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(post_bytes("/v1/chat/completions", body))
+            wait_until(lambda: waiting, 60)
+            assert server.service._preparing == 1
+        wait_until(lambda: server.service._preparing == 0, 60)
+        assert ask(server).status_code == 200
+
+
 # ---- embeddings
 
 
@@ -266,9 +297,7 @@ def test_embeddings_of_who_has_left_are_not_made(tiny_folders):
     def prepare(service):
         service.text_encoder = encoder
 
-    body = b'{"input": "x"}'
-    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
-    message = head.encode() + b"Content-Type: application/json\r\n\r\n" + body
+    message = post_bytes("/v1/embeddings", '{"input": "x"}')
     with running(tiny_folders["glm2"], prepare=prepare) as server:
         try:
             with socket.create_connection(("127.0.0.1", server.port)) as first:
