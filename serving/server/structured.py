@@ -106,12 +106,12 @@ def check_multiples(name: str, schema: Any) -> None:
     for level in nesting_levels(schema):
         for inside in level:
             multiple = inside.get("multipleOf") if isinstance(inside, dict) else None
-            if isinstance(multiple, (int, float)):
+            if isinstance(multiple, (int, float)) and not isinstance(multiple, bool):
                 together = math.lcm(together, digits_of_number(multiple))
             if together > MOST_MULTIPLE:
                 raise ValueError(
                     f"{name}: the least common multiple of the digits of its multipleOf must be "
-                    f"at most {MOST_MULTIPLE}, got one that goes beyond with {multiple:g}"
+                    f"at most {MOST_MULTIPLE}, got one that goes beyond with {shorten(multiple)}"
                 )
 
 

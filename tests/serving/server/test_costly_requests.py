@@ -137,9 +137,11 @@ def test_multiples_are_bounded():
     fine = {"properties": {"a": {"multipleOf": 0.01}, "multipleOf": {"multipleOf": 60}}}
     check_schema_size("x", fine)
     check_schema_size("x", {"multipleOf": MOST_MULTIPLE - 1})
+    check_schema_size("x", {"multipleOf": True})  # llguidance's to refuse
     for costly in (
         {"multipleOf": 10**9 + 7},
         {"multipleOf": 123456.5},
+        {"multipleOf": 10**400 + 1},
         {"items": [{"anyOf": [{"multipleOf": 499}, {"multipleOf": 503}]}]},
     ):
         with pytest.raises(ValueError, match="x: the least common multiple"):
