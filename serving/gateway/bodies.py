@@ -4,11 +4,18 @@
 """
 
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 WHITESPACE = " \t\n\r"
+SPACES = re.compile(f"[{WHITESPACE}]*")
+# Reading millions of values, or of members of the whole, would hold up all other requests.
+MOST_VALUES, MOST_MEMBERS = 2**20, 1024
+MOST_ANSWERS = 128  # that are counted as load: an engine refuses more
+MOST_LIMIT = 2**31 - 1  # tokens of an answer, likewise
 PREFIX_CHARACTERS = 512  # from one prefix of a long message to the next
 MOST_PROMPT_PREFIXES = 256  # of a prompt
 _decoder = json.JSONDecoder()
@@ -98,7 +105,12 @@ def merged(given: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]
 
 
 def parse_request_body(body: bytes) -> RequestBody | None:
-    """The fields of a body; None where it is no JSON object, which the engine will say itself."""
+    """The fields of a body; None where it is no JSON object, which the engine will say itself.
+
+    None too where it may hold more than MOST_VALUES values, by its commas.
+    """
+    if body.count(b",") >= MOST_VALUES:
+        return None
     try:
         text = body.decode()
         members = object_members(text)
@@ -108,26 +120,33 @@ def parse_request_body(body: bytes) -> RequestBody | None:
     count = values.get("n")
     answers = 1
     if isinstance(count, int) and count > 1:
-        answers = count
-    seconds = values.get("slo_s")
-    slo_s = None
-    if isinstance(seconds, (int, float)) and seconds > 0:
-        slo_s = float(seconds)
+        answers = min(count, MOST_ANSWERS)
     return RequestBody(
         text=text,
         members=members,
         prompt=text_to_predict(values),
         max_tokens=least_limit(values),
         answers=answers,
-        slo_s=slo_s,
+        slo_s=positive_seconds(values.get("slo_s")),
     )
+
+
+def positive_seconds(value: Any) -> float | None:
+    """A number above 0 as a float; None where a field is none."""
+    if not isinstance(value, (int, float)):
+        return None
+    try:
+        seconds = float(value)
+    except OverflowError:  # a whole number beyond a float's range
+        return None
+    return seconds if 0 < seconds < math.inf else None
 
 
 def object_members(text: str) -> dict[str, Member]:
     """The members of the object that a JSON text is, with the places of their values.
 
     Raises:
-        ValueError: it is no object, or no JSON.
+        ValueError: it is no object, or no JSON, or has more than MOST_MEMBERS.
     """
     members: dict[str, Member] = {}
     place = _after_space(text, 0)
@@ -136,7 +155,7 @@ def object_members(text: str) -> dict[str, Member]:
     place = _after_space(text, place + 1)
     if text[place : place + 1] == "}":
         return members
-    while True:
+    for _ in range(MOST_MEMBERS):
         name_start = place
         name, place = _decoder.raw_decode(text, name_start)
         place = _after_space(text, place)
@@ -151,15 +170,17 @@ def object_members(text: str) -> dict[str, Member]:
         if text[place : place + 1] != ",":
             raise ValueError("no JSON object")
         place = _after_space(text, place + 1)
+    else:
+        raise ValueError("too many members")
     if text[place + 1 :].strip(WHITESPACE):
         raise ValueError("no JSON object")
     return members
 
 
 def _after_space(text: str, place: int) -> int:
-    while place < len(text) and text[place] in WHITESPACE:
-        place += 1
-    return place
+    found = SPACES.match(text, place)
+    assert found is not None  # it matches nothing too
+    return found.end()
 
 
 def least_limit(values: Mapping[str, Any]) -> int | None:
@@ -173,7 +194,7 @@ def least_limit(values: Mapping[str, Any]) -> int | None:
     limits = []
     for limit in candidates:
         if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
-            limits.append(limit)
+            limits.append(min(limit, MOST_LIMIT))
     return min(limits, default=None)
 
 

@@ -44,7 +44,9 @@ log = logging.getLogger(__name__)
 
 MOST_TRIES = 4  # of a request, in all; it may be the reason why upstreams fail
 MOST_BODY_BYTES = 64 * 2**20
+MOST_HELD_BYTES = 2**30  # of the bodies of all open requests
 BODY_S = 60.0  # for a client to send a body
+READ_S = 30.0  # for a client to read a part of its answer
 RETRY_AFTER_S = "2"
 BUSY_STATUSES = (429, 502, 503, 504)  # that another upstream may answer better
 # Of one connection (RFC 9110, 7.6.1), or written anew for the next one.
@@ -117,7 +119,7 @@ class Gateway:
         observe: called with each answer's prompt, tokens and whether it ended by itself.
         log_file: of the same, as rows of a length predictor; None without --log.
         session: of HTTP to the upstreams; set while it serves.
-        open: requests in it. draining: it takes no more.
+        open: requests in it; held_bytes: of their bodies. draining: it takes no more.
         view: of what it does. page: what shows it; None without.
         unknown_lengths: answers whose upstream reported no usage.
     """
@@ -145,7 +147,7 @@ class Gateway:
         self.observe: Callable[[str, int, bool], None] = lambda prompt, tokens, finished: None
         self.log_file: LogFile | None = None
         self.session: aiohttp.ClientSession | None = None
-        self.open = self.unknown_lengths = 0
+        self.open = self.held_bytes = self.unknown_lengths = 0
         self.draining = False
         self.view = GatewayView(dispatcher, self.drift)
         self.page: OwnPage | None = None
@@ -185,7 +187,8 @@ class Gateway:
 
     async def _answer(self, request: web.BaseRequest, exchange: Exchange) -> web.StreamResponse:
         headers = {name.lower(): value for name, value in request.raw_headers}
-        own_path = OWN_PATHS.get(request.path)
+        is_get = request.method in ("GET", "HEAD")
+        own_path = OWN_PATHS.get(request.path) if is_get else None
         page = self.page if self.page is not None and self.page.answers(request) else None
         # Paths that serving.server answers without a key, such as its page's, need one here.
         is_own = own_path is not None or page is not None
@@ -193,7 +196,7 @@ class Gateway:
         if not request.raw_path.startswith("/"):  # else it could name another host
             raise ApiError(400, "wanted a path that begins with a slash", "bad_path")
         response: web.StreamResponse | None = None
-        if own_path is not None and request.method in ("GET", "HEAD"):
+        if own_path is not None:
             response = own_path(self)
         elif page is not None:
             response = await page.answer(request)
@@ -212,8 +215,15 @@ class Gateway:
             text = f"{self.open} requests are open (--max_requests)"
             raise ApiError(429, text, "queue_full", retry_later())
         self.open += 1
+        held = 0
         try:
             body = await body_of_request(request)
+            if self.held_bytes + len(body) > MOST_HELD_BYTES:
+                text = f"the bodies of open requests have {self.held_bytes:,} bytes, with this one "
+                text += f"{self.held_bytes + len(body):,}: more than {MOST_HELD_BYTES:,}"
+                raise ApiError(429, text, "queue_full", retry_later())
+            held = len(body)
+            self.held_bytes += held
             call = await self._call_of(request, body, exchange)
             if not call.is_answer:
                 response = await self._forward(call)
@@ -224,6 +234,7 @@ class Gateway:
             return response
         finally:
             self.open -= 1
+            self.held_bytes -= held
 
     async def _call_of(self, request: web.BaseRequest, body: bytes, exchange: Exchange) -> Call:
         """A request with its prediction, and its place in the order."""
@@ -300,6 +311,9 @@ class Gateway:
                 allow_redirects=False,
             ) as reply:
                 return await self._relay(call, upstream, reply)
+        except ClientGone:
+            call.inflight.reason = "cancelled"
+            raise
         except aiohttp.ClientConnectorError as error:
             self._note_failure(upstream, error)
             raise UpstreamFailed(f"{upstream.base}: {upstream.why}") from None
@@ -422,11 +436,11 @@ class Gateway:
         response = web.StreamResponse(status=reply.status, reason=reply.reason, headers=headers)
         if reply.content_length is not None:
             response.content_length = reply.content_length
-        await deliver(response.prepare(call.request))
+        await deliver(call.request, response.prepare(call.request))
         try:
             while chunk:
                 call.inflight.progress(tail.add(chunk))
-                await deliver(response.write(chunk))
+                await deliver(call.request, response.write(chunk))
                 chunk = await self._next_chunk(content)
         except AnswerBroken as error:
             self.figures.count("broken_streams", upstream.base)
@@ -436,7 +450,7 @@ class Gateway:
             if call.request.transport is not None:
                 call.request.transport.abort()  # its client must not take it for whole
             return response
-        await deliver(response.write_eof())
+        await deliver(call.request, response.write_eof())
         return response
 
     @staticmethod
@@ -548,12 +562,21 @@ def retry_later() -> dict[str, str]:
     return {"Retry-After": RETRY_AFTER_S}
 
 
-async def deliver(writing: Awaitable[Any]) -> None:
-    """Write to the client. Raises ClientGone, never what an upstream's failure raises."""
+async def deliver(request: web.BaseRequest, writing: Awaitable[Any]) -> None:
+    """Write to the client. Raises ClientGone, never what an upstream's failure raises.
+
+    A client that does not read for READ_S is dropped: it would hold its place at the upstream.
+    """
+    late = None
+    if request.transport is not None:
+        late = asyncio.get_running_loop().call_later(READ_S, request.transport.abort)
     try:
         await writing
     except ConnectionError:
         raise ClientGone from None
+    finally:
+        if late is not None:
+            late.cancel()
 
 
 async def body_of_request(request: web.BaseRequest) -> bytes:

@@ -367,9 +367,10 @@ class ReplicaPool:
             replica.state = ENDED
             moved, replica.flights = list(replica.flights.values()), {}
             self._changed.notify_all()
-            if self._stopping:
-                return
-        self._pooled.left(replica)
+            is_stopping = self._stopping
+        self._pooled.left(replica)  # else a load would wait for it, and the process's end for that
+        if is_stopping:
+            return
         reason = replica.reason or f"it ended with exit code {code}"
         if was_ready:
             replica.failures = 0 if served_s > STEADY_S else replica.failures + 1

@@ -82,7 +82,7 @@ class PooledAdapters:
 
     def restore(self, replica: Replica) -> None:
         """Load all adapters in a replica that has started again."""
-        for name, folder in self.loaded.items():
+        for name, folder in list(self.loaded.items()):  # others are loaded meanwhile
             replica.send(LoadLora(0, name, folder))
 
     def answered(self, replica: Replica, result: LoraResult) -> None:
@@ -112,11 +112,11 @@ class PooledAdapters:
     def _call(self, message: Callable[[int], Any]) -> list[tuple[str, str]]:
         """Send a message to every replica that is ready; the errors of those that fail."""
         number = next(self._numbers)
-        ready = self._ready_replicas()
-        if not ready:
-            return [("ValueError", "no replica is ready; try again later")]
-        call = AdapterCall({replica.job.number for replica in ready})
-        with self._lock:
+        with self._lock:  # a replica that ends now says so to a call that is known
+            ready = self._ready_replicas()
+            if not ready:
+                return [("ValueError", "no replica is ready; try again later")]
+            call = AdapterCall({replica.job.number for replica in ready})
             self._calls[number] = call
         for replica in ready:
             replica.send(message(number))

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as Http
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -32,10 +32,10 @@ from serving.server.access import (
 from serving.server.adapters import add_adapter_routes
 from serving.server.chat import parse_body
 from serving.server.chat_completions import ChatResponse
-from serving.server.choices import EventStream
+from serving.server.choices import EventStream, unless_disconnected
 from serving.server.completions import CompletionResponse, parse_completion
 from serving.server.embeddings import EmbeddingResponse, embedding_list, parse_embedding
-from serving.server.json_bodies import CLIENT_S, BodyReader
+from serving.server.json_bodies import CLIENT_S, BodyReader, Utf8Json
 from serving.server.openapi import openapi_document
 from serving.server.page.routes import add_page_routes
 from serving.server.predictors import add_predictor_routes
@@ -69,7 +69,13 @@ def make_app(
         client_s: within which a client must have sent its body.
         page: serve a page at `/`.
     """
-    app = FastAPI(title="GLM Foundry", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="GLM Foundry",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        default_response_class=Utf8Json,
+    )
     needs_key = bool(access_rules and access_rules.keys)
     schema = partial(openapi_document, service.name, needs_key=needs_key)
     app.openapi = schema  # type: ignore[method-assign]  # FastAPI's documented way
@@ -113,7 +119,7 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(http: Http, error: ApiError):
         note_error(http.scope, error)
-        return JSONResponse(error.body(), error.status, headers=error.headers)
+        return Utf8Json(error.body(), error.status, headers=error.headers)
 
     @app.exception_handler(HTTPException)
     async def http_error(http: Http, error: HTTPException):
@@ -122,7 +128,7 @@ def add_error_handlers(app: FastAPI) -> None:
         headers = error.headers
         if error.status_code == 405:
             headers = {"Allow": ", ".join(allowed_methods(app, http))}
-        return JSONResponse(wrapped.body(), error.status_code, headers=headers)
+        return Utf8Json(wrapped.body(), error.status_code, headers=headers)
 
     @app.exception_handler(ClientDisconnect)
     async def client_gone(http: Http, error: Exception):
@@ -136,7 +142,7 @@ def add_state_routes(app: FastAPI, service: Service) -> None:
     @get("/health")
     async def health():
         state = service.failure or ("draining" if service.draining else service.backend.state())
-        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
+        return Utf8Json({"status": state}, 200 if state == "ok" else 503)
 
     @get("/health/live")
     async def live():
@@ -180,7 +186,7 @@ def add_answer_routes(app: FastAPI, service: Service, bodies: BodyReader) -> Non
         asked = await read(http, parse)
         check_model(asked.model, service.name, *service.adapters.names())
         with api_errors():
-            group = await service.ask(asked)
+            group = await unless_disconnected(http, service.ask(asked))
         response = respond(service, asked, group, http)
         if asked.stream:
             return EventStream(response)
@@ -202,7 +208,8 @@ def add_answer_routes(app: FastAPI, service: Service, bodies: BodyReader) -> Non
         check_model(asked.model, encoder.name)
         with api_errors():
             service.check_open()
-            vectors, tokens = await asyncio.to_thread(encoder.encode, asked.inputs)
+            encoding = encoder.encoded(asked.inputs, service.max_queue)
+            vectors, tokens = await unless_disconnected(http, encoding)
         return embedding_list(vectors, tokens, asked.as_base64, encoder.name)
 
     @post("/v1/responses")

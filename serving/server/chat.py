@@ -11,7 +11,13 @@ from chatglm.chat_template import called_tools
 from chatglm.families import Family, family_of
 from serving.server.fields import CHAT_TABLE, ChatMessage
 from serving.server.generation import GenerationRequest, PromptIds, settle_options
-from serving.server.structured import AnswerShape, Form, answer_grammar, single_form
+from serving.server.structured import (
+    AnswerShape,
+    Form,
+    answer_grammar,
+    indented_size,
+    single_form,
+)
 from serving.server.text_stream import TextStream
 from serving.server.tool_choice import ToolSelection
 from serving.server.tools import call_form, check_tools
@@ -45,7 +51,10 @@ class ChatRequest(GenerationRequest):
         return self.tools
 
     def sizes(self) -> tuple[int, int]:
-        return len(self.messages), sum(len(message.text) for message in self.messages)
+        characters = sum(map(indented_size, self.tools))
+        for message in self.messages:
+            characters += len(message.text) + sum(map(indented_size, message.calls))
+        return len(self.messages), characters
 
     def encoded(
         self, tokenizer: "FamilyTokenizer", prompt_options: dict[str, Any]

@@ -7,8 +7,8 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request as Http
 from fastapi.responses import StreamingResponse
@@ -22,6 +22,7 @@ from serving.server.service import ActiveRequest, AnswerGroup, Service
 from serving.server.tools import CallWatch, parsed_answer
 
 CLOSING = "the server is shutting down"
+Result = TypeVar("Result")
 FINISH = {"stop": "stop", "length": "length", "cut": "length"}
 
 
@@ -131,8 +132,7 @@ class Choices:
         self.disconnected = False
 
     async def _watch(self) -> None:
-        while (await self.http.receive())["type"] != "http.disconnect":
-            pass
+        await until_disconnected(self.http)
         self.disconnected = True
         self.group.tokens.put_nowait((0, None))
 
@@ -197,6 +197,30 @@ class Choices:
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
         }
+
+
+async def until_disconnected(http: Http) -> None:
+    """Return when the client has disconnected; its body has been read."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_disconnected(http: Http, work: Coroutine[Any, Any, Result]) -> Result:
+    """What `work` returns; where the client leaves, it is cancelled.
+
+    Raises:
+        ClientDisconnect: the client has left.
+    """
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(until_disconnected(http))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        watcher.cancel()
 
 
 class Streamed(Protocol):

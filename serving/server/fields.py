@@ -9,8 +9,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+from chatglm.files import shorten
 from finetune.rows.fields import ROLE_NAMES
-from serving.server.structured import Guided, ResponseFormat, StructuredOutputs
+from serving.server.structured import (
+    Guided,
+    ResponseFormat,
+    StructuredOutputs,
+    check_nesting,
+    counted_or_shown,
+)
 from serving.server.tool_choice import ToolChoice
 from serving.tools.names import check_tool_name
 
@@ -89,7 +96,9 @@ class Number:
             kind = "whole number" if self.kind is int else "number"
             low = f"{'above' if self.above else 'at least'} {self.least}"
             most = self.most if self.kind is int else f"{self.most:g}"
-            raise ValueError(f"{name} must be a {kind} {low} and at most {most}")
+            raise ValueError(
+                f"{name} must be a {kind} {low} and at most {most}, got {shorten(value)}"
+            )
         return self.kind(value)
 
     def schema(self) -> Schema:
@@ -112,7 +121,7 @@ class Flag:
 
     def read(self, name: str, value: Any) -> bool:
         if type(value) is not bool:
-            raise ValueError(f"{name} must be true or false")
+            raise ValueError(f"{name} must be true or false, got {shorten(value)}")
         return value
 
     def schema(self) -> Schema:
@@ -126,7 +135,7 @@ class Text:
 
     def read(self, name: str, value: Any) -> str:
         if not isinstance(value, str):
-            raise ValueError(f"{name} must be text")
+            raise ValueError(f"{name} must be text, got {shorten(value)}")
         if len(value) > self.longest:
             raise ValueError(
                 f"{name} must have at most {self.longest} characters, got {len(value)}"
@@ -152,12 +161,15 @@ class Stops:
             or not all(isinstance(s, str) for s in stops)
         ):
             raise ValueError(
-                f"{name} must be a text or at most {self.most} texts, none of them empty"
+                f"{name} must be a text or at most {self.most} texts, none of them empty, "
+                f"got {shorten(value)}"
             )
-        if not all(0 < len(stop) <= STOP_CHARACTERS for stop in stops):
-            raise ValueError(
-                f"{name} must be texts of 1 to {STOP_CHARACTERS} characters, none of them empty"
-            )
+        for stop in stops:
+            if not 0 < len(stop) <= STOP_CHARACTERS:
+                raise ValueError(
+                    f"{name} must be texts of 1 to {STOP_CHARACTERS} characters, got one of "
+                    f"{len(stop)}"
+                )
         return tuple(map(partial(check_characters, name), stops))
 
     def schema(self) -> Schema:
@@ -174,7 +186,8 @@ class TokenIds:
         ids = value if isinstance(value, list) and len(value) <= STOP_IDS else [None]
         if not all(type(token) is int and 0 <= token <= MOST for token in ids):
             raise ValueError(
-                f"{name} must be a list of at most {STOP_IDS} token ids from 0 to {MOST}"
+                f"{name} must be a list of at most {STOP_IDS} token ids from 0 to {MOST}, "
+                f"got {shorten(value)}"
             )
         return frozenset(ids)
 
@@ -195,11 +208,17 @@ class LogitBias:
     def read(self, name: str, value: Any) -> tuple[tuple[int, float], ...]:
         """(token id, what is added to its logit) in ascending order."""
         if not isinstance(value, dict) or len(value) > BIASES:
-            raise ValueError(f"{name} must be an object of at most {BIASES} token ids")
+            raise ValueError(
+                f"{name} must be an object of at most {BIASES} token ids, got {shorten(value)}"
+            )
         biases = []
         for token, bias in value.items():
-            if not token.isascii() or not token.isdigit() or int(token) > MOST:
-                raise ValueError(f"{name} must name tokens by ids from 0 to {MOST}")
+            # Python refuses to read a text of thousands of digits.
+            is_short = len(token) <= len(str(MOST))
+            if not (is_short and token.isascii() and token.isdigit()) or int(token) > MOST:
+                raise ValueError(
+                    f"{name} must name tokens by ids from 0 to {MOST}, got {shorten(token)}"
+                )
             biases.append((int(token), BIAS.read(f"{name}[{token}]", bias)))
         return tuple(sorted(biases))
 
@@ -224,7 +243,9 @@ class Prompts:
         if prompts and all(type(token) is int for token in prompts):
             prompts = [prompts]
         if not 0 < len(prompts) <= PROMPTS:
-            raise ValueError(f"{name} must be 1 to {PROMPTS} texts or lists of token ids")
+            raise ValueError(
+                f"{name} must be 1 to {PROMPTS} texts or lists of token ids, got {len(prompts)}"
+            )
         read: list[str | tuple[int, ...]] = []
         for number, prompt in enumerate(prompts):
             place = f"{name}[{number}]" if len(prompts) > 1 else name
@@ -233,7 +254,9 @@ class Prompts:
                 continue
             ids: list[Any] = prompt if isinstance(prompt, list) and prompt else [None]
             if not all(type(token) is int and 0 <= token <= MOST for token in ids):
-                raise ValueError(f"{place} must be a text, or token ids from 0 to {MOST}")
+                raise ValueError(
+                    f"{place} must be a text, or token ids from 0 to {MOST}, got {shorten(prompt)}"
+                )
             read.append(tuple(ids))
         return tuple(read)
 
@@ -252,7 +275,7 @@ class Encoding:
     def read(self, name: str, value: Any) -> bool:
         """Whether it is base64."""
         if value not in ("float", "base64"):
-            raise ValueError(f'{name} must be "float" or "base64"')
+            raise ValueError(f'{name} must be "float" or "base64", got {shorten(value)}')
         return value == "base64"
 
     def schema(self) -> Schema:
@@ -266,7 +289,7 @@ class StreamOptions:
     def read(self, name: str, value: Any) -> bool:
         """Whether the client asks for the usage."""
         if not isinstance(value, dict):
-            raise ValueError(f"{name} must be an object")
+            raise ValueError(f"{name} must be an object, got {shorten(value)}")
         wanted = value.get("include_usage")
         return wanted is not None and Flag("").read(f"{name}.include_usage", wanted)
 
@@ -282,7 +305,7 @@ class Messages:
     def read(self, name: str, value: Any) -> tuple[ChatMessage, ...]:
         """The messages."""
         if not isinstance(value, list) or not value:
-            raise ValueError(f"{name} must be a list of at least one message")
+            raise ValueError(f"{name} must be a list of at least one message, got {shorten(value)}")
         messages = []
         for i, message in enumerate(value):
             messages.append(self._one(f"{name}[{i}]", message))
@@ -297,7 +320,10 @@ class Messages:
     def _one(name: str, message: Any) -> ChatMessage:
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"{name} must be an object with a role of {', '.join(ROLES)}")
+            got = shorten(role if isinstance(message, dict) else message)
+            raise ValueError(
+                f"{name} must be an object with a role of {', '.join(ROLES)}, got {got}"
+            )
         content = message.get("content")
         if isinstance(content, list):
             content = text_of_parts(content)
@@ -305,7 +331,8 @@ class Messages:
         if content is None and role == "assistant":
             content = ""
         if not isinstance(content, str):
-            raise ValueError(f"{name}.content must be text")
+            got = shorten(message.get("content"))
+            raise ValueError(f"{name}.content must be text, got {got}")
         return ChatMessage(ROLES[role], check_characters(f"{name}.content", content), calls)
 
     def schema(self) -> Schema:
@@ -367,20 +394,25 @@ def read_calls(name: str, message: dict[str, Any]) -> tuple[dict[str, Any], ...]
     if message.get("function_call") is not None:
         calls = [{"function": message["function_call"]}]
     if not isinstance(calls, list) or len(calls) > TOOLS:
-        raise ValueError(f"{name}.tool_calls must be a list of at most {TOOLS} calls")
+        raise ValueError(
+            f"{name}.tool_calls must be a list of at most {TOOLS} calls, got {shorten(calls)}"
+        )
     read = []
     for number, call in enumerate(calls):
         place = f"{name}.tool_calls[{number}]"
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict):
-            raise ValueError(f"{place} must be an object with a function")
+            raise ValueError(f"{place} must be an object with a function, got {shorten(call)}")
         arguments = function.get("arguments") or "{}"
         try:
             values = json.loads(arguments) if isinstance(arguments, str) else arguments
         except (ValueError, RecursionError):
             values = None
         if not isinstance(values, dict):
-            raise ValueError(f"{place}.function.arguments must be a JSON object")
+            raise ValueError(
+                f"{place}.function.arguments must be a JSON object, got {shorten(arguments)}"
+            )
+        check_nesting(f"{place}.function.arguments", values)
         tool = check_tool_name(f"{place}.function.name", function.get("name"))
         read.append({"function": {"name": tool, "arguments": values}})
     return tuple(read)
@@ -396,7 +428,9 @@ class Tools:
     def read(self, name: str, value: Any) -> tuple[dict[str, Any], ...]:
         """{"type": "function", "function": {"name", ...}} of each tool."""
         if not isinstance(value, list) or len(value) > TOOLS:
-            raise ValueError(f"{name} must be a list of at most {TOOLS} tools")
+            raise ValueError(
+                f"{name} must be a list of at most {TOOLS} tools, got {counted_or_shown(value)}"
+            )
         tools = []
         for number, tool in enumerate(value):
             place = f"{name}[{number}]"
@@ -405,10 +439,15 @@ class Tools:
             )
             function = tool if self.functions else is_tool and tool.get("function")
             if not is_tool or not isinstance(function, dict):
-                raise ValueError(f"{place} must be an object of type function, with a function")
+                raise ValueError(
+                    f"{place} must be an object of type function, with a function, "
+                    f"got {shorten(tool)}"
+                )
             check_tool_name(f"{place}.name", function.get("name"))
             if not isinstance(function.get("parameters", {}), (dict, type(None))):
-                raise ValueError(f"{place}.parameters must be an object")
+                got = shorten(function["parameters"])
+                raise ValueError(f"{place}.parameters must be an object, got {got}")
+            check_nesting(place, function)
             check_characters(place, json.dumps(function, ensure_ascii=False))
             tools.append({"type": "function", "function": function})
         return tuple(tools)

@@ -1,11 +1,13 @@
-"""The JSON body of a request: its size, its time, its content type."""
+"""The JSON of a request's body, with its size, time and content type; and that of a response."""
 
 import asyncio
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from fastapi import Request as Http
+from fastapi.responses import JSONResponse
 
 from serving.server.access import ApiError
 from serving.server.choices import CLOSING
@@ -79,7 +81,7 @@ async def read_body(http: Http) -> bytearray:
 def parse_json(body: bytearray) -> Any:
     """Raises ValueError where it is no JSON."""
     try:
-        return json.loads(body.decode(), parse_constant=not_a_number)
+        return json.loads(body.decode(), parse_constant=not_a_number, parse_float=finite_number)
     except RecursionError:
         raise ValueError("the body is not valid JSON: nested too deep") from None
     except ValueError as error:
@@ -89,3 +91,24 @@ def parse_json(body: bytearray) -> Any:
 
 def not_a_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def finite_number(text: str) -> float:
+    """The number of a text. Raises ValueError where it is beyond a double's range."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:32]} is beyond the range of a number")
+    return number
+
+
+class Utf8Json(JSONResponse):
+    """A response's JSON in UTF-8; escaped where a text holds half of a surrogate pair.
+
+    UTF-8 has no bytes for it, and a client's JSON, or a model's, can hold one.
+    """
+
+    def render(self, content: Any) -> bytes:
+        try:
+            return bytes(super().render(content))
+        except UnicodeEncodeError:
+            return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()

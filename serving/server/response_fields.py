@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
-from serving.server.fields import MESSAGES, ROLES, TOOLS, Schema, check_characters
+from chatglm.files import shorten
+from serving.server.fields import (
+    MESSAGES,
+    ROLES,
+    TOOLS,
+    Schema,
+    check_characters,
+)
+from serving.server.structured import counted_or_shown
 
 PARTS = ("input_text", "output_text", "text")
 
@@ -18,7 +26,10 @@ class InputItems:
         if isinstance(value, str):
             return [{"role": "user", "content": check_characters(name, value)}]
         if not isinstance(value, list) or not 0 < len(value) <= MESSAGES:
-            raise ValueError(f"{name} must be a text, or a list of 1 to {MESSAGES} items")
+            raise ValueError(
+                f"{name} must be a text, or a list of 1 to {MESSAGES} items, "
+                f"got {counted_or_shown(value)}"
+            )
         messages: list[dict[str, Any]] = []
         for number, item in enumerate(value):
             message = self._message(f"{name}[{number}]", item)
@@ -32,7 +43,7 @@ class InputItems:
     @staticmethod
     def _message(place: str, item: Any) -> dict[str, Any]:
         if not isinstance(item, dict):
-            raise ValueError(f"{place} must be an object")
+            raise ValueError(f"{place} must be an object, got {shorten(item)}")
         kind = item.get("type", "message")
         if kind == "function_call":
             call = {"name": item.get("name"), "arguments": item.get("arguments")}
@@ -42,9 +53,10 @@ class InputItems:
             return {"role": "tool", "content": content_of(f"{place}.output", item.get("output"))}
         if kind != "message":
             kinds = "message, function_call or function_call_output"
-            raise ValueError(f"{place}.type must be {kinds}")
+            raise ValueError(f"{place}.type must be {kinds}, got {shorten(kind)}")
         if not isinstance(item.get("role"), str) or item["role"] not in ROLES:
-            raise ValueError(f"{place} must have a role of {', '.join(ROLES)}")
+            got = shorten(item.get("role"))
+            raise ValueError(f"{place} must have a role of {', '.join(ROLES)}, got {got}")
         content = content_of(f"{place}.content", item.get("content"))
         return {"role": item["role"], "content": content}
 
@@ -81,12 +93,15 @@ def content_of(place: str, content: Any) -> str:
     if isinstance(content, str):
         return check_characters(place, content)
     if not isinstance(content, list):
-        raise ValueError(f"{place} must be text")
+        raise ValueError(f"{place} must be text, got {shorten(content)}")
     texts = []
     for part in content:
         is_text = isinstance(part, dict) and part.get("type") in PARTS
         if not is_text or not isinstance(part.get("text"), str):
-            raise ValueError(f"{place} must be text, or parts of the types {', '.join(PARTS)}")
+            raise ValueError(
+                f"{place} must be text, or parts of the types {', '.join(PARTS)}, "
+                f"got {shorten(part)}"
+            )
         texts.append(part["text"])
     return check_characters(place, "".join(texts))
 
@@ -100,11 +115,15 @@ class ResponseTools:
     def read(self, name: str, value: Any) -> list[dict[str, Any]]:
         """In the form of chat completions, unchecked but for that."""
         if not isinstance(value, list) or len(value) > TOOLS:
-            raise ValueError(f"{name} must be a list of at most {TOOLS} tools")
+            raise ValueError(
+                f"{name} must be a list of at most {TOOLS} tools, got {counted_or_shown(value)}"
+            )
         tools = []
         for number, tool in enumerate(value):
             if not isinstance(tool, dict) or tool.get("type") != "function":
-                raise ValueError(f"{name}[{number}] must be an object of type function")
+                raise ValueError(
+                    f"{name}[{number}] must be an object of type function, got {shorten(tool)}"
+                )
             function = {key: inside for key, inside in tool.items() if key != "type"}
             tools.append({"type": "function", "function": function})
         return tools
@@ -136,7 +155,10 @@ class ResponseChoice:
         if isinstance(value, dict) and value.get("type") == "function" and "name" in value:
             return {"type": "function", "function": {"name": value["name"]}}
         if not isinstance(value, str):
-            raise ValueError(f"{name} must be a text, or an object of type function with a name")
+            raise ValueError(
+                f"{name} must be a text, or an object of type function with a name, "
+                f"got {shorten(value)}"
+            )
         return value
 
     def schema(self) -> Schema:
@@ -154,10 +176,10 @@ class TextFormat:
 
     def read(self, name: str, value: Any) -> Any:
         if not isinstance(value, dict):
-            raise ValueError(f"{name} must be an object")
+            raise ValueError(f"{name} must be an object, got {shorten(value)}")
         text_format = value.get("format")
         if text_format is not None and not isinstance(text_format, dict):
-            raise ValueError(f"{name}.format must be an object")
+            raise ValueError(f"{name}.format must be an object, got {shorten(text_format)}")
         if not text_format or text_format.get("type") != "json_schema":
             return text_format
         inside = {key: part for key, part in text_format.items() if key != "type"}

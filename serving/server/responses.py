@@ -23,6 +23,7 @@ from serving.server.response_fields import (
     TextFormat,
 )
 from serving.server.service import AnswerGroup, Service
+from serving.server.structured import check_nesting
 
 LEFT_OUT = ("n", "best_of", "max_length", "stream_options")
 RESPONSES_TABLE = FieldTable(
@@ -93,6 +94,8 @@ def parse_response(body: Any) -> ResponsesRequest:
         "text": {"format": (body.get("text") or {}).get("format") or {"type": "text"}},
         "metadata": body.get("metadata") or {},
     }
+    for name, value in echoed.items():
+        check_nesting(name, value)
     options = vars(asked) | {"unknown_fields": RESPONSES_TABLE.unknown(body)}
     return ResponsesRequest(**options, echoed=echoed)
 

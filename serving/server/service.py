@@ -197,6 +197,8 @@ class Service:
             self.page_tools.close()
         if self.feedback is not None:
             self.feedback.close()
+        if self.text_encoder is not None:
+            self.text_encoder.close()
         if self.backend.stop(timeout_s):
             self.monitor.close()
         else:  # it may still write to the log, so the log stays open

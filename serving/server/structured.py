@@ -5,13 +5,22 @@ Free of torch, of HTTP and of llguidance, whose JSON of grammars the functions b
 
 import json
 import keyword
-from collections.abc import Callable, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from typing import Any
 
+from chatglm.files import shorten
+
 JSON_CHARACTERS = 65536  # of a schema, or a grammar
 JSON_DEPTH = 64
+INDENT = 4  # spaces of a level, where a prompt shows tools over several lines
+# llguidance counts remainders in a state each, some 400 bytes and 10 microseconds: multipleOf 10^9
+# would take all memory. Several of a schema multiply: their least common multiple is bounded.
+MOST_MULTIPLE = 10_000
 REGEX_CHARACTERS = 4096
 CHOICES = 1024
 # What may stand between JSON's tokens: without a bound, a model can write spaces forever.
@@ -20,6 +29,9 @@ CALL_WHITESPACE = "[ ]?"
 ANY_OBJECT = {"type": "object"}
 # Forced text may be any of its tokens' sequences: the model's own tokenization is among them.
 NO_FORCING = '%llguidance {"no_forcing": true}'
+# What a grammar in Lark has; as llguidance's own check, which takes quadratic time on empty lines.
+LARK = re.compile(r"^[^\S\n]*(?:%llguidance\b|start\s*:)", re.MULTILINE)
+JSON_IN_LARK = re.compile(r"%json\s*(?=\{)")
 
 
 @dataclass(frozen=True)
@@ -43,29 +55,70 @@ def guided_schema(name: str, schema: Any, whitespace: str) -> dict[str, Any]:
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
     if not isinstance(schema, dict):
-        raise ValueError(f"{name} must be a JSON schema: an object")
+        raise ValueError(f"{name} must be a JSON schema: an object, got {shorten(schema)}")
     check_schema_size(name, schema)
     options = {"whitespace_pattern": whitespace, "coerce_one_of": True}
     return {**schema, "x-guidance": options}
 
 
 def check_schema_size(name: str, schema: Any) -> None:
-    """Raises ValueError where JSON is too large or nested too deep."""
-    level, depth = [schema], 0
-    while level:
-        depth += 1
-        if depth > JSON_DEPTH:
-            raise ValueError(f"{name} is nested deeper than {JSON_DEPTH} levels")
-        deeper: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                deeper += value.values()
-            elif isinstance(value, list):
-                deeper += value
-        level = deeper
+    """Raises ValueError where a schema is too large, nested too deep, or too costly to compile."""
+    check_nesting(name, schema)
     size = len(json.dumps(schema))
     if size > JSON_CHARACTERS:
         raise ValueError(f"{name} must have at most {JSON_CHARACTERS} characters, got {size}")
+    check_multiples(name, schema)
+
+
+def nesting_levels(value: Any) -> Iterator[list[Any]]:
+    """The values of JSON by how deep they are nested: the whole first."""
+    level = [value]
+    while level:
+        yield level
+        deeper: list[Any] = []
+        for inside in level:
+            if isinstance(inside, dict):
+                deeper += inside.values()
+            elif isinstance(inside, list):
+                deeper += inside
+        level = deeper
+
+
+def check_nesting(name: str, value: Any) -> None:
+    """Raises ValueError where JSON is nested too deep."""
+    for depth, _ in enumerate(nesting_levels(value), 1):
+        if depth > JSON_DEPTH:
+            raise ValueError(f"{name} is nested deeper than {JSON_DEPTH} levels")
+
+
+def indented_size(value: Any) -> int:
+    """Characters of JSON that is written over several lines: much more than on one, if deep."""
+    size = len(json.dumps(value, ensure_ascii=False))
+    for depth, level in enumerate(nesting_levels(value)):
+        ends = sum(isinstance(inside, (dict, list)) for inside in level)
+        size += (INDENT * depth + 1) * (len(level) + ends)  # an end has a line of its own
+    return size
+
+
+def check_multiples(name: str, schema: Any) -> None:
+    """Raises ValueError where its multipleOf together need too many states of an automaton."""
+    together = 1
+    for level in nesting_levels(schema):
+        for inside in level:
+            multiple = inside.get("multipleOf") if isinstance(inside, dict) else None
+            if isinstance(multiple, (int, float)) and not isinstance(multiple, bool):
+                together = math.lcm(together, digits_of_number(multiple))
+            if together > MOST_MULTIPLE:
+                raise ValueError(
+                    f"{name}: the least common multiple of the digits of its multipleOf must be "
+                    f"at most {MOST_MULTIPLE}, got one that goes beyond with {shorten(multiple)}"
+                )
+
+
+def digits_of_number(number: float) -> int:
+    """The digits of a number without its sign, its point and zeros at the end; 1 for 0."""
+    digits = "".join(map(str, Decimal(repr(number)).as_tuple().digits))
+    return int(digits.rstrip("0") or "1")
 
 
 def regex_form(name: str, pattern: Any) -> Form:
@@ -77,13 +130,21 @@ def regex_form(name: str, pattern: Any) -> Form:
 def grammar_form(name: str, grammar: Any) -> Form:
     """Of a text by a grammar in llguidance's form of Lark, or llama.cpp's GBNF."""
     check_text(name, grammar, JSON_CHARACTERS)
+    for found in JSON_IN_LARK.finditer(grammar):
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(grammar, found.end())
+        except (ValueError, RecursionError):
+            raise ValueError(f"{name}: what follows %json must be a JSON schema") from None
+        check_schema_size(f"{name}: the schema after %json", schema)
     return Form(json.dumps({"grammar": grammar}))
 
 
 def choice_form(name: str, choices: Any) -> Form:
     """Of one of several texts."""
     if not isinstance(choices, list) or not 0 < len(choices) <= CHOICES:
-        raise ValueError(f"{name} must be a list of 1 to {CHOICES} texts")
+        raise ValueError(
+            f"{name} must be a list of 1 to {CHOICES} texts, got {counted_or_shown(choices)}"
+        )
     for number, choice in enumerate(choices):
         check_text(f"{name}[{number}]", choice, REGEX_CHARACTERS)
     alternatives = " | ".join(map(lark_text, choices))
@@ -93,11 +154,17 @@ def choice_form(name: str, choices: Any) -> Form:
 def check_text(name: str, text: Any, longest: int) -> None:
     """Raises ValueError where it is no text, empty, too long, or no Unicode."""
     if not isinstance(text, str) or not 0 < len(text) <= longest:
-        raise ValueError(f"{name} must be a text of 1 to {longest} characters")
+        got = len(text) if isinstance(text, str) else shorten(text)
+        raise ValueError(f"{name} must be a text of 1 to {longest} characters, got {got}")
     try:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"{name} holds half of a surrogate pair, which is no character") from None
+
+
+def counted_or_shown(value: Any) -> str:
+    """What came instead of a list of some length, as an error says it."""
+    return str(len(value)) if isinstance(value, list) else shorten(value)
 
 
 def lark_text(text: str) -> str:
@@ -134,10 +201,13 @@ class ResponseFormat:
             return json_form(name, ANY_OBJECT)
         if kind != "json_schema":
             kinds = '"text", "json_object" or "json_schema"'
-            raise ValueError(f"{name} must be an object of the type {kinds}")
+            raise ValueError(f"{name} must be an object of the type {kinds}, got {shorten(value)}")
         inside = value.get("json_schema")
         if not isinstance(inside, dict):
-            raise ValueError(f"{name}.json_schema must be an object with a name and a schema")
+            raise ValueError(
+                f"{name}.json_schema must be an object with a name and a schema, "
+                f"got {shorten(inside)}"
+            )
         return json_form(f"{name}.json_schema.schema", inside.get("schema", ANY_OBJECT))
 
     def schema(self) -> dict[str, Any]:
@@ -179,7 +249,9 @@ class Guided:
             try:
                 value = json.loads(value)
             except (ValueError, RecursionError):
-                raise ValueError(f"{name} must be a JSON schema, or its text") from None
+                raise ValueError(
+                    f"{name} must be a JSON schema, or its text, got {shorten(value)}"
+                ) from None
         return STRUCTURED[self.kind](name, value)
 
     def schema(self) -> dict[str, Any]:
@@ -202,7 +274,9 @@ class StructuredOutputs:
             return json_form(name, ANY_OBJECT)
         if len(given) != 1 or given[0] not in STRUCTURED:
             kinds = ", ".join([*STRUCTURED, "json_object"])
-            raise ValueError(f"{name} must be an object with exactly one of {kinds}")
+            raise ValueError(
+                f"{name} must be an object with exactly one of {kinds}, got {shorten(value)}"
+            )
         return Guided(given[0], "").read(f"{name}.{given[0]}", value[given[0]])
 
     def schema(self) -> dict[str, Any]:
@@ -279,15 +353,17 @@ def answer_grammar(shape: AnswerShape, form: Form | None, tools: Sequence[dict[s
 def entry_of(form: Form) -> dict[str, Any]:
     """An entry of llguidance's grammars."""
     from llguidance import regex_to_lark
-    from llguidance.gbnf_to_lark import any_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
     entry = json.loads(form.grammar)
     if "regex" in entry:
         # \d, \w and \s are Unicode's, as in Python.
         return {"lark_grammar": f"start: /{regex_to_lark(entry['regex'], '')}/"}
     if "grammar" in entry:
+        if LARK.search(entry["grammar"]):
+            return {"lark_grammar": entry["grammar"]}
         try:
-            return {"lark_grammar": any_to_lark(entry["grammar"])}
+            return {"lark_grammar": gbnf_to_lark(entry["grammar"])}
         except Exception as error:  # the converter raises what it likes
             why = " ".join(str(error).split())[:200]
             raise ValueError(f"the grammar is neither Lark nor GBNF: {why}") from None
@@ -336,15 +412,19 @@ def fenced_call(
     check_schema_size(place, parameters)
     properties = parameters.get("properties") or {}
     if not isinstance(properties, dict):
-        raise ValueError(f"{place}.properties must be an object")
+        raise ValueError(f"{place}.properties must be an object, got {shorten(properties)}")
     shared = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
     required = parameters.get("required") or []
+    if not isinstance(required, list):
+        raise ValueError(f"{place}.required must be a list of names, got {shorten(required)}")
     entries = list(properties.items())
     for position, (name, schema) in enumerate(entries):
         if not name.isidentifier() or keyword.iskeyword(name):
             raise ValueError(f"{place}: ChatGLM3 writes arguments by Python names, got {name!r}")
         if not isinstance(schema, (dict, bool)):
-            raise ValueError(f"{place}.properties.{name} must be a JSON schema: an object")
+            raise ValueError(
+                f"{place}.properties.{name} must be a JSON schema: an object, got {shorten(schema)}"
+            )
         inside = {**shared, **schema} if isinstance(schema, dict) else schema
         guided = guided_schema(f"{place}.properties.{name}", inside, CALL_WHITESPACE)
         parts.append({"name": f"value{number}_{position}", "json_schema": guided})

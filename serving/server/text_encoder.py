@@ -1,14 +1,16 @@
 """The text encoder of --embedding_model: /v1/embeddings by a model of its own."""
 
+import asyncio
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from predictor.backbones import EncoderBackbone
-from serving.server.refusals import PromptTooLong
+from serving.server.refusals import PromptTooLong, QueueFull
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +46,8 @@ class TextEncoder:
         self._collate = backbone.collate
         self._vectors = backbone.vectors
         self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "embeddings")
+        self._waiting = 0
 
     def token_ids(self, texts: Sequence[str | tuple[int, ...]]) -> list[list[int]]:
         """The ids of texts. Raises PromptTooLong, or ValueError for ids beyond the vocabulary."""
@@ -73,6 +77,30 @@ class TextEncoder:
             with self._lock, torch.inference_mode():
                 vectors += self._pass(batch)
         return vectors, sum(map(len, rows))
+
+    async def encoded(
+        self, texts: Sequence[str | tuple[int, ...]], most_waiting: int
+    ) -> tuple[list[np.ndarray], int]:
+        """`encode` in a thread of its own: chats, which are prepared in others, do not wait for it.
+
+        Raises:
+            QueueFull: so many requests wait already. ValueError: as `encode`.
+        """
+        if self._waiting > most_waiting:
+            raise QueueFull(
+                f"{most_waiting} requests for embeddings wait already (--max_queue); "
+                "try again later"
+            )
+        self._waiting += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._thread, self.encode, texts)
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        """Begin nothing more; what is being encoded is not waited for."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _pass(self, batch: "dict[str, torch.Tensor]") -> list[np.ndarray]:
         moved = {name: tensor.to(self.model.device) for name, tensor in batch.items()}

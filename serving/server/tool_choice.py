@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from chatglm.files import shorten
+
 WORDS = ("none", "auto", "required")
 NAMED_TOOL = {
     "type": "object",
@@ -63,7 +65,9 @@ class ToolChoice:
             if (tool := tool_name(value)) is not None:
                 return ToolSelection("required", (tool,))
         words = ", ".join(f'"{word}"' for word in WORDS)
-        raise ValueError(f"{name} must be {words}, or an object that names a function")
+        raise ValueError(
+            f"{name} must be {words}, or an object that names a function, got {shorten(value)}"
+        )
 
     def schema(self) -> dict[str, Any]:
         several: dict[str, Any] = {"type": "object", "required": ["mode", "tools"]}
@@ -95,6 +99,6 @@ def allowed_tools(place: str, value: Any) -> ToolSelection:
     if given.get("mode") not in ("auto", "required") or not known or len(known) != len(names):
         raise ValueError(
             f'{place}.allowed_tools must be an object with the mode "auto" or "required", and '
-            "tools that name functions"
+            f"tools that name functions, got {shorten(value)}"
         )
     return ToolSelection(given["mode"], tuple(known))

@@ -7,7 +7,7 @@ JSON. Free of torch.
 import json
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from chatglm.families import family_of
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 CALL_FORMS = {"glm3": "fenced", "glm4": "json"}  # keys of serving.server.structured.CALL_RULES
 # What shows in a chat template how its model writes calls -> keys of CALL_RULES.
 TEMPLATE_FORMS = {"<tool_call>": "tagged", '"parameters": ': "named"}
-OPENING_TAG = "<tool_call>"
+OPENING_TAG, CLOSING_TAG = "<tool_call>", "</tool_call>"
+TAG_TOKENS = 2 * len(OPENING_TAG)  # that an opening tag may be spelled with
 FENCED = re.compile(r"```(?:python)?\n(.*?)\n?```", re.DOTALL)
-TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 
 def decoded(tokenizer: "FamilyTokenizer", ids: Sequence[int]) -> str:
@@ -72,16 +72,21 @@ def begins_as_call(tokenizer: "FamilyTokenizer", ids: Sequence[int]) -> bool | N
 
 
 class CallWatch:
-    """Whether an answer that is being written is a call of a tool so far."""
+    """Whether an answer that is being written is a call of a tool so far.
+
+    It is asked of each token: what was decided is kept, and only the last tokens are decoded.
+    """
 
     def __init__(self, tokenizer: "FamilyTokenizer") -> None:
         self.tokenizer = tokenizer
         self._decided = (-1, False)  # (number of a message, whether it is a call of a tool)
+        self._seen = 0  # tokens of the answer, where calls are JSON; whether it has text, or a call
+        self._has_text = self._has_call = False
 
     def may_be_call(self, ids: Sequence[int]) -> bool:
         """True too where the first line of the answer's last message has not ended."""
         if self.tokenizer.family == "causal":
-            return begins_as_call(self.tokenizer, ids) is not False
+            return self._has_call or self._may_be_written_call(ids)
         message = list(ids).count(self.tokenizer.get_command("<|assistant|>"))
         if message != self._decided[0]:  # else its first line, which ended before, said it
             is_call = begins_as_call(self.tokenizer, ids)
@@ -89,6 +94,15 @@ class CallWatch:
                 return True
             self._decided = (message, is_call)
         return self._decided[1]
+
+    def _may_be_written_call(self, ids: Sequence[int]) -> bool:
+        """As is_written_call, of an answer that held no call before its new tokens."""
+        recent = decoded(self.tokenizer, ids[max(self._seen - TAG_TOKENS, 0) :]).strip()
+        self._seen = len(ids)
+        begins = not self._has_text
+        self._has_text = self._has_text or bool(recent)
+        self._has_call = OPENING_TAG in recent or (begins and recent.startswith("{"))
+        return self._has_call or not self._has_text or ends_in_tag(recent)
 
 
 def parsed_answer(
@@ -109,8 +123,10 @@ def parsed_answer(
         history = [{"role": "system", "content": "", "tools": list(tools)}]
         answer, _ = family.process_response([written], history)
         if isinstance(answer, dict) and answer.get("name") in names and "parameters" in answer:
-            calls.append(tool_call_of(answer["name"], answer["parameters"]))
-        elif (call := code_call_of(answer, tools)) is not None:
+            call = tool_call_of(answer["name"], answer["parameters"])
+        else:
+            call = code_call_of(answer, tools)
+        if call is not None:
             calls.append(call)
         else:
             texts.append(family.answer_text(written))
@@ -138,8 +154,12 @@ def code_call_of(answer: Any, tools: Sequence[Any]) -> dict[str, Any] | None:
 
 def is_written_call(text: str) -> bool:
     """Whether a text is a call of a tool, or a beginning of one at its end."""
-    ending = longest_partial_match(text, (OPENING_TAG,))
-    return not text or text.startswith("{") or OPENING_TAG in text or ending > 0
+    return not text or text.startswith("{") or OPENING_TAG in text or ends_in_tag(text)
+
+
+def ends_in_tag(text: str) -> bool:
+    """Whether a call's opening tag may be going on behind a text."""
+    return longest_partial_match(text, (OPENING_TAG,)) > 0
 
 
 def written_calls(text: str, tools: Sequence[Any]) -> tuple[str, list[dict[str, Any]]]:
@@ -148,16 +168,31 @@ def written_calls(text: str, tools: Sequence[Any]) -> tuple[str, list[dict[str, 
     calls: list[dict[str, Any]] = []
     rest: list[str] = []
     place = 0
-    for found in TAGGED.finditer(text):
-        if (call := json_call_of(found[1], names)) is not None:
-            rest.append(text[place : found.start()])
+    for start, written, end in tagged_parts(text):
+        if (call := json_call_of(written, names)) is not None:
+            rest.append(text[place:start])
             calls.append(call)
-            place = found.end()
+            place = end
     rest.append(text[place:])
     beside = "".join(rest).strip()
     if not calls and (call := json_call_of(beside, names)) is not None:
         return "", [call]
     return beside, calls
+
+
+def tagged_parts(text: str) -> Iterator[tuple[int, str, int]]:
+    """(start, text between the tags, end) of each pair of tags, in time linear in the text.
+
+    A model can write thousands of spaces or opening tags, on which a pattern would backtrack.
+    """
+    end = 0
+    while (start := text.find(OPENING_TAG, end)) >= 0:
+        inside = start + len(OPENING_TAG)
+        closing = text.find(CLOSING_TAG, inside)
+        if closing < 0:
+            return
+        end = closing + len(CLOSING_TAG)
+        yield start, text[inside:closing].strip(), end
 
 
 def json_call_of(text: str, names: set[str]) -> dict[str, Any] | None:
@@ -166,13 +201,21 @@ def json_call_of(text: str, names: set[str]) -> dict[str, Any] | None:
         value = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(value, dict) or value.get("name") not in names:
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(name, str) or name not in names:  # a model may write a list there
         return None
     arguments = value.get("arguments", value.get("parameters"))
-    return tool_call_of(value["name"], arguments) if isinstance(arguments, dict) else None
+    return tool_call_of(name, arguments) if isinstance(arguments, dict) else None
 
 
-def tool_call_of(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """One of OpenAI's tool_calls."""
-    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False, default=str)}
+def tool_call_of(name: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """One of OpenAI's tool_calls; None where JSON has no such arguments.
+
+    A Python literal of ChatGLM3's calls may have keys that are no texts, or infinite numbers.
+    """
+    try:
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False, default=str)
+    except (TypeError, ValueError, RecursionError):
+        return None
+    function = {"name": name, "arguments": written}
     return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}

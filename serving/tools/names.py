@@ -15,5 +15,6 @@ def check_tool_name(name: str, value: Any) -> str:
         ValueError: it is none.
     """
     if not isinstance(value, str) or not TOOL_NAME.fullmatch(value):
-        raise ValueError(f"{name} must be 1 to 64 letters, digits, _ and -")
+        got = repr(value[:64]) if isinstance(value, str) else type(value).__name__
+        raise ValueError(f"{name} must be 1 to 64 letters, digits, _ and -, got {got}")
     return value

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from chatglm.files import shorten
+from finetune.files import utf8_json
 from serving.server.access import ApiError
 from serving.server.fields import CHAT_TABLE, Text
 from serving.server.monitor import LogFile
@@ -46,7 +48,7 @@ class FeedbackFile:
     def add(self, line: dict[str, Any]) -> None:
         """Append a line. Raises OSError where it cannot be written."""
         with self._lock:
-            self._file.write(json.dumps(line, ensure_ascii=False))
+            self._file.write(utf8_json(line))
             if self._file.lost_lines:
                 raise OSError(f"{self.path} cannot be written")
 
@@ -69,10 +71,12 @@ def read_feedback(body: dict[str, Any]) -> dict[str, Any]:
     check_fields(body, *FIELDS)
     name = Text("", ID_CHARACTERS).read("id", body.get("id"))
     if not (name and name.isprintable()):
-        raise ValueError(f"id must be 1 to {ID_CHARACTERS} printable characters")
+        raise ValueError(
+            f"id must be 1 to {ID_CHARACTERS} printable characters, got {shorten(name)}"
+        )
     rating, correction = body.get("rating"), body.get("correction")
     if rating not in RATINGS:
-        raise ValueError('rating must be "up", "down" or null')
+        raise ValueError(f'rating must be "up", "down" or null, got {shorten(rating)}')
     if correction is not None:
         correction = Text("", CORRECTION_CHARACTERS).read("correction", correction)
         if not correction.strip():
@@ -105,7 +109,7 @@ def read_report(report: Any) -> dict[str, Any] | None:
         return None
     if not isinstance(report, dict) or len(json.dumps(report)) > REPORT_CHARACTERS:
         most = f"at most {REPORT_CHARACTERS} characters of JSON"
-        raise ValueError(f"report must be null or an object of {most}")
+        raise ValueError(f"report must be null or an object of {most}, got {shorten(report)}")
     return report
 
 

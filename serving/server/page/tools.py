@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from chatglm.files import shorten
 from serving.server.access import ApiError
 from serving.server.fields import Text
 from serving.server.page.bodies import ReadBody, check_fields, key_of, read_page_body
@@ -146,7 +147,7 @@ def read_conversation(body: dict[str, Any]) -> str:
     name = Text("", CONVERSATION_CHARACTERS).read("conversation", body.get("conversation"))
     plain = name.replace("-", "a")
     if not (plain.isascii() and plain.isalnum()):
-        raise ValueError("conversation must be 1 to 64 letters, digits and -")
+        raise ValueError(f"conversation must be 1 to 64 letters, digits and -, got {shorten(name)}")
     return name
 
 

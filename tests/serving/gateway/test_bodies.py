@@ -1,12 +1,18 @@
 """Bodies: what is read of them, and that nothing but the added fields changes."""
 
 import json
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.gateway.bodies import parse_request_body, prompt_prefix_hashes
+from serving.gateway.bodies import (
+    MOST_ANSWERS,
+    MOST_MEMBERS,
+    parse_request_body,
+    prompt_prefix_hashes,
+)
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -109,3 +115,21 @@ def test_beginnings_of_prompts():
     assert len(beginnings(prompt="p" * 1025)) == 3 == len(beginnings(input="p" * 1025))
     assert beginnings(prompt="p" * 1025)[:2] == beginnings(prompt="p" * 1024)
     assert beginnings(prompt=[1, 2]) == () and len(beginnings(prompt="p" * 10**6)) == 256
+
+
+def test_a_large_body_holds_up_no_other_request():
+    """Space is passed over at once; an object of very many members is not read."""
+    began = time.process_time()
+    found = parse_request_body(b"{" + b" " * 2**23 + b'"n": 3' + b"\n" * 2**23 + b"}")
+    assert found.answers == 3
+    assert parse_request_body(b"{" + b'"a":1,' * 2**19 + b'"b":1}') is None
+    assert parse_request_body(b'{"a":[' + b"1," * 2**23 + b"1]}") is None
+    assert time.process_time() - began < 0.5
+    members = [f'"{number}": {number}' for number in range(MOST_MEMBERS)]
+    assert len(parse_request_body(f"{{{','.join(members)}}}".encode()).members) == MOST_MEMBERS
+
+
+def test_numbers_beyond_all_bounds():
+    found = parse_request_body(f'{{"n": {"9" * 400}, "slo_s": {"9" * 400}}}'.encode())
+    assert found.answers == MOST_ANSWERS and found.slo_s is None
+    assert parse_request_body(b'{"slo_s": 1e999}').slo_s is None

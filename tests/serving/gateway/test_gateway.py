@@ -18,6 +18,7 @@ pytest.importorskip("aiohttp", reason="aiohttp is of the extra serve")
 from aiohttp import web
 
 from predictor.prediction import from_bins
+from serving.gateway import proxy
 from serving.gateway.command import main
 from serving.gateway.predicting import GuardedPredictor, cut_prediction
 from serving.gateway.proxy import MOST_TRIES
@@ -451,7 +452,67 @@ def test_a_client_that_leaves_frees_its_place(engine):
         assert upstream.running == 0 == upstream.outstanding_tokens
 
 
+def test_a_client_that_does_not_read_frees_its_place(engine, monkeypatch):
+    monkeypatch.setattr(proxy, "READ_S", 0.5)
+    engine.streams([b"data: " + b"x" * 65536 + b"\n\n"] * 2000)
+    with gateway_before(engine, words=["--concurrency", 1]) as gateway:
+        with socket.create_connection(("127.0.0.1", gateway.gateway_port)) as client:
+            head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n"
+            client.sendall(head.encode() + b"{}")
+            wait_until(lambda: engine.got)
+            wait_until(lambda: gateway.gateway.open == 0)
+        [upstream] = gateway.gateway.dispatcher.upstreams
+        assert upstream.running == 0
+        assert gateway.gateway.view.make()["totals"]["cancelled"] == 1
+
+
+def test_a_client_that_leaves_while_it_is_written_to_is_not_late(engine, monkeypatch):
+    async def gone(request, writing):
+        writing.close()
+        raise proxy.ClientGone
+
+    monkeypatch.setattr(proxy, "deliver", gone)
+    engine.streams(stream_of(3))
+    with gateway_before(engine, kind="vllm") as gateway:
+        assert gateway.ask(stream=True).status_code == 499
+        totals = gateway.gateway.view.make()["totals"]
+    assert (totals["cancelled"], totals["late"]) == (1, 0)
+
+
+def test_bodies_that_wait_are_bounded(engine, monkeypatch):
+    monkeypatch.setattr(proxy, "MOST_HELD_BYTES", 1500)
+    engine.holds = True
+    with gateway_before(engine) as gateway, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(gateway.ask, "x" * 1000)
+        wait_until(lambda: engine.now == 1)
+        refused = gateway.ask("x" * 1000)
+        assert refused.status_code == 429 and "more than 1,500" in refused.text
+        assert refused.headers["Retry-After"]
+        engine.holds = False
+        assert first.result().status_code == gateway.ask("x" * 1000).status_code == 200
+        assert gateway.gateway.held_bytes == 0
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "1e999", "true"])
+@pytest.mark.parametrize("name", ["n", "slo_s", "max_tokens", "priority"])
+def test_numbers_of_any_size_are_the_engine_s_to_refuse(engine, name, number):
+    body = f'{{"messages":[{{"role":"user","content":"sag 50"}}],"{name}":{number}}}'
+    with gateway_before(engine, kind="dynamo", predictor=WordPredictor()) as gateway:
+        assert gateway.client.post(PATH, content=body).status_code == 200
+        [upstream] = gateway.gateway.dispatcher.upstreams
+        assert upstream.outstanding_tokens == 0
+
+
 # ---- keys, drain, learning
+
+
+def test_only_what_it_answers_itself_is_open(engine, monkeypatch):
+    monkeypatch.setenv("GLM_API_KEY", "k")
+    with gateway_before(engine, kind="vllm") as gateway:
+        assert gateway.client.get("/health").status_code == 200
+        for method in ("POST", "DELETE"):
+            assert gateway.client.request(method, "/health").status_code == 401
+    assert not engine.got
 
 
 def test_keys_of_the_gateway_stay_with_it(engine, tmp_path, monkeypatch):

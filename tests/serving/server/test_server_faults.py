@@ -286,7 +286,33 @@ def test_s5_a_role_that_is_no_text_is_400(server, role):
     body = {"messages": [{"role": role, "content": "x"}]}
     reply = httpx.post(f"{server.root}/v1/chat/completions", json=body)
     roles = "system, developer, user, assistant, tool, function, observation"
-    assert error_of(reply, 400) == f"messages[0] must be an object with a role of {roles}"
+    wanted = f"messages[0] must be an object with a role of {roles}, got {json.dumps(role)}"
+    assert error_of(reply, 400) == wanted
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"temperature": "0.5"}, 'temperature must be a number .* at most 2, got "0.5"$'),
+        ({"max_tokens": 1.5}, "max_tokens must be a whole number .*, got 1.5$"),
+        ({"stream": 1}, "stream must be true or false, got 1$"),
+        ({"model": ["m"]}, r'model must be text, got \["m"\]$'),
+        ({"stop": ["a", "b" * 300]}, "stop must be texts of 1 to 256 characters, got one of 300$"),
+        ({"stop_token_ids": ["1"]}, r'token ids from 0 to \d+, got \["1"\]$'),
+        ({"logit_bias": {"x": 1}}, 'logit_bias must name tokens .*, got "x"$'),
+        ({"messages": {}}, "messages must be a list of at least one message, got {}$"),
+        ({"tools": [{"function": {"name": "a b"}}]}, r"tools\[0\].name must be .*, got 'a b'$"),
+        ({"tools": [{"function": {"name": [[]]}}]}, r"tools\[0\].name must be .*, got list$"),
+        ({"tools": [{}] * 129}, "tools must be a list of at most 128 tools, got 129$"),
+        ({"tool_choice": "any"}, 'tool_choice must be .*, got "any"$'),
+        ({"response_format": {"type": "xml"}}, r'response_format must be .*, got {"type": "xml"}$'),
+        ({"guided_choice": []}, "guided_choice must be a list of 1 to 1024 texts, got 0$"),
+        ({"guided_regex": "x" * 5000}, "guided_regex must be a text of 1 to 4096 .*, got 5000$"),
+    ],
+)
+def test_an_error_says_what_came(fields, message):
+    with pytest.raises(ValueError, match=message):
+        parse_body({"messages": [{"role": "user", "content": "x"}]} | fields)
 
 
 @pytest.mark.parametrize(
