@@ -99,18 +99,19 @@ def test_what_is_refused_is_no_answer(engine):
 
 @pytest.mark.slow
 def test_a_snapshot_has_the_fields_of_the_server_s(folders, tmp_path):
-    """Both watch the same answers."""
+    """Both watch the same answers: so many that some wait for longer than a snapshot's period."""
+    count = 24
     process, address = start(folders, tmp_path / "log.jsonl")
     root = address.removesuffix("/v1")
     try:
         before = gateway_before(root, kind="glm-foundry", predictor=WordPredictor())
-        with before as gateway, ThreadPoolExecutor(6) as pool:
+        with before as gateway, ThreadPoolExecutor(count) as pool:
             gateway.process.page.live.period_s = 0.05
             with LiveReader(root) as server, LiveReader(gateway.process.address) as own:
                 own.wait_for(lambda snapshot: True)  # from here on at the shorter period
                 fields = {"max_tokens": 600, "temperature": 0}
-                futures = [pool.submit(gateway.ask, f"list {n}", **fields) for n in range(6)]
-                ours = own.wait_for(lambda snapshot: snapshot["running"] == 6)
+                futures = [pool.submit(gateway.ask, f"list {n}", **fields) for n in range(count)]
+                ours = own.wait_for(lambda snapshot: snapshot["running"] == count)
                 theirs = server.wait_for(lambda snapshot: snapshot["rows"] and snapshot["queue"])
                 for future in futures:
                     future.result()
