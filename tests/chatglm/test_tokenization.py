@@ -625,15 +625,15 @@ def test_family_settles_what_the_folder_leaves_open(folders, tmp_path):
 
 
 def test_encoding_cost_is_linear_and_loading_is_quick(folders, tokenizers):
-    start = time.perf_counter()
+    start = time.thread_time()
     GLM2Tokenizer.from_pretrained(folders["glm2"])
-    assert time.perf_counter() - start < 1.0  # a 65,000-entry vocabulary is not built
+    assert time.thread_time() - start < 1.0  # a 65,000-entry vocabulary is not built
     text = "发动机_部件故障 hello [gMASK] world\n" * 400
     for tokenizer in tokenizers.values():
-        start = time.perf_counter()
+        start = time.thread_time()
         ids = tokenizer.encode(text)
         tokenizer([text[:100]] * 200)
-        assert time.perf_counter() - start < 2.0 and len(ids) > 4000
+        assert time.thread_time() - start < 2.0 and len(ids) > 4000
 
 
 def test_families_module_needs_neither_torch_nor_transformers():

@@ -383,6 +383,6 @@ def test_no_text_takes_long(text):
     import time
 
     TextGrams(["warm"]).cue_features()
-    started = time.perf_counter()
+    started = time.thread_time()
     TextGrams([text]).cue_features()
-    assert time.perf_counter() - started < 0.5
+    assert time.thread_time() - started < 0.5

