@@ -99,4 +99,4 @@ def scale_trace(
 
 def has_blocks(name: str) -> bool:
     """Whether a trace names the beginnings that its prompts share."""
-    return TRACES[name].endswith(".jsonl.gz")
+    return TRACES[name].endswith(".jsonl")

@@ -21,11 +21,11 @@ from chatglm.files import is_lfs_pointer, pointer_error
 from predictor.prediction import LengthPrediction, from_bins, make_edges
 from serving.request import CostEstimator, Request
 
-TRACES = {
-    "azure_conv": "AzureLLMInferenceTrace_conv.csv.gz",
-    "azure_code": "AzureLLMInferenceTrace_code.csv.gz",
-    "mooncake": "mooncake_conversation_trace.jsonl.gz",
-    "mooncake_synthetic": "mooncake_synthetic_trace.jsonl.gz",
+TRACES = {  # as published; packed with gzip too
+    "azure_conv": "AzureLLMInferenceTrace_conv.csv",
+    "azure_code": "AzureLLMInferenceTrace_code.csv",
+    "mooncake": "mooncake_conversation_trace.jsonl",
+    "mooncake_synthetic": "mooncake_synthetic_trace.jsonl",
 }
 WORKLOADS = ("poisson", "gamma", *TRACES)
 
@@ -145,14 +145,13 @@ def read_trace(name: str, folder: str | Path) -> Trace:
         FileNotFoundError: the trace is not in the folder.
         ValueError: the file is not a trace.
     """
-    path = Path(folder) / TRACES[name]
-    if not path.is_file():
-        raise FileNotFoundError(f"no such trace: {path}; --traces names the folder it is in")
+    path = trace_file(name, folder)
     if is_lfs_pointer(path):
         raise pointer_error(path)
+    open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            rows = list(parse_trace(file, path.name))
+        with open_text(path, "rt", encoding="utf-8") as file:
+            rows = list(parse_trace(file, TRACES[name]))
     except (
         EOFError,
         zlib.error,
@@ -172,6 +171,15 @@ def read_trace(name: str, folder: str | Path) -> Trace:
     return Trace(times - times[0], np.maximum(prompts, 1), np.maximum(outputs, 1), blocks)
 
 
+def trace_file(name: str, folder: str | Path) -> Path:
+    """A trace's file, plain or packed. Raises FileNotFoundError."""
+    plain = Path(folder) / TRACES[name]
+    for path in (plain, plain.with_name(f"{plain.name}.gz")):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"no such trace: {plain}[.gz]; --traces names the folder it is in")
+
+
 def parse_trace(
     file: Iterable[str], name: str
 ) -> Iterator[tuple[float, int, int, tuple[int, ...]]]:
@@ -179,7 +187,7 @@ def parse_trace(
 
     Raises what the parsers raise where a row is something else.
     """
-    if name.endswith(".csv.gz"):
+    if name.endswith(".csv"):
         lines = csv.reader(file)
         next(lines, None)  # the heading
         for time, prompt, output in lines:

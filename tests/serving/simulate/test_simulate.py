@@ -293,7 +293,7 @@ def test_p2_every_number_of_the_command_is_tried():
         ),
         (
             ["--workload", "azure_conv", "--traces", "/nowhere"],
-            "/nowhere/AzureLLMInferenceTrace_conv.csv.gz; --traces names the folder",
+            "/nowhere/AzureLLMInferenceTrace_conv.csv[.gz]; --traces names the folder",
         ),
         (
             ["--experiment", "uellm", "--uellm_data", "/nowhere"],

@@ -53,12 +53,11 @@ def test_a_trace_that_is_not_there(tmp_path):
         read_trace("azure_conv", tmp_path)
 
 
-def test_small_traces_of_both_formats(tmp_path):
-    with gzip.open(tmp_path / "AzureLLMInferenceTrace_code.csv.gz", "wt") as file:
-        file.write(
-            "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-            "2023-11-16 18:15:50.9951690,396,0\n2023-11-16 18:15:46.4951600,374,44\n"
-        )
+def test_small_traces_of_both_formats_plain_and_packed(tmp_path):
+    (tmp_path / "AzureLLMInferenceTrace_code.csv").write_text(  # as it is published
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:50.9951690,396,0\n2023-11-16 18:15:46.4951600,374,44\n"
+    )
     times, prompts, outputs, _ = read_trace("azure_code", tmp_path)
     assert (
         times.tolist() == pytest.approx([0, 4.500009], abs=1e-6)
