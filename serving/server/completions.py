@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
 
 MAX_TOKENS = 16  # of an answer, where a request does not say: as OpenAI has it
+MOST_PROMPT_LOGPROBS = 2_500_000  # of a request: each takes some hundred bytes until the reply
 COMPLETION_TABLE = FieldTable(
     {
         "prompt": Prompts("A text, token ids, or a list of at most 128 of either."),
@@ -95,7 +96,17 @@ class CompletionRequest(GenerationRequest):
                 f"echo with logprobs: {family.title} reads a prompt in both directions, so its "
                 "tokens have no log probabilities"
             )
-        return [raw_prompt(tokenizer, prompt) for prompt in self.prompts]
+        prompts = [raw_prompt(tokenizer, prompt) for prompt in self.prompts]
+        if self.prompt_logprobs is not None:
+            tokens = self.n * sum(len(prompt.ids) for prompt in prompts)
+            count = tokens * (1 + self.prompt_logprobs)
+            if count > MOST_PROMPT_LOGPROBS:
+                raise ValueError(
+                    f"echo with logprobs {self.prompt_logprobs} of {tokens} prompt tokens: {count} "
+                    f"log probabilities, and a reply has at most {MOST_PROMPT_LOGPROBS}; ask for "
+                    "fewer prompts at once"
+                )
+        return prompts
 
 
 def parse_completion(body: Any) -> CompletionRequest:

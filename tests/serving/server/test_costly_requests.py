@@ -12,7 +12,9 @@ import httpx
 import numpy as np
 import pytest
 
+from chatglm import load_tokenizer
 from serving.server.chat import parse_body
+from serving.server.completions import parse_completion
 from serving.server.json_bodies import Utf8Json, parse_json
 from serving.server.responses import parse_response
 from serving.server.structured import (
@@ -55,6 +57,19 @@ def cpu_s(work) -> float:
     began = time.process_time()
     work()
     return time.process_time() - began
+
+
+# ---- prompts with log probabilities
+
+
+def test_prompts_are_not_given_more_log_probabilities_than_memory_holds(tiny_folders, monkeypatch):
+    monkeypatch.setattr("serving.server.completions.MOST_PROMPT_LOGPROBS", 60)
+    body = {"prompt": [[5] * 4, [6] * 6], "max_tokens": 0, "echo": True, "logprobs": 2}
+    tokenizer = load_tokenizer(tiny_folders["glm2"])
+    assert len(parse_completion(body | {"n": 2}).encoded(tokenizer, {})) == 2
+    with pytest.raises(ValueError, match="logprobs 2 of 30 prompt tokens: 90 log .* at most 60;"):
+        parse_completion(body | {"n": 3}).encoded(tokenizer, {})
+    assert parse_completion(body | {"n": 3, "echo": False, "max_tokens": 1}).encoded(tokenizer, {})
 
 
 # ---- JSON that comes and goes
