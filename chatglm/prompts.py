@@ -431,16 +431,13 @@ def pangu_chat(
 
 # ---- answers ----
 
-_PUNCTUATION = [(",", "，"), ("!", "！"), (":", "："), (";", "；"), ("?", "？")]
+_FULL_WIDTH = dict(zip(",!:;?", "，！：；？"))
+_MARK_BESIDE_CHINESE = re.compile(r"[,!:;?](?:(?<=[\u4e00-\u9fff].)|(?=[\u4e00-\u9fff]))")
 
 
 def glm_response(text: str) -> str:
     """Strip, fill in the training year, make punctuation beside Chinese characters full-width."""
-    text = glm2_response(text)
-    for half, full in _PUNCTUATION:
-        mark = re.escape(half)
-        text = re.sub(rf"(?<=[\u4e00-\u9fff]){mark}|{mark}(?=[\u4e00-\u9fff])", full, text)
-    return text
+    return _MARK_BESIDE_CHINESE.sub(lambda mark: _FULL_WIDTH[mark[0]], glm2_response(text))
 
 
 def glm2_response(text: str) -> str:

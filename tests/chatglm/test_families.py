@@ -1,6 +1,7 @@
 """Prompt layouts, truncation laws, answers, and what a folder's files say about its family."""
 
 import json
+import re
 import shutil
 from functools import partial
 
@@ -160,6 +161,15 @@ def test_process_response(name):
         content, history = FAMILIES[name].process_response(entry["text"], entry["history"])
         assert (content, history) == (entry["result"], entry["new_history"])
         assert json.dumps(entry["history"]) == before
+
+
+@given(st.text("中文a ,!:;?，\n", max_size=12))
+def test_marks_are_widened_as_chatglm_6b_does_one_after_the_other(text):
+    widened = text.strip()
+    for half, full in zip(",!:;?", "，！：；？"):
+        widened = re.sub(rf"([\u4e00-\u9fff])\{half}", rf"\1{full}", widened)
+        widened = re.sub(rf"\{half}([\u4e00-\u9fff])", rf"{full}\1", widened)
+    assert FAMILIES["glm"].process_response(text) == widened
 
 
 def tool_answer(code):
