@@ -315,3 +315,45 @@ def test_what_shell_scripts_import_is_there():
                 assert hasattr(import_module(module), name.strip()), f"{script}: {module}: {name}"
                 found += 1
     assert found
+
+
+OTHERS = {"finetune_hf.py"}  # other projects' programs
+
+
+def mapped_modules() -> dict[Path, set[str]]:
+    """The folders of docs/architecture.md with the modules that each one's lines name."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    found: dict[Path, set[str]] = {}
+    open_folders: list[tuple[int, Path]] = []  # with their indents
+    for line in text.split("## ")[0].splitlines():
+        indent = len(line) - len(line.lstrip())
+        if indent < 4 or not line.strip():
+            continue
+        while open_folders and open_folders[-1][0] >= indent:
+            open_folders.pop()
+        if match := re.match(r"([\w/]+)/ ", line.strip()):
+            parent = open_folders[-1][1] if open_folders else ROOT
+            open_folders.append((indent, parent / match[1]))
+        if open_folders:
+            names = re.findall(r"(?<![\w/*])\w+\.py\b", line)
+            found.setdefault(open_folders[-1][1], set()).update(names)
+    return found
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_the_map_names_every_module(package):
+    """docs/architecture.md, under the module's own folder."""
+    mapped = mapped_modules()
+    for path in sorted((ROOT / package).rglob("*.py")):
+        if path.name in ("__init__.py", "__main__.py", "command.py"):
+            continue
+        assert path.name in mapped.get(path.parent, set()), f"{path} is not on the map"
+
+
+def test_the_map_names_no_module_that_is_gone():
+    known = {path.name for package in LAYERS for path in (ROOT / package).rglob("*.py")}
+    known |= {path.name for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]}
+    known |= {path.name for path in [*ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]}
+    for folder, names in mapped_modules().items():
+        assert folder.is_dir(), folder
+        assert names - OTHERS <= known, f"{folder}: {sorted(names - OTHERS - known)}"
