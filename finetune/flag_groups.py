@@ -76,7 +76,7 @@ class DataFlags:
 
     train_path: str = fixed_flag(
         "",
-        "training rows (required): comma list of files (.json, .jsonl, .csv, .parquet, .gz), "
+        "training rows (required): comma list of files (.json, .jsonl, .csv, .tsv, .parquet, .gz), "
         "folders, patterns, hf://NAME or ms://NAME; FILE:0.3 reads 0.3 of its rows an epoch",
     )
     eval_path: str = flag(
