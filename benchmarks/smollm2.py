@@ -23,8 +23,10 @@ import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,13 +56,22 @@ STAGES = ("fetch", "collect", "train", "serve")
 POLICIES = "fcfs,gittins,gittins+read"
 
 
+def children_cpu_s() -> float:
+    """CPU seconds of all programs that this one has run."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def run_program(words: Sequence[object], paths: Sequence[Path] = (ROOT,)) -> None:
     """Run a program of this project; raises ValueError where it fails."""
     environment = child_environment(None)
     environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     command = [sys.executable, *map(str, words)]
     print("$ python", *command[1:], flush=True)
+    began_s, used_s = time.monotonic(), children_cpu_s()
     done = subprocess.run(command, cwd=ROOT, env=environment)
+    taken_s, used_s = time.monotonic() - began_s, children_cpu_s() - used_s
+    print(f"took {taken_s:.0f} s, {used_s:.0f} s of CPU time", flush=True)
     if done.returncode:
         raise ValueError(f"{command[1]} ended with exit status {done.returncode}")
 
@@ -240,7 +251,7 @@ def serve(
 
 def run_stages(flags: argparse.Namespace) -> None:
     """The stages up to --until."""
-    last = STAGES.index(flags.until)
+    began_s, last = time.monotonic(), STAGES.index(flags.until)
     model = fetch(flags)
     if last < STAGES.index("collect"):
         return
@@ -254,6 +265,8 @@ def run_stages(flags: argparse.Namespace) -> None:
     rereader = train(flags, results, collected, "states", states_flags)
     if last == STAGES.index("serve"):
         serve(flags, results, model, requests, predictor, rereader)
+    minutes, used = (time.monotonic() - began_s) / 60, children_cpu_s() / 60
+    print(f"all of it: {minutes:.0f} minutes, {used:.0f} of CPU time", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

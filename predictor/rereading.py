@@ -420,6 +420,7 @@ class Rereader:
     Attributes:
         layers: blocks whose output is read, from 1; every: tokens between two readings.
         hidden_size: features of a block's output.
+        weighs_entropy: of prompts it reads means weighted by the next token's entropy.
         card: the content of predictor.json.
     """
 
@@ -435,6 +436,7 @@ class Rereader:
         self.every: int = backbone["every"]
         self.hidden_size: int = backbone["hidden_size"]
         self.pooling: str = backbone["pooling"]
+        self.weighs_entropy: bool = self.pooling == "entropy"
 
     @classmethod
     def from_pretrained(
@@ -483,7 +485,8 @@ class Rereader:
         Args:
             at: (N,) tokens of each answer that are there; 0 is a prompt after its prefill.
             last: (N, L, H) outputs of the layers at the last token read.
-            mean: (N, L, H) their means over the prompt's tokens (at 0), else over the answer's.
+            mean: (N, L, H) their means over the prompt's tokens (at 0), else over the answer's; for
+                pooling "entropy" those of a prompt are weighted by the next token's entropy.
             priors: (N,) at 0 the prompts' predictions, later the answers' posteriors at 0 or, where
                 they were not read at 0, still the prompts' predictions; None where there is none.
         Raises:

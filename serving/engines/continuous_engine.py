@@ -42,7 +42,7 @@ class ContinuousEngine(TextEngine):
         stop_ids: what ends an answer; None for those of its generation_config.
         prefix_cache_tokens: prompts that begin alike share what is computed of them, and so many
             tokens of common prefixes are kept beside the arena; 0 turns both off. Without effect on
-            ChatGLM-6B.
+            ChatGLM-6B, and where a tap weighs prompts by entropy.
         runner: what computes its passes; None for the model in this process.
         rereader: predicts the length of an answer anew from its hidden states, at the end of its
             prompt and every `rereader.every` tokens (StepResult.reread); None for never.
@@ -84,7 +84,9 @@ class ContinuousEngine(TextEngine):
             tap = self.rereads.tap
         if tap is not None:
             self.runner.attach(tap)
-            if self.prefixes is not None:
+            if tap.entropy:
+                self.prefixes = None  # of a token that is copied the entropy is not known
+            elif self.prefixes is not None:
                 tap.mark_every = self.prefixes.copy_in_units()
 
     def copied_tokens(self) -> int:

@@ -19,11 +19,13 @@ class StateRereader(Protocol):
         layers: numbers of the blocks whose outputs it reads, from 1.
         every: answer tokens between two readings.
         hidden_size: of the states.
+        weighs_entropy: the means over prompts are StateReading.entropy.
     """
 
     layers: tuple[int, ...]
     every: int
     hidden_size: int
+    weighs_entropy: bool
 
     def read(
         self,
@@ -58,7 +60,7 @@ class StepRereads:
                 f"{hidden_size}: it was trained for another model"
             )
         self.rereader = rereader
-        self.tap = StateTap(rereader.layers, rereader.every)
+        self.tap = StateTap(rereader.layers, rereader.every, rereader.weighs_entropy)
         self.count = 0
         self.seconds = 0.0
 
@@ -81,7 +83,7 @@ class StepRereads:
         predictions = self.rereader.read(
             np.array([reading.at for reading in readings]),
             np.stack([reading.last for reading in readings]),
-            np.stack([reading.mean for reading in readings if reading.mean is not None]),
+            np.stack(list(map(self._mean, readings))),
             [prior_of(rows[request_id]) for request_id in newest],
         )
         for reading, prediction in zip(readings, predictions):
@@ -90,6 +92,12 @@ class StepRereads:
         self.count += len(readings)
         self.seconds += time.perf_counter() - begin
         return tuple(zip(newest, predictions))
+
+    def _mean(self, reading: StateReading) -> np.ndarray:
+        """The mean that the rereader was trained on."""
+        mean = reading.entropy if self.rereader.weighs_entropy else reading.mean
+        assert mean is not None  # as `read` chooses readings
+        return mean
 
 
 def prior_of(row: Sequence) -> LengthPrediction | None:

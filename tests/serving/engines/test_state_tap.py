@@ -159,9 +159,10 @@ class LinearRereader:
 
     every = EVERY
 
-    def __init__(self, layers, hidden_size, seed=0):
+    def __init__(self, layers, hidden_size, seed=0, weighs_entropy=False):
         self.layers = tuple(layers)
         self.hidden_size = hidden_size
+        self.weighs_entropy = weighs_entropy
         self.weights = np.random.default_rng(seed).normal(0, 0.1, (len(layers), hidden_size))
         self.batches = []
 
@@ -226,6 +227,23 @@ def test_a_batch_of_readings_is_one_call():
     assert first == [record.request.prediction for record in records]
     # After the prompt, a reading is pooled with the posterior at its end.
     assert second == [prediction for _, prediction in result.reread]
+
+
+def test_a_rereader_by_entropy_is_given_the_means_that_it_learnt(monkeypatch):
+    """Of prompts that begin alike nothing is copied: a copied token has no entropy."""
+    monkeypatch.setattr(prefix_sharing, "SHORTEST", 4)
+    model = model_of("glm2")
+    asked = alike(model, 8, 0)
+    rereader = LinearRereader([1], model.config.hidden_size, weighs_entropy=True)
+    engine = tapped_engine(model, prefix_cache_tokens=50, rereader=rereader)
+    serve(engine, Chaos(0), asked)
+    assert engine.copied_tokens() == 0
+    tap = StateTap([1], EVERY, entropy=True)
+    serve(tapped_engine(model, prefix_cache_tokens=50, tap=tap), Chaos(0), asked)
+    wanted = np.stack([reading.entropy for reading in tap.take()])
+    for _, means, _ in rereader.batches:
+        for mean in means:
+            assert np.abs(wanted - mean).max((1, 2)).min() < 1e-4
 
 
 @pytest.mark.parametrize(
