@@ -133,6 +133,7 @@ class Bench:
             self.folder,
             self.limits,
             "CPU",
+            POLICIES["fcfs"],
             repetitions,
             progress,
         )

@@ -7,8 +7,8 @@ and the server.
         --model output/quickstart/merged --element_bytes 4 --rate 20
 
 Times decode steps of the real engine by rows and context, and prompts by length, in turns, and fits
-the cost model to the means. --rows keeps them as the CSV file that `python -m serving.cost_model
-fit` reads.
+the cost model to the means; and what scheduler and policy take between two steps. --rows keeps the
+timings as the CSV file that `python -m serving.cost_model fit` reads.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from finetune.evaluation.inference import LoadingFlags, add_loading_flags
 from finetune.files import write_aside
 from serving.cost_model.fit import Measurement
 from serving.engines import IN_PROCESS
+from serving.policies.continuous import POLICIES
 from serving.request import Limits
 
 
@@ -119,6 +120,7 @@ def profile(flags: ProfileFlags) -> None:
         flags.model,
         limits,
         cost_device(model.device),
+        POLICIES["fifo" if flags.engine == "static" else "fcfs"],
         flags.repetitions,
         lambda timings, total: iter(tqdm(timings, total=total, desc="timing", unit="timing")),
     )

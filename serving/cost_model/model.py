@@ -156,6 +156,7 @@ class Profile:
         sequence_overhead_s: of one sequence in one pass (sampling).
         batch_overhead_s: of one pass of more than one sequence (masks for padding).
         startup_s, startup_device_s: of a process's first call, and for each device after the first.
+        plan_s: between two steps of an engine: scheduler and policy. Measured, not fitted.
         made: how the profile was fitted; not compared.
     """
 
@@ -175,6 +176,7 @@ class Profile:
     batch_overhead_s: float = 0.0
     startup_s: float = 0.0
     startup_device_s: float = 0.0
+    plan_s: float = 0.0
     made: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -185,7 +187,7 @@ class Profile:
             or not isinstance(self.link, texts)
         ):
             raise ValueError("a profile's name is text, its device and link are text or an object")
-        for name in COEFFICIENTS:
+        for name in (*COEFFICIENTS, "plan_s"):
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not 0 <= value < float("inf"):
@@ -212,7 +214,7 @@ class Profile:
 
 
 COEFFICIENTS: tuple[str, ...] = tuple(
-    f.name for f in fields(Profile) if f.name not in ("name", "device", "link", "made")
+    f.name for f in fields(Profile) if f.name not in ("name", "device", "link", "plan_s", "made")
 )
 DATASHEET = Profile()
 
@@ -341,6 +343,7 @@ class CostModel:
         stages: ((device, layers), ...) in the order in which tokens go through them.
         mapped: whether a device map's overhead is charged (default: for several devices).
         startup_s: additional seconds of a process's first call; in no other figure.
+        plan_s: seconds between two steps of an engine; in no other figure.
         kv_capacity_tokens: tokens of KV that fit beside the weights; 0 where the weights do not
             fit.
     """
@@ -365,6 +368,7 @@ class CostModel:
         self.used = sorted({d for d, _ in self.stages})
         self.mapped = len(self.used) > 1 if mapped is None else mapped
         self.startup_s = profile.startup_s + profile.startup_device_s * (len(self.used) - 1)
+        self.plan_s = profile.plan_s
         self.output_device = self.first if model.tied else self.last
         self._base: dict[int, float] = {}
         self._add_up()

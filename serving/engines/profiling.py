@@ -1,11 +1,13 @@
 """Timings of a real engine, as rows that serving.cost_model.fit fits a profile to.
 
-Decode steps are timed by rows and context, prefills by prompt length.
+Decode steps are timed by rows and context, prefills by prompt length, and what lies between two
+steps under load.
 """
 
 import itertools
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,7 +25,9 @@ from serving.cost_model.fit import (
 from serving.cost_model.model import DATASHEET, CostModel, ModelSizes, Profile
 from serving.engines import make_engine
 from serving.engines.answers import Sampling, TextEngine, vocabulary_of
-from serving.request import FOREVER, Limits, Plan, Record, Request
+from serving.engines.live import WallClock
+from serving.request import FOREVER, Limits, Plan, Policy, Record, Request, StepResult
+from serving.scheduler import Replay, run_scheduler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +39,8 @@ STEPS = 12  # decode steps of one timing
 # datasheet.
 PRIOR = 1e-4
 FOLDS = 5
+# Between steps: so many answers for each row of the engine, of 2 to so many tokens.
+LOAD_ANSWERS, LOAD_TOKENS = 4, 24
 
 Progress = Callable[[Iterator[Measurement | None], int], Iterator[Measurement | None]]
 
@@ -50,6 +56,7 @@ def profile_engine(
     folder: str,
     limits: Limits,
     device: Device | str,
+    policy: Policy,
     repetitions: int = 5,
     progress: Progress = no_progress,
 ) -> tuple[Profile, list[Measurement]]:
@@ -58,6 +65,7 @@ def profile_engine(
     Args:
         folder: the model's, which the rows name.
         device: the Device, or its name, that the profile's coefficients are relative to.
+        policy: whose plans are timed, of an engine `name`.
         progress: wraps the iterator of timings, given their number, for a progress bar.
     """
     shape = ModelSizes.from_config(model.config.to_dict(), model.dtype.itemsize)
@@ -91,7 +99,41 @@ def profile_engine(
         "5_folds": summarize_errors(held_out),
     }
     source = f"{len(rows)} timings of the {name} engine on {folder}"
-    return replace(fitted, made={"from": source, "errors": report}), rows
+    plan_s = measure_plan_s(engine, policy, prompt_of, least)
+    return replace(fitted, plan_s=plan_s, made={"from": source, "errors": report}), rows
+
+
+class TimedSteps:
+    """An engine as run_scheduler drives it, with the number and the time of its steps."""
+
+    def __init__(self, engine: TextEngine):
+        self._engine, self.limits, self.cost = engine, engine.limits, engine.cost
+        self.generated, self.computed = engine.generated, engine.computed
+        self.count, self.seconds = 0, 0.0
+
+    def step(self, plan: Plan, budget_s: float = FOREVER) -> StepResult:
+        result = self._engine.step(plan, budget_s)
+        self.count += 1
+        self.seconds += result.elapsed_s
+        return result
+
+
+def measure_plan_s(
+    engine: TextEngine, policy: Policy, prompt_of: Callable[[int], list[int]], prompt_tokens: int
+) -> float:
+    """Seconds from the end of a step to the next one's begin, while all rows are taken."""
+    draw = random.Random(0)
+    longest = min(LOAD_TOKENS, engine.limits.max_tokens - prompt_tokens - 1)
+    requests = []
+    for number in range(LOAD_ANSWERS * engine.limits.max_batch):
+        requests.append(Request(number, prompt_tokens, 0.0, FOREVER))
+        sampling = Sampling(max_new_tokens=draw.randint(2, max(longest, 2)), ignore_stops=True)
+        engine.submit(requests[-1], prompt_of(prompt_tokens), sampling)
+    timed = TimedSteps(engine)
+    began_s = time.perf_counter()
+    for _ in run_scheduler(policy, timed, WallClock(), Replay(requests)):
+        pass
+    return (time.perf_counter() - began_s - timed.seconds) / timed.count
 
 
 def spread_contexts(batch: int, context: int) -> list[int]:

@@ -147,6 +147,7 @@ def test_profiled_and_compared_with_its_simulation(folders, tmp_path, capsys):
     )
     cost = CostModel.of(ModelSizes.from_config(model, 4), "CPU", read_profile(tmp_path / "p.json"))
     assert 0 < cost.decode_step_s(1, 30) < 1 and 0 < cost.prefill_s(30) < 1
+    assert 0 < cost.plan_s < 0.05  # which the simulator charges between steps
     phases = [line.split(",")[7] for line in (tmp_path / "p.csv").read_text().splitlines()[1:]]
     assert set(phases) == {"decode", "prefill"}
     service = load_service(
