@@ -63,7 +63,7 @@ def evaluate_rereader(
 
 def check_same_states(rereader: Rereader, states: HiddenStates, folder: Path) -> None:
     """Raises ValueError where states are not of the model whose states were learnt."""
-    wanted, got = rereader.card["backbone"].get("weights"), states.weights
+    wanted, got = rereader.weights, states.weights
     if states.hidden_size != rereader.hidden_size or got != wanted:
         raise ValueError(
             f"--states {folder} is of a model with weights {got} and {states.hidden_size} "

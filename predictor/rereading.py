@@ -421,6 +421,7 @@ class Rereader:
         layers: blocks whose output is read, from 1; every: tokens between two readings.
         hidden_size: features of a block's output.
         weighs_entropy: of prompts it reads means weighted by the next token's entropy.
+        weights: fingerprint of the model whose states it learnt from; None where it is not known.
         card: the content of predictor.json.
     """
 
@@ -437,6 +438,7 @@ class Rereader:
         self.hidden_size: int = backbone["hidden_size"]
         self.pooling: str = backbone["pooling"]
         self.weighs_entropy: bool = self.pooling == "entropy"
+        self.weights: str | None = backbone.get("weights")
 
     @classmethod
     def from_pretrained(

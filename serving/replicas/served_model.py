@@ -3,6 +3,7 @@
 Free of torch at import.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
     from predictor.rereading import Rereader
     from predictor.runtime import LengthPredictor
+
+log = logging.getLogger(__name__)
 
 
 class ServedModelFlags(Protocol):
@@ -118,13 +121,26 @@ class ServedModel:
         model = load_single(self.loading, device, threads)
         if cost is None:
             cost = served_cost_model(model, read_profile(self.profile or "datasheet"))
-        use_onednn_layout(model)
         options: dict[str, Any] = {}
+        if self.rereader is not None:
+            options["rereader"] = rereader = load_rereader(self.rereader)
+            warn_of_other_weights(self.rereader, rereader, model)
+        use_onednn_layout(model)
         if self.engine == "continuous":
             options["prefix_cache_tokens"] = self.prefix_cache_tokens
-        if self.rereader is not None:
-            options["rereader"] = load_rereader(self.rereader)
         return make_engine(self.engine, model, within_positions(limits, model), cost, **options)
+
+
+def warn_of_other_weights(folder: str, rereader: "Rereader", model: "PreTrainedModel") -> None:
+    """Log where a rereader learnt from the states of other weights than those that are served."""
+    from finetune.evaluation.generation import model_fingerprint
+
+    if rereader.weights is not None and rereader.weights != model_fingerprint(model):
+        log.warning(
+            "--rereader %s learnt from the states of other weights than this model's: its "
+            "predictions may be worse than none; collect states and train it again",
+            folder,
+        )
 
 
 def within_positions(limits: Limits, model: "PreTrainedModel") -> Limits:

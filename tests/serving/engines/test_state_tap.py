@@ -158,12 +158,13 @@ class LinearRereader:
     """A real product of the states, as small as can be: exp(w . mean) tokens, narrowly."""
 
     every = EVERY
+    weights = None
 
     def __init__(self, layers, hidden_size, seed=0, weighs_entropy=False):
         self.layers = tuple(layers)
         self.hidden_size = hidden_size
         self.weighs_entropy = weighs_entropy
-        self.weights = np.random.default_rng(seed).normal(0, 0.1, (len(layers), hidden_size))
+        self.matrix = np.random.default_rng(seed).normal(0, 0.1, (len(layers), hidden_size))
         self.batches = []
 
     def read(self, at, last, mean, priors):
@@ -172,7 +173,7 @@ class LinearRereader:
         return [self.predict(g, states) for g, states in zip(at, mean)]
 
     def predict(self, at, mean):
-        left = float(np.exp(np.clip((self.weights * mean).sum(), 0, 3)))
+        left = float(np.exp(np.clip((self.matrix * mean).sum(), 0, 3)))
         return from_bins(np.array([0.0, 1.0]), np.array([0.0, at, at + left])[-3:])
 
 

@@ -6,6 +6,7 @@ import threading
 import pytest
 
 import serving.replicas.served_model
+from finetune.evaluation.generation import model_fingerprint
 from serving.policies.continuous import POLICIES
 from serving.replicas.backends import open_placed
 from serving.replicas.messages import SchedulerUpdate, slim_event
@@ -114,3 +115,15 @@ def test_a_pipeline_is_refused_before_it_is_loaded(folders, cluster):  # noqa: F
     flags = parse_flags([*words, "--rereader", "x"])
     with pytest.raises(ValueError, match="--rereader reads .* replicas of 2 stages"):
         open_placed(ServedModel.of(flags, rereader="x"), flags, Limits(2, 400, 100))
+
+
+def test_a_rereader_of_other_weights_is_said_so(folders, rereader, monkeypatch, caplog):
+    """A model that was tuned again keeps its tokenizer and sizes; its states are others."""
+    flags = parse_flags(["--model", str(folders[0]), "--device", "cpu", "--rereader", "x"])
+    served, limits = ServedModel.of(flags, rereader="x"), Limits(2, 400, 100)
+    learnt = model_fingerprint(served.load_engine(limits, "cpu").model)
+    assert "other weights" not in caplog.text
+    for weights, is_said in ((learnt, False), ("0" * 16, True)):
+        monkeypatch.setattr(rereader, "weights", weights)
+        served.load_engine(limits, "cpu")
+        assert ("other weights than this model's" in caplog.text) is is_said
