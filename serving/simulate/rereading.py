@@ -1,6 +1,6 @@
 """Predictions as answers grow, made up at a stated quality: what re-reading would be worth.
 
-For policies under simulated load until a predictor that reads hidden states gives real ones.
+For policies under simulated load, where no model runs whose hidden states could be read.
 """
 
 import math

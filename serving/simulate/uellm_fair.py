@@ -31,6 +31,8 @@ FAIR_POLICIES: dict[str, Policy] = {
     "srpt (continuous)": POLICIES["srpt"],
     "deadline (ours)": POLICIES["deadline"],
     "deadline, true lengths": POLICIES["deadline_oracle"],
+    "gittins (ours)": POLICIES["gittins"],
+    "gittins, true lengths": POLICIES["gittins_oracle"],
 }
 OURS = "deadline (ours)"
 BASELINES = ("baseline, Morphling (10 by arrival)", "S3")  # of UELLM's paper, in static batches
