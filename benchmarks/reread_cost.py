@@ -46,6 +46,7 @@ class RandomRereader:
         draw = np.random.default_rng(0)
         self.layers = (layer,)
         self.every, self.hidden_size = every, hidden_size
+        self.weighs_entropy = False
         self.first = draw.normal(0, 0.05, (2 * hidden_size, UNITS)).astype(np.float32)
         self.out = draw.normal(0, 0.1, (UNITS, BINS)).astype(np.float32)
         self.edges = np.unique(np.round(np.geomspace(1, 2048, BINS + 1)))
