@@ -44,6 +44,8 @@ GAUGES = {
     "length_drift_log_ratio": "Mean of log((1 + actual) / (1 + predicted median)), "
     f"last {RECENT} whole answers",
     "q90_coverage_ratio": f"Share within the predicted q90 of the last {RECENT} whole answers",
+    "reread_q90_coverage_ratio": f"Share of the last {RECENT} predictions made anew whose answers "
+    "ended within their q90",
 }
 REPLICA_GAUGES = {  # of a server with replicas in processes of their own
     "replicas_ready": "Replicas that answer",

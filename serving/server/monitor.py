@@ -11,7 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -101,6 +101,7 @@ class TrackedRequest:
         stopped: a stop string has ended it.
         adapter: name of the one that answers.
         reread: the newest prediction, by hidden states; None where there was none.
+        reread_q90s: the q90 of each, in tokens.
     """
 
     request: Request
@@ -110,6 +111,7 @@ class TrackedRequest:
     stopped: bool = False
     adapter: str | None = None
     reread: LengthPrediction | None = None
+    reread_q90s: list[float] = field(default_factory=list)
 
     @property
     def embeds(self) -> bool:
@@ -185,6 +187,8 @@ class Monitor:
         self._recent: deque[bool] = deque(maxlen=RECENT)
         # Of whole answers: (log of actual over predicted length, whether it is within the q90).
         self._predicted: deque[tuple[float, bool]] = deque(maxlen=RECENT)
+        # Of predictions made anew, whether the answer ended within the q90.
+        self._reread: deque[bool] = deque(maxlen=RECENT)
         self.figures: Figures | None = None
         self.on_answer: Callable[[str, int, bool], None] | None = None
         self.on_end: Callable[[EndedAnswer], None] | None = None
@@ -284,7 +288,9 @@ class Monitor:
         """Keep the newer prediction, and count it."""
         assert isinstance(event.what, Record)
         if (tracked := self._tracked.get(event.id)) is not None:
-            tracked.reread = event.what.prediction
+            tracked.reread = prediction = event.what.prediction
+            if prediction is not None:
+                tracked.reread_q90s.append(prediction.quantile(0.9))
         if self.figures is not None:
             self.figures.count("rereads")
 
@@ -308,7 +314,8 @@ class Monitor:
             return
         if self._file is not None and (tokens or finished):
             self._write(done, tokens, reason, finished, in_time, tracked)
-        self._compare_lengths(done, tokens, finished)
+        if finished:
+            self._compare_lengths(done, tokens, tracked)
         if self.figures is not None and reason != "cancelled":
             self.figures.observe("answer_tokens", tokens)
             if request.prediction is not None:
@@ -316,10 +323,14 @@ class Monitor:
         if self.on_answer is not None and tracked is not None and (tokens or finished):
             self.on_answer(tracked.prompt, tokens, finished)
 
-    def _compare_lengths(self, done: Completion, tokens: int, finished: bool) -> None:
+    def _compare_lengths(
+        self, done: Completion, tokens: int, tracked: TrackedRequest | None
+    ) -> None:
         """Predicted with actual length, of an answer that ended by itself."""
+        if tracked is not None:
+            self._reread.extend([tokens <= q90 for q90 in tracked.reread_q90s])
         prediction = done.request.prediction
-        if prediction is None or not finished:
+        if prediction is None:
             return
         ratio = (1 + tokens) / (1 + prediction.median_tokens)
         within = bool(tokens <= prediction.quantile(0.9))
@@ -416,6 +427,14 @@ class Monitor:
         recent = [within for _, within in list(self._predicted)]
         return sum(recent) / len(recent) if recent else float("nan")
 
+    def reread_coverage(self) -> float:
+        """Share of the RECENT last predictions made anew whose answers ended within their q90.
+
+        Of answers that ended by themselves; nan before any.
+        """
+        recent = list(self._reread)
+        return sum(recent) / len(recent) if recent else float("nan")
+
     def under_way(self) -> tuple[list[tuple[Record, TrackedRequest]], list[TrackedRequest]]:
         """(what runs, in the order of its admission; what waits, in that of its arrival).
 
@@ -454,6 +473,7 @@ class Monitor:
             "slo_attainment": self.attainment,
             "length_drift_log_ratio": self.drift,
             "q90_coverage_ratio": self.coverage,
+            "reread_q90_coverage_ratio": self.reread_coverage,
         }
 
 

@@ -1,19 +1,25 @@
 """A server whose running answers' lengths are predicted anew: metrics, live view, refusals."""
 
 import json
+import math
 import threading
 
+import httpx
+import numpy as np
 import pytest
 
 import serving.replicas.served_model
 from finetune.evaluation.generation import model_fingerprint
+from predictor.prediction import from_bins
+from serving.engines.answers import Answer, Sampling
 from serving.policies.continuous import POLICIES
 from serving.replicas.backends import open_placed
 from serving.replicas.messages import SchedulerUpdate, slim_event
 from serving.replicas.pool import ReplicaPool
 from serving.replicas.served_model import ServedModel
-from serving.request import Event, Limits, Record
+from serving.request import Completion, Event, Limits, Record, Request
 from serving.server.flags import parse_flags
+from serving.server.monitor import Monitor
 from serving.server.starting import load_service
 from tests.serving.conftest import prediction_of
 from tests.serving.engines.test_state_tap import LinearRereader
@@ -52,6 +58,7 @@ def test_a_server_reads_its_answers_again(folders, rereader):
         assert row["q90"] - row["q10"] < 25  # the tiny rereader is sure: at most exp(3) tokens
         engine = server.service.backend.engine
         assert metric(server, "glm_rereads_total") == engine.rereads.count >= len(rereader.batches)
+        assert "glm_reread_q90_coverage_ratio" in httpx.get(f"{server.root}/metrics").text
         assert all(prior is not None for _, _, priors in rereader.batches for prior in priors)
 
 
@@ -127,3 +134,20 @@ def test_a_rereader_of_other_weights_is_said_so(folders, rereader, monkeypatch, 
         monkeypatch.setattr(rereader, "weights", weights)
         served.load_engine(limits, "cpu")
         assert ("other weights than this model's" in caplog.text) is is_said
+
+
+def test_new_predictions_are_judged_by_answers_that_ended_by_themselves():
+    monitor = Monitor("m", Limits(2, 400, 100))
+    assert math.isnan(monitor.reread_coverage())
+    for number, (tokens, reason) in enumerate([(9, "stop"), (9, "length"), (21, "stop")]):
+        request = Request(number, 3, 0.0, 9.0)
+        record, answer = Record(request), Answer(number, [1], Sampling(), None)
+        monitor.track(request, "x", answer)
+        for q90 in (10.0, 20.0):
+            record.prediction = from_bins(np.array([1.0]), np.array([0.0, q90 / 0.9]))
+            monitor(Event(1.0, "reread", number, record))
+        answer.reason, is_whole = reason, reason == "stop"
+        made = tokens + is_whole  # with the end token
+        done = Completion(request, 0.0, 1.0, 2.0, made, 50, 0, 0, cut=not is_whole)
+        monitor(Event(2.0, "finished", number, done))
+    assert monitor.reread_coverage() == 0.5
