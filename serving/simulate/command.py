@@ -53,6 +53,7 @@ class SimulationFlags:
     predictor: str | None
     predictor_sigma: float
     predict_s: float
+    reread_tau: float | None
     longest_answer: int
     max_batch: int
     kv_tokens: int | None
@@ -138,6 +139,7 @@ def make_setting(flags: SimulationFlags) -> ComparisonSetting:
         flags.predict_s,
         flags.traces,
         replicas,
+        flags.reread_tau,
     )
 
 
@@ -190,6 +192,13 @@ def simulation_parser() -> argparse.ArgumentParser:
         type=number(0, 1e6),
         default=1e-3,
         help="seconds of one prediction, charged to policies that use predictions [0.001]",
+    )
+    add(
+        "--reread_tau",
+        type=number(0, 0.99, above=True),
+        help="policies that use predictions get newer ones of running answers every 64 tokens, in "
+        "this rank agreement (Kendall's tau) with the tokens left; predictor.evaluate prints it of "
+        "a predictor of --backbone states [off]",
     )
     add(
         "--longest_answer",

@@ -12,7 +12,8 @@ import numpy as np
 from serving.policies.static import BatchPolicy, Static
 from serving.request import FOREVER, CostEstimator, Limits, Policy
 from serving.scheduler import Replay, VirtualClock, run_scheduler
-from serving.simulate.engine import SimulatedEngine
+from serving.simulate.engine import Rereads, SimulatedEngine
+from serving.simulate.rereading import SyntheticRereads
 from serving.simulate.statistics import Collector, SummedTotals, interval, share_of_gain
 from serving.simulate.workload import PredictorModel, SloRule, Workload, make_workload
 
@@ -110,11 +111,21 @@ def garbage_collection_paused() -> Iterator[None]:
 
 
 def simulate(
-    policy: Policy, workload: Workload, cost: CostEstimator, limits: Limits, replicas: int = 1
+    policy: Policy,
+    workload: Workload,
+    cost: CostEstimator,
+    limits: Limits,
+    replicas: int = 1,
+    rereads: Callable[[Workload], Rereads] | None = None,
 ) -> tuple[dict[str, float], Collector]:
-    """(metrics, all completions) of one policy on one workload; deterministic."""
+    """(metrics, all completions) of one policy on one workload; deterministic.
+
+    Args:
+        rereads: makes what re-reads the answers of a replica's requests, for a policy that
+            predicts; None for no re-reading.
+    """
     engines = [SimulatedEngine(cost, limits) for _ in range(replicas)]
-    metrics, collector, _ = serve(policy, workload, engines)
+    metrics, collector, _ = serve(policy, workload, engines, rereads=rereads)
     return metrics, collector
 
 
@@ -123,6 +134,7 @@ def serve(
     workload: Workload,
     engines: list[SimulatedEngine],
     speeds: list[float] | None = None,
+    rereads: Callable[[Workload], Rereads] | None = None,
 ) -> tuple[dict[str, float], Collector, list[SimulatedEngine]]:
     """As `simulate`, on several replicas, each with its own queue; and the engines.
 
@@ -133,6 +145,8 @@ def serve(
     with garbage_collection_paused():
         for k, engine in enumerate(engines):
             part = workload.part(which == k) if len(engines) > 1 else workload
+            if rereads is not None and policy.predicts:
+                engine.rereads = rereads(part)
             arrivals = Replay(part.requests(policy.predicts))
             collector.consume(run_scheduler(policy, engine, VirtualClock(), arrivals))
     return collector.summary(engine_totals(engines)), collector, engines
@@ -179,6 +193,15 @@ class ComparisonSetting:
     predict_s: float = 1e-3
     traces: str = "../shared/data/traces"
     replicas: int = 1
+    reread_tau: float | None = None
+
+    @property
+    def rereads(self) -> Callable[[Workload], Rereads] | None:
+        """As of `simulate`."""
+        if self.reread_tau is None:
+            return None
+        tau, limit = self.reread_tau, 2048 if self.predictor is None else self.predictor.limit
+        return lambda workload: SyntheticRereads(workload.output_tokens, limit, tau)
 
     def make(self, rate: float, seed: int) -> Workload:
         """The workload. Raises ValueError where none of its requests can be served."""
@@ -249,7 +272,8 @@ def metrics_by_seed(
 
 def run_setting(policy: Policy, workload: Workload, setting: ComparisonSetting) -> dict[str, float]:
     """The metrics of one policy on one workload of a setting."""
-    return simulate(policy, workload, setting.cost, setting.limits, setting.replicas)[0]
+    fixed = (setting.cost, setting.limits, setting.replicas, setting.rereads)
+    return simulate(policy, workload, *fixed)[0]
 
 
 def add_share_of_gain(by_policy: dict[str, dict[str, list[float]]]) -> None:

@@ -100,7 +100,8 @@ def plot_run(
 ) -> None:
     """The distribution of latency and the queue over time, of seed 0 at this rate."""
     workload = setting.make(rate, 0)
-    _, collector = simulate(policy, workload, setting.cost, setting.limits, setting.replicas)
+    fixed = (setting.cost, setting.limits, setting.replicas, setting.rereads)
+    _, collector = simulate(policy, workload, *fixed)
     arrived = np.asarray(collector.columns["arrival_s"])
     admitted = np.asarray(collector.columns["admitted_s"])
     finished = np.asarray(collector.columns["finish_s"])

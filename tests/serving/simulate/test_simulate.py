@@ -192,6 +192,21 @@ def test_predictions_are_charged_to_those_that_ask():
     assert with_it["ttft_p50_s"] - without["ttft_p50_s"] == pytest.approx(0.25, abs=0.02)
 
 
+def test_predictions_are_made_anew_for_those_that_ask():
+    """On each of two replicas, whose requests are numbered from 0."""
+    limits = Limits(8, 8000, 4096)
+    setting = ComparisonSetting("poisson", 60, COST, limits, replicas=2, reread_tau=0.6)
+    workload = setting.make(20.0, 0)
+    totals = {}
+    for name in ("deadline", "fcfs"):
+        for rereads in (None, setting.rereads):
+            metrics, _ = simulate(POLICIES[name], workload, COST, limits, 2, rereads)
+            totals[name, rereads is not None] = metrics["utilisation"], metrics["latency_mean_s"]
+    assert totals["deadline", True] != totals["deadline", False]
+    assert totals["fcfs", True] == totals["fcfs", False]
+    assert replace(setting, reread_tau=None).rereads is None
+
+
 def test_the_command_writes_its_table(tmp_path, capsys):
     out = tmp_path / "deep" / "table.json"
     main(
@@ -284,6 +299,7 @@ def test_p2_every_number_of_the_command_is_tried():
         (["--policies", "fastest"], "fastest unknown"),
         (["--policies", ","], "--policies: name at least one of"),
         (["--rate", "4,0"], "--rate"),
+        (["--reread_tau", "1"], "--reread_tau: wanted a number above 0 to 0.99"),
         (["--seeds", "0"], "--seeds"),
         (["--longest_answer", "1"], "--longest_answer: wanted a whole number from 2"),
         (["--gpus", "2000000"], "--gpus"),
