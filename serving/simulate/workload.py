@@ -21,7 +21,7 @@ from chatglm.files import is_lfs_pointer, pointer_error
 from predictor.prediction import LengthPrediction, from_bins, make_edges
 from serving.request import CostEstimator, Request
 
-TRACES = {  # as published; packed with gzip too
+TRACES = {  # files, plain or packed with gzip (.gz)
     "azure_conv": "AzureLLMInferenceTrace_conv.csv",
     "azure_code": "AzureLLMInferenceTrace_code.csv",
     "mooncake": "mooncake_conversation_trace.jsonl",
