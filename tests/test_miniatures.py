@@ -385,8 +385,8 @@ def measured_lengths(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_predictor_benchmark(measured_lengths, tmp_path):
-    pytest.importorskip("sklearn", reason="pip install -e '.[benchmark]'")
     words = [
         "benchmarks/predictor.py",
         "--data",
@@ -401,9 +401,9 @@ def test_predictor_benchmark(measured_lengths, tmp_path):
     assert "lexical regression" in found and len(found) >= 4 and "ceiling" in done.stdout
 
 
+@pytest.mark.slow
 def test_length_bench(tmp_path):
     """Few prompts of two runs each; a cell that is there is not run again."""
-    pytest.importorskip("sklearn", reason="pip install -e '.[benchmark]'")
     pytest.importorskip("matplotlib", reason="pip install -e '.[docs]'")
     draw = random.Random(0)
     words = {"name": 8, "list": 40, "explain": 150, "essay": 400}
@@ -426,8 +426,9 @@ def test_length_bench(tmp_path):
     cells = tmp_path / "work/cells"
     figures = json.loads((cells / "smollm2--lexical--0.json").read_text())
     assert figures["tau"] > 0.5 and figures["tested_on"] + figures["trained_on"] == 60
-    for name in quick[1:]:
-        assert json.loads((cells / f"smollm2--{name}--0.json").read_text())["tau"] > 0.2, name
+    for name in quick:
+        found = json.loads((cells / f"smollm2--{name}--0.json").read_text())["tau"]
+        assert found > 0.2 or name in ("prompt-length", "clairvoyant"), name  # theirs are alike here
     assert "left_out" in json.loads((cells / "smollm2--encoder--0.json").read_text())
     assert (tmp_path / "picture.png").stat().st_size > 5000
     again = run(*command)

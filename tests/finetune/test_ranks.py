@@ -1,6 +1,7 @@
 """Two ranks: all cases of one launch (conftest.two_ranks), which costs more than any one run."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,9 @@ except ValueError as error:
 def test_an_error_of_one_rank_is_raised_on_all(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
-    lines = launch("torchrun", script).stdout.splitlines()
-    assert sorted(lines) == ["0", "1", *["no answer could be sampled"] * 2]
+    written = launch("torchrun", script).stdout  # of two processes: lines may come in one another
+    assert sorted(re.findall(r"\d", written)) == ["0", "1"]
+    assert written.count("no answer could be sampled") == 2
 
 
 @pytest.mark.launch

@@ -260,6 +260,7 @@ NUMBERS = [
     "slo_floor_s",
     "predictor_sigma",
     "predict_s",
+    "reread_tau",
     "longest_answer",
     "max_batch",
     "kv_tokens",
