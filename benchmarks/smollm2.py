@@ -13,7 +13,7 @@ command goes on, also with a larger --count:
     serve     answers to --requests other prompts, then one load of benchmarks/length_serving.py:
               fcfs, gittins by the predictor at arrival, and gittins with re-reading
 
-1,000 prompts take about MINUTES minutes of one core, most of them collecting; docs/results.md says
+1,000 prompts take about 36 minutes of one core, most of them collecting; docs/results.md says
 with which flags its figures were made. length_serving.py goes on with OUTPUT/cells.jsonl: other
 policies, repetitions.
 --prompts takes any file of collect_lengths.py; where rows have "lang", those that are not "en" are
