@@ -379,7 +379,7 @@ def goal_lines(groups: dict[tuple[str, float], Columns]) -> list[tuple[str, str,
     return lines
 
 
-def gap_captured(
+def gap_to_truth(
     groups: dict[tuple[str, float], Columns], metric: str, ours: str
 ) -> tuple[float, float, float] | None:
     """Means over cells of sjf, of a policy and of true lengths; None without any.
@@ -422,7 +422,7 @@ def print_tables(groups: dict[tuple[str, float], Columns]) -> None:
     print_table(goals, goal_lines(groups))
     print()
     for metric, ours in (("attainment", "gittins"), ("latency_mean_s", "gittins_mean")):
-        if (means := gap_captured(groups, metric, ours)) is None:
+        if (means := gap_to_truth(groups, metric, ours)) is None:
             continue
         base, found, truth = means
         share = (found - base) / (truth - base) if truth != base else float("nan")

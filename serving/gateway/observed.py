@@ -3,9 +3,9 @@
 import math
 import re
 from collections import deque
-from collections.abc import Sequence
 
 from predictor.prediction import LengthPrediction
+from serving.server.figures import mean_or_nan
 
 TAIL_BYTES = 8192  # of an answer, in which its usage is looked for
 RECENT_ANSWERS = 1000
@@ -99,10 +99,6 @@ class LengthDrift:
     def coverage(self) -> float:
         """Share within the predicted q90; nan before there are any."""
         return mean_or_nan(list(self._within_q90))
-
-
-def mean_or_nan(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
 
 
 class PromptSizes:

@@ -1,7 +1,8 @@
 """The metrics of a server, for Prometheus. Free of torch."""
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,11 @@ REFUSALS = {  # by status; other errors are failures, not refusals
     429: "queue_full",
     503: "unavailable",
 }
+
+
+def mean_or_nan(values: Sequence[float]) -> float:
+    """nan of none."""
+    return sum(values) / len(values) if values else math.nan
 
 
 def refusal_reason(status: int, code: str | None) -> str | None:

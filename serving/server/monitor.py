@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from predictor.prediction import LengthPrediction
 from serving.request import Completion, Event, Limits, Record, Request
 from serving.server.access import Exchange, current_request_id
-from serving.server.figures import RECENT, REPLICA_GAUGES, Figures, refusal_reason
+from serving.server.figures import (
+    RECENT,
+    REPLICA_GAUGES,
+    Figures,
+    mean_or_nan,
+    refusal_reason,
+)
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -411,29 +417,25 @@ class Monitor:
 
         Cancelled ones do not count.
         """
-        recent = list(self._recent)
-        return sum(recent) / len(recent) if recent else float("nan")
+        return mean_or_nan(list(self._recent))
 
     def drift(self) -> float:
         """Mean of log((1 + actual) / (1 + predicted median)) over the RECENT last whole answers.
 
         Above 0, answers are longer than predicted; nan before there are any.
         """
-        recent = [log_ratio for log_ratio, _ in list(self._predicted)]
-        return sum(recent) / len(recent) if recent else float("nan")
+        return mean_or_nan([log_ratio for log_ratio, _ in list(self._predicted)])
 
     def coverage(self) -> float:
         """Share of the RECENT last whole answers within their predicted q90; nan before any."""
-        recent = [within for _, within in list(self._predicted)]
-        return sum(recent) / len(recent) if recent else float("nan")
+        return mean_or_nan([within for _, within in list(self._predicted)])
 
     def reread_coverage(self) -> float:
         """Share of the RECENT last predictions made anew whose answers ended within their q90.
 
         Of answers that ended by themselves; nan before any.
         """
-        recent = list(self._reread)
-        return sum(recent) / len(recent) if recent else float("nan")
+        return mean_or_nan(list(self._reread))
 
     def under_way(self) -> tuple[list[tuple[Record, TrackedRequest]], list[TrackedRequest]]:
         """(what runs, in the order of its admission; what waits, in that of its arrival).

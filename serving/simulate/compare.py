@@ -265,15 +265,17 @@ def metrics_by_seed(
     """{metric: its value on each workload}."""
     by_seed: dict[str, list[float]] = {}
     for workload in workloads:
-        for name, value in run_setting(policy, workload, setting).items():
+        for name, value in run_setting(policy, workload, setting)[0].items():
             by_seed.setdefault(name, []).append(value)
     return by_seed
 
 
-def run_setting(policy: Policy, workload: Workload, setting: ComparisonSetting) -> dict[str, float]:
-    """The metrics of one policy on one workload of a setting."""
+def run_setting(
+    policy: Policy, workload: Workload, setting: ComparisonSetting
+) -> tuple[dict[str, float], Collector]:
+    """As `simulate`, with all that a setting fixes."""
     fixed = (setting.cost, setting.limits, setting.replicas, setting.rereads)
-    return simulate(policy, workload, *fixed)[0]
+    return simulate(policy, workload, *fixed)
 
 
 def add_share_of_gain(by_policy: dict[str, dict[str, list[float]]]) -> None:
@@ -394,7 +396,7 @@ def attainment_scorer(
     def score(policy: Policy) -> float:
         scores = []
         for workload in workloads:
-            metrics = run_setting(policy, workload, setting)
+            metrics, _ = run_setting(policy, workload, setting)
             scores.append(metrics["attainment"] - 1e-6 * metrics.get("latency_mean_s", 0.0))
         return float(np.mean(scores))
 

@@ -10,7 +10,7 @@ import numpy as np
 from finetune.files import write_aside
 from serving.policies.static import Static
 from serving.request import Policy
-from serving.simulate.compare import ComparisonRow, ComparisonSetting, simulate
+from serving.simulate.compare import ComparisonRow, ComparisonSetting, run_setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,8 +100,7 @@ def plot_run(
 ) -> None:
     """The distribution of latency and the queue over time, of seed 0 at this rate."""
     workload = setting.make(rate, 0)
-    fixed = (setting.cost, setting.limits, setting.replicas, setting.rereads)
-    _, collector = simulate(policy, workload, *fixed)
+    _, collector = run_setting(policy, workload, setting)
     arrived = np.asarray(collector.columns["arrival_s"])
     admitted = np.asarray(collector.columns["admitted_s"])
     finished = np.asarray(collector.columns["finish_s"])
